@@ -1,0 +1,48 @@
+# ddlib: `make help` lists the targets. Every path is relative, so any folder will do, one with spaces too.
+PYTHON  ?= python3
+PROFILE ?= smoke
+ONLY    ?=
+
+VENV  := .venv/bin/python
+STAMP := .venv/.stamp
+# A checksum, because a fresh clone has arbitrary times; with the folder's name, because the editable install keeps it.
+SUM   := { pwd; cat pyproject.toml constraints.txt; } | cksum
+NEW   := 'import sys; sys.exit(sys.version_info < (3, 11))'
+
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce test lab bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo "  variables: PROFILE=smoke|small|paper, ONLY=<part of reproduce>, PYTHON=<the interpreter for .venv>"
+
+env: ## .venv with the pinned versions (PYTHON=python3); does nothing when it is up to date
+	@[ -x $(VENV) ] && [ "$$($(SUM))" = "$$(cat $(STAMP) 2>/dev/null)" ] && exit 0; \
+	if ! $(VENV) -c 'import pip' 2>/dev/null || ! $(VENV) -c $(NEW); then \
+		if ! "$(PYTHON)" -c $(NEW) 2>/dev/null; then \
+			found=$$("$(PYTHON)" -V 2>&1) || found="not a Python that runs"; \
+			echo "make env: ddlib needs Python 3.11 or newer, but '$(PYTHON)' is $$found;" \
+				"name another: make env PYTHON=python3.12" >&2; exit 1; \
+		fi; \
+		"$(PYTHON)" -m venv --clear .venv || exit 1; \
+	fi; \
+	rm -f $(STAMP); echo "Installing into .venv (the first time: some minutes, about 5 GB with CUDA)"; \
+	$(VENV) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test]' && $(SUM) > $(STAMP)
+
+reproduce: env ## the tables and figures of PROFILE (smoke), or only a part of them: ONLY=...
+	$(VENV) -m ddlib reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY))
+
+# Records go to a scratch folder: the notebooks are run for real, and results/ stays as it was.
+test: env ## the tests, and every notebook from top to bottom
+	@scratch=$$(mktemp -d) || exit 1; trap 'rm -rf "$$scratch"' EXIT; trap 'exit 130' INT TERM; \
+	DDLIB_RESULTS="$$scratch" $(VENV) -m pytest -q --nbval-lax --nbval-current-env tests $(wildcard notebooks/*.ipynb)
+
+lab: env ## JupyterLab on notebooks/
+	$(VENV) -m jupyterlab notebooks
+
+bench: env ## speed and memory against the plain loops
+	$(VENV) -m ddlib bench
+
+clean: ## remove caches and smoke outputs; .venv and the kept results stay
+	rm -rf results/smoke results/notebooks/smoke figures/smoke .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name .venv -prune -o '(' -name __pycache__ -o -name .ipynb_checkpoints ')' -prune -exec rm -rf {} +

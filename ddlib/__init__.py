@@ -1,0 +1,28 @@
+"""ddlib: a reproducible companion to the papers on dataset distillation.
+
+    import ddlib as dd
+    data = dd.load("digits")
+    run = dd.run("dm", "digits", ipc=1, profile="smoke", seed=0)
+    dd.plots.images(run.synthetic)
+"""
+
+from importlib import import_module
+
+from .core import DDError
+from .data import Dataset, from_arrays, load
+from .evaluation import Evaluation, evaluate, protocol
+from .methods import METHODS
+from .runs import Run, run, sweep
+from .spec import PROFILES, Spec, resolve
+from .synthetic import Synthetic
+
+__version__ = "0.1.0"
+__all__ = ["METHODS", "PROFILES", "DDError", "Dataset", "Evaluation", "Run", "Spec", "Synthetic", "evaluate",
+           "from_arrays", "load", "plots", "protocol", "resolve", "run", "sweep", "tables"]
+
+
+def __getattr__(name: str):
+    """`dd.tables` and `dd.plots` load pandas and matplotlib only when they are asked for."""
+    if name in ("plots", "tables"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'ddlib' has no attribute {name!r}")

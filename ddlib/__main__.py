@@ -1,0 +1,150 @@
+"""The command line: python -m ddlib run | evaluate | reproduce | bench | list."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from .core import DDError, choose, pick_device
+from .data import NAMES, load
+from .evaluation import evaluate
+from .methods import METHODS
+from .runs import SOURCE, Interrupted, results_folder, run
+from .spec import PROFILES
+from .synthetic import Synthetic
+
+
+def _key_values(pairs: list[str]) -> dict[str, object]:
+    """`--set key=value` as a dict; values are read as YAML, so 1e-3 needs its dot: 1.0e-3."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise DDError(f"--set takes KEY=VALUE, not {pair!r}")
+    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+
+
+def _run(args: argparse.Namespace) -> None:
+    done = run(args.method, args.dataset, ipc=args.ipc, profile=args.profile, seed=args.seed, device=args.device,
+               results=args.results, fresh=args.fresh, backbone=args.backbone, **_key_values(args.set))
+    record = done.record
+    print(f"{done!r}\nrecord {done.path}\nset    {done.path.with_suffix('.safetensors')}\n"
+          f"distilled in {record['seconds']['distill']:.0f} s, evaluated in {record['seconds']['evaluate']:.0f} s, "
+          f"peak {record['peak_bytes'] / 2**20:.0f} MiB ({record['peak_method']}), {record['device']}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    syn = Synthetic.load(args.file)
+    made = syn.spec.get("values", {})
+    data = load(args.dataset or syn.dataset, device=args.device, resolution=made.get("resolution") or None,
+                zca=made.get("zca") or None)
+    print(evaluate(syn, data, backbone=args.backbone, networks=args.networks, seed=args.seed))
+
+
+def _list(args: argparse.Namespace) -> None:
+    from . import tables
+
+    table = tables.runs(tables.stored(args.results, args.profile))
+    if args.json:
+        print(tables.to_json(table))
+    elif table.empty:
+        print(f"no records in {results_folder(args.results)}; make one: python -m ddlib run dm --dataset digits --ipc 1")
+    else:
+        print(table.drop(columns=["networks", "device"]).round(1).to_string(index=False))
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    """Execute the notebooks by papermill into results/notebooks/PROFILE and print one table of all runs."""
+    try:
+        import papermill
+    except ImportError:
+        raise DDError("reproduce needs papermill: pip install 'ddlib[lab]', or make reproduce") from None
+    from . import tables
+
+    notebooks = {path.stem: path for path in sorted((SOURCE / "notebooks").glob("*.ipynb"))}
+    names = [choose("notebook", name, notebooks) for name in args.only] or list(notebooks)
+    out = results_folder(args.results) / "notebooks" / args.profile
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ["DDLIB_RESULTS"] = str(results_folder(args.results).resolve())
+    parameters = {"profile": args.profile, "device": args.device} | _key_values(args.set)
+    start = time.perf_counter()
+    for name in names:
+        print(f"{name}: {out / name}.ipynb", flush=True)
+        try:
+            papermill.execute_notebook(str(notebooks[name]), str(out / f"{name}.ipynb"), parameters=parameters,
+                                       cwd=str(SOURCE / "notebooks"), progress_bar=sys.stderr.isatty(), kernel_name="python3")
+        except papermill.PapermillExecutionError as error:
+            raise DDError(f"notebook {name} stopped: {error.ename}: {error.evalue}") from None
+    table = tables.compare(tables.runs(tables.stored(args.results, args.profile)))
+    print(f"\n{table.to_string(index=False)}\n\n{len(names)} notebooks in {time.perf_counter() - start:.0f} s; "
+          f"figures in {SOURCE / 'figures' / args.profile}")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    sys.path.insert(0, str(SOURCE))
+    from bench import dm
+
+    dm.main(pick_device(args.device), Path(args.out) if args.out else None)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="ddlib", description="Dataset distillation, reproduced.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, call, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(call=call)
+        sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        if name != "bench":
+            sub.add_argument("--results", help="folder of the records (default: DDLIB_RESULTS, else results/)")
+        return sub
+
+    one = command("run", _run, "distil one set, evaluate it and write its record; a stopped run goes on")
+    one.add_argument("method", help=", ".join(METHODS))
+    one.add_argument("--dataset", required=True, help=f"{', '.join(NAMES)}, or folder:PATH")
+    one.add_argument("--ipc", type=int, required=True, help="images per class")
+    one.add_argument("--profile", default="smoke", help=", ".join(PROFILES))
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--backbone", help="e.g. convnet:width=32; default: the preset's")
+    one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset key")
+    one.add_argument("--fresh", action="store_true", help="ignore an old record and checkpoint")
+
+    score = command("evaluate", _evaluate, "train fresh networks on a distilled set and test them")
+    score.add_argument("file", help="a .safetensors file that a run wrote")
+    score.add_argument("--dataset", help="where the real test images are; default: the set's own dataset")
+    score.add_argument("--backbone", help="another network than the set's own")
+    score.add_argument("--networks", type=int, default=5)
+    score.add_argument("--seed", type=int, default=0)
+
+    show = command("list", _list, "every record as a table")
+    show.add_argument("--profile", choices=PROFILES)
+    show.add_argument("--json", action="store_true", help="one JSON list, for machines")
+
+    again = command("reproduce", _reproduce, "execute the notebooks, write tables and figures")
+    again.add_argument("--profile", default="smoke", choices=PROFILES)
+    again.add_argument("--only", nargs="+", default=[], help="notebooks by name, e.g. dm")
+    again.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a notebook parameter")
+
+    bench = command("bench", _bench, "time and memory against a plain loop, and the roofline")
+    bench.add_argument("--out", help="write the rows as JSON to this file")
+    return top
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        args.call(args)
+    except Interrupted as error:
+        print(f"ddlib: {error}", file=sys.stderr)
+        return 130
+    except DDError as error:
+        print(f"ddlib: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

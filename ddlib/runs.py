@@ -1,0 +1,273 @@
+"""The trunk: a spec becomes a cached record, or a run that can be killed at any moment and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from tqdm.auto import tqdm
+
+from .core import DDError, load_tensors, pick_device, save_tensors, write_atomically
+from .data import Dataset, load
+from .evaluation import Evaluation, evaluate
+from .meter import PeakMemory, machine
+from .methods import METHODS
+from .spec import Spec, resolve
+from .synthetic import Synthetic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SOURCE = Path(__file__).resolve().parents[1]
+
+
+def results_folder(results: str | Path | None = None) -> Path:
+    """Where records live: the argument, else DDLIB_RESULTS, else `results/` of the checkout or working directory."""
+    root = SOURCE if (SOURCE / "pyproject.toml").is_file() else Path.cwd()
+    return Path(results or os.environ.get("DDLIB_RESULTS") or root / "results")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its record (a dict, see `record`) and, when asked for, its distilled set."""
+
+    path: Path
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.path.read_text())
+        except (OSError, ValueError) as error:
+            raise DDError(f"the record {self.path} cannot be read ({type(error).__name__}): delete it and run again"
+                          ) from error
+
+    @cached_property
+    def synthetic(self) -> Synthetic:
+        return Synthetic.load(self.path.with_suffix(".safetensors"))
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy in per cent after the last step, mean over networks."""
+        return self.record["accuracy"]["last"]["mean"]
+
+    def __repr__(self) -> str:
+        last = self.record["accuracy"]["last"]
+        return f"Run({self.path.stem}: {last['mean']:.1f} ± {last['std']:.1f} %)"
+
+
+class Interrupted(DDError):
+    """The run was stopped by a signal; its checkpoint holds every finished step."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[dict]:
+    """Turn SIGTERM and Ctrl-C into KeyboardInterrupt, but never inside a step, which would tear its state."""
+    flags = {"stepping": False, "stop": False}
+
+    def handle(*_: object) -> None:
+        flags["stop"] = True
+        if not flags["stepping"]:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield flags
+        return
+    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flags
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+class _Progress:
+    """What a checkpoint keeps beside the method's tensors: history, evaluations, snapshots and seconds so far."""
+
+    def __init__(self, spec: Spec, path: Path, method: Any, total: int):
+        self.spec, self.path, self.method, self.total = spec, path, method, total
+        self.step, self.history, self.evaluations, self.snapshots = 0, [], [], {}
+        self.seconds = {"distill": 0.0, "evaluate": 0.0}
+        self.peak = 0
+
+    KEPT = ("step", "history", "evaluations", "seconds", "peak")
+
+    def save(self, peak: PeakMemory) -> None:
+        self.peak = max(self.peak, peak.read())
+        tensors = {f"method.{k}": v for k, v in self.method.state_dict().items()}
+        tensors |= {f"snapshot.{k}": v for k, v in self.snapshots.items()}
+        save_tensors(self.path, tensors, {"name": self.spec.name} | {k: getattr(self, k) for k in self.KEPT})
+
+    def restore(self) -> None:
+        if not self.path.exists():
+            return
+        tensors, header = load_tensors(self.path, "checkpoint", "delete it to start this run from the beginning")
+        if header.pop("name") != self.spec.name:
+            raise DDError(f"the checkpoint {self.path} belongs to another run; delete it to start this one")
+        for key in self.KEPT:
+            setattr(self, key, header[key])
+        self.snapshots = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("snapshot.")}
+        self.method.load_state_dict({k.removeprefix("method."): v for k, v in tensors.items()
+                                     if k.startswith("method.")})
+
+
+def _points(total: int, count: int) -> set[int]:
+    """`count` steps evenly spaced over 0..total, the last always among them."""
+    return {round(total * (k + 1) / count) for k in range(count)} if count else set()
+
+
+def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: int = 0, device: str = "auto",
+        results: str | Path | None = None, data: Dataset | None = None, fresh: bool = False, progress: bool = True,
+        checkpoint_every: int = 50, **overrides: Any) -> Run:
+    """The record of one run: at once if `results/` holds it, else distil (or resume), evaluate and write it.
+
+    `overrides` are keys of the method's Config or of `RunConfig`. `data` spares the loading where a notebook already
+    has it. `fresh` ignores an old record and checkpoint. A killed run resumes from its last checkpoint, written every
+    `checkpoint_every` steps and at every signal, and ends in the same bytes on the same CPU. Raises `DDError`.
+    """
+    spec = resolve(method, dataset, ipc, profile, seed, **overrides)
+    folder = results_folder(results) / profile
+    done = Run(folder / f"{spec.name}.json")
+    if not fresh and done.path.is_file() and done.path.with_suffix(".safetensors").is_file():
+        done.record  # noqa: B018  a damaged record is named here
+        return done
+    if checkpoint_every < 1:
+        raise DDError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
+    config, at = spec.run, pick_device(device)
+    write_atomically(folder / f".{spec.name}.try", lambda path: None).unlink()  # an unwritable folder fails now
+    if data is None or data.name != dataset or data.device != at:
+        data = load(dataset, device=at, resolution=config.resolution or None, zca=config.zca or None)
+    smallest = int(data.class_sizes().min())
+    if ipc > smallest:
+        name = data.classes[int(data.class_sizes().argmin())]
+        raise DDError(f"ipc {ipc} is more than the {smallest} training images of class {name!r} of {dataset}; "
+                      f"allowed: 1 to {smallest}")
+    work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
+    state = _Progress(spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, spec.config.iterations)
+    if fresh:
+        state.path.unlink(missing_ok=True)
+    state.restore()
+    with PeakMemory(data.device) as peak:
+        try:
+            with _stoppable() as flags:
+                _loop(state, data, peak, flags, progress, checkpoint_every)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped at step {state.step} of {state.total}; run the same command to go on") from None
+    _write(done.path, state, data, peak)
+    state.path.unlink(missing_ok=True)
+    return done
+
+
+def _synthetic(state: _Progress, data: Dataset, snapshots: bool = False) -> Synthetic:
+    extra = {"snapshots": state.snapshots} if snapshots else {}
+    return Synthetic.of(data, state.method.images, state.method.labels, state.spec.recipe, state.spec.run.backbone,
+                        spec=asdict(state.spec), **extra)
+
+
+def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progress: bool, every: int) -> None:
+    spec, total = state.spec, state.total
+    config = spec.run
+    tests, pictures = _points(total, config.evaluations), _points(total, config.snapshots) if config.snapshots else ()
+    log_every, start, saved = max(1, total // 100), time.perf_counter(), state.step
+    if config.snapshots and not state.snapshots:
+        state.snapshots[0] = state.method.images.detach().cpu().clone()
+    with tqdm(total=total, initial=state.step, disable=not progress, leave=False,
+              desc=f"{spec.method} {spec.dataset} ipc {spec.ipc}") as bar:
+        def save() -> None:
+            nonlocal start, saved
+            if not torch.isfinite(state.method.images).all():
+                raise _diverged(state, saved, "the images are not finite")
+            now = time.perf_counter()
+            state.seconds["distill"] += now - start
+            start, saved = now, state.step
+            state.save(peak)
+
+        try:
+            while state.step < total:
+                flags["stepping"] = True
+                report = state.method.step()
+                state.step += 1
+                if state.step % log_every == 0 or state.step == total:
+                    values = {k: float(v) for k, v in report.items()}
+                    if not all(map(numpy.isfinite, values.values())):
+                        raise _diverged(state, saved, str(values))
+                    state.history.append({"step": state.step} | values)
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+                bar.update()
+                if state.step in pictures:
+                    state.snapshots[state.step] = state.method.images.detach().cpu().clone()
+                if state.step % every == 0 or state.step in tests:
+                    save()
+                flags["stepping"] = False
+                if flags["stop"]:
+                    raise KeyboardInterrupt
+                if state.step in tests:
+                    _test(state, data, bar)
+                    start = time.perf_counter()
+            if not state.evaluations or state.evaluations[-1]["step"] < total:
+                _test(state, data, bar)
+        except KeyboardInterrupt:
+            if state.step > saved:
+                save()
+            raise
+
+
+def _diverged(state: _Progress, saved: int, what: str) -> DDError:
+    return DDError(f"{state.spec.method} diverged at step {state.step}: {what}; the last good state, step {saved}, is "
+                   f"kept in {state.path}; lower the step size")
+
+
+def _test(state: _Progress, data: Dataset, bar: tqdm) -> None:
+    config = state.spec.run
+    bar.set_description(f"{state.spec.method} ipc {state.spec.ipc}: evaluating {config.networks} networks")
+    result = evaluate(_synthetic(state, data), data, networks=config.networks, seed=state.spec.seed,
+                      compile=config.compile)
+    bar.set_description(f"{state.spec.method} {state.spec.dataset} ipc {state.spec.ipc}, {result.mean:.1f} %")
+    state.seconds["evaluate"] += result.seconds
+    state.evaluations = [e for e in state.evaluations if e["step"] < state.step] + [_summary(state.step, result)]
+
+
+def _summary(step: int, result: Evaluation) -> dict:
+    return {"step": step, "mean": result.mean, "std": result.std, "networks": list(result.accuracies)}
+
+
+def _write(path: Path, state: _Progress, data: Dataset, peak: PeakMemory) -> None:
+    spec = state.spec
+    _synthetic(state, data, snapshots=True).save(path.with_suffix(".safetensors"))
+    record = {
+        "name": spec.name, **{k: v for k, v in asdict(spec).items()}, "backbone": spec.run.backbone,
+        "version": METHODS[spec.method].version, "recipe": asdict(spec.recipe),
+        "accuracy": {"last": state.evaluations[-1], "best": max(state.evaluations, key=lambda e: e["mean"])},
+        "evaluations": state.evaluations, "history": state.history, "extra": getattr(state.method, "record", {}),
+        "seconds": {k: round(v, 3) for k, v in state.seconds.items()},
+        "peak_bytes": max(state.peak, peak.bytes), "peak_method": peak.method, "device": machine(data.device),
+        "dataset_checksum": data.checksum, "commit": _commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
+
+
+def _commit() -> str | None:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SOURCE, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
+
+
+def sweep(method: str, dataset: str, *, ipcs: Iterable[int], seeds: Iterable[int] = (0,), **options: Any
+          ) -> pd.DataFrame:
+    """`run` for every IPC and seed; one row a run, as `tables.runs` makes them."""
+    from .tables import runs
+
+    return runs([run(method, dataset, ipc=ipc, seed=seed, **options) for ipc in ipcs for seed in seeds])

@@ -1,0 +1,40 @@
+"""Shared by all tests: few threads, scratch results, and markers that skip with a reason."""
+
+import os
+from pathlib import Path
+
+# Set before torch is imported, so that subprocesses and notebook kernels get it too. The test networks are tiny:
+# more than two threads only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch_results(tmp_path_factory):
+    """No test writes into results/, whether or not it asks for `results`."""
+    before = os.environ.get("DDLIB_RESULTS")
+    os.environ["DDLIB_RESULTS"] = str(tmp_path_factory.mktemp("results"))
+    yield
+    os.environ.pop("DDLIB_RESULTS")
+    if before is not None:
+        os.environ["DDLIB_RESULTS"] = before
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    """An empty results folder for this test alone, also named by DDLIB_RESULTS."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    monkeypatch.setenv("DDLIB_RESULTS", str(folder))
+    return folder
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("real"):
+        root = os.environ.get("DDLIB_DATA")
+        if not root or not (Path(root) / "cifar10" / "train").is_dir():
+            pytest.skip("needs DDLIB_DATA to name a folder with cifar10/train")
