@@ -26,7 +26,7 @@ env: ## .venv with the pinned versions (PYTHON=python3); does nothing when it is
 		fi; \
 		"$(PYTHON)" -m venv --clear .venv || exit 1; \
 	fi; \
-	rm -f $(STAMP); echo "Installing into .venv (the first time: some minutes, about 5 GB with CUDA)"; \
+	rm -f $(STAMP); echo "Installing into .venv (the first time: some minutes, about 6 GB with CUDA)"; \
 	$(VENV) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test]' && $(SUM) > $(STAMP)
 
 reproduce: env ## the tables and figures of PROFILE (smoke), or only a part of them: ONLY=...

@@ -12,13 +12,13 @@ from .core import DDError
 from .data import Dataset, from_arrays, load
 from .evaluation import Evaluation, evaluate, protocol
 from .methods import METHODS
-from .runs import Run, run, sweep
+from .runs import Run, prepare, run, sweep
 from .spec import PROFILES, Spec, resolve
 from .synthetic import Synthetic
 
 __version__ = "0.1.0"
 __all__ = ["METHODS", "PROFILES", "DDError", "Dataset", "Evaluation", "Run", "Spec", "Synthetic", "evaluate",
-           "from_arrays", "load", "plots", "protocol", "resolve", "run", "sweep", "tables"]
+           "from_arrays", "load", "plots", "prepare", "protocol", "resolve", "run", "sweep", "tables"]
 
 
 def __getattr__(name: str):

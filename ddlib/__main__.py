@@ -10,13 +10,15 @@ from pathlib import Path
 
 import yaml
 
-from .core import DDError, choose, pick_device
+from .core import SOURCE, DDError, choose, pick_device, results_folder
 from .data import NAMES, load
 from .evaluation import evaluate
 from .methods import METHODS
-from .runs import SOURCE, Interrupted, results_folder, run
+from .runs import Interrupted, prepare, run
 from .spec import PROFILES
 from .synthetic import Synthetic
+
+DATASETS = {"smoke": "digits", "small": "cifar10", "paper": "cifar10"}  # what the notebooks reproduce on
 
 
 def _key_values(pairs: list[str]) -> dict[str, object]:
@@ -34,6 +36,12 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{done!r}\nrecord {done.path}\nset    {done.path.with_suffix('.safetensors')}\n"
           f"distilled in {record['seconds']['distill']:.0f} s, evaluated in {record['seconds']['evaluate']:.0f} s, "
           f"peak {record['peak_bytes'] / 2**20:.0f} MiB ({record['peak_method']}), {record['device']}")
+
+
+def _experts(args: argparse.Namespace) -> None:
+    paths = prepare(args.method, args.dataset, ipc=args.ipc, profile=args.profile, device=args.device,
+                    backbone=args.backbone, **_key_values(args.set))
+    print(f"{len(paths)} experts in {paths[0].parent}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -69,7 +77,8 @@ def _reproduce(args: argparse.Namespace) -> None:
     out = results_folder(args.results) / "notebooks" / args.profile
     out.mkdir(parents=True, exist_ok=True)
     os.environ["DDLIB_RESULTS"] = str(results_folder(args.results).resolve())
-    parameters = {"profile": args.profile, "device": args.device} | _key_values(args.set)
+    parameters = {"profile": args.profile, "device": args.device, "dataset": args.dataset or DATASETS[args.profile]}
+    parameters |= _key_values(args.set)
     start = time.perf_counter()
     for name in names:
         print(f"{name}: {out / name}.ipynb", flush=True)
@@ -103,13 +112,15 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     one = command("run", _run, "distil one set, evaluate it and write its record; a stopped run goes on")
-    one.add_argument("method", help=", ".join(METHODS))
-    one.add_argument("--dataset", required=True, help=f"{', '.join(NAMES)}, or folder:PATH")
-    one.add_argument("--ipc", type=int, required=True, help="images per class")
-    one.add_argument("--profile", default="smoke", help=", ".join(PROFILES))
+    teach = command("experts", _experts, "train the expert trajectories that such a run needs")
+    for sub in (one, teach):
+        sub.add_argument("method", help=", ".join(METHODS))
+        sub.add_argument("--dataset", required=True, help=f"{', '.join(NAMES)}, or folder:PATH")
+        sub.add_argument("--ipc", type=int, required=True, help="images per class")
+        sub.add_argument("--profile", default="smoke", help=", ".join(PROFILES))
+        sub.add_argument("--backbone", help="e.g. convnet:width=32; default: the preset's")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset key")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--backbone", help="e.g. convnet:width=32; default: the preset's")
-    one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset key")
     one.add_argument("--fresh", action="store_true", help="ignore an old record and checkpoint")
 
     score = command("evaluate", _evaluate, "train fresh networks on a distilled set and test them")
@@ -125,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
 
     again = command("reproduce", _reproduce, "execute the notebooks, write tables and figures")
     again.add_argument("--profile", default="smoke", choices=PROFILES)
+    again.add_argument("--dataset", help=f"default by profile: {DATASETS}")
     again.add_argument("--only", nargs="+", default=[], help="notebooks by name, e.g. dm")
     again.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a notebook parameter")
 

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+SOURCE = Path(__file__).resolve().parents[1]  # the checkout, when ddlib is installed from one
+
 
 class DDError(ValueError):
     """The one error that a user sees: one sentence that names what is wrong and what is allowed."""
@@ -61,6 +63,12 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         raise DDError(f"device {str(device)!r} cannot be used here; allowed: auto, cpu"
                       f"{', cuda' if torch.cuda.is_available() else ' (no CUDA device is visible)'}") from error
     return device
+
+
+def results_folder(results: str | Path | None = None) -> Path:
+    """Where records live: the argument, else DDLIB_RESULTS, else `results/` of the checkout or working directory."""
+    root = SOURCE if (SOURCE / "pyproject.toml").is_file() else Path.cwd()
+    return Path(results or os.environ.get("DDLIB_RESULTS") or root / "results")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:

@@ -146,6 +146,16 @@ class Dataset:
         return dataclasses.replace(self, images=images, labels=labels,
                                    checksum=hashlib.sha256(name.encode()).hexdigest())
 
+    def subset(self, per_class: int, seed: int = 0) -> Dataset:
+        """The dataset with `per_class` random training images of each class; test and normalisation stay."""
+        rows = self.sample(per_class, generator(seed, "subset")).flatten()
+        images, labels = dict(self.images), dict(self.labels)
+        images["train"] = self.images["train"][rows.to(self.images["train"].device)]
+        labels["train"] = self.labels["train"][rows]
+        name = f"{self.checksum} subset {per_class} {seed}"
+        return dataclasses.replace(self, images=images, labels=labels,
+                                   checksum=hashlib.sha256(name.encode()).hexdigest())
+
 
 def canonical(name: str) -> str:
     """The short name: "folder:cifar10" -> "cifar10", "folder:/x/y/pets" -> "pets", any other name as it is."""

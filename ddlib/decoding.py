@@ -171,9 +171,9 @@ def _from_cache(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str] | None
                 good = checksum(torch.from_numpy(array)) == note["sha256"]
             if good:
                 return _in_memory_if_small(array), note["sha256"]
-    except FileNotFoundError:
+    except OSError:  # not there, or not readable for this user
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (ValueError, KeyError, TypeError, EOFError):
         pass
     warnings.warn(f"the decoded images {path} are damaged and are built again", stacklevel=2)
     return None

@@ -18,7 +18,9 @@ from .training import Recipe, accuracy, compiled, halved, train
 
 VERSION = 1  # raise it when a change here or in training.py changes results: old records are then made anew
 # Source: Zhao et al., DC (ICLR 2021), DSA (ICML 2021), DM (WACV 2023), released code. DM evaluates as DSA does.
-PROTOCOLS = {"dc": halved("dc", 300, augment="none"), "dsa": halved("dsa", 1000), "dm": halved("dm", 1000)}
+# MTT, TESLA and FTD too, at the learned step size; DATM's batches are of 128 (released configs).
+PROTOCOLS = {"dc": halved("dc", 300, augment="none"), "dsa": halved("dsa", 1000), "dm": halved("dm", 1000),
+             "mtt": halved("mtt", 1000), "datm": halved("datm", 1000, batch=128)}
 
 
 def protocol(name: str, *, epochs: int | None = None, augment: str | None = None) -> Recipe:
@@ -27,7 +29,7 @@ def protocol(name: str, *, epochs: int | None = None, augment: str | None = None
     if epochs is not None:
         if epochs < 1:
             raise DDError(f"eval_epochs must be at least 1, not {epochs}")
-        recipe = halved(name, epochs, augment=recipe.augment)
+        recipe = halved(name, epochs, augment=recipe.augment, batch=recipe.batch)
     if augment is not None and recipe.augment != "none":
         draw(augment, 0, (1, 1), generator(0))  # refuses an unknown operation
         recipe = replace(recipe, augment=augment)

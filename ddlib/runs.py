@@ -20,9 +20,10 @@ import numpy
 import torch
 from tqdm.auto import tqdm
 
-from .core import DDError, load_tensors, pick_device, save_tensors, write_atomically
+from .core import SOURCE, DDError, load_tensors, pick_device, results_folder, save_tensors, write_atomically
 from .data import Dataset, load
-from .evaluation import Evaluation, evaluate
+from .evaluation import VERSION, Evaluation, evaluate
+from .experts import train_experts
 from .meter import PeakMemory, machine
 from .methods import METHODS
 from .spec import Spec, resolve
@@ -30,15 +31,6 @@ from .synthetic import Synthetic
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SOURCE = Path(__file__).resolve().parents[1]
-
-
-def results_folder(results: str | Path | None = None) -> Path:
-    """Where records live: the argument, else DDLIB_RESULTS, else `results/` of the checkout or working directory."""
-    root = SOURCE if (SOURCE / "pyproject.toml").is_file() else Path.cwd()
-    return Path(results or os.environ.get("DDLIB_RESULTS") or root / "results")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -62,6 +54,23 @@ class Run:
     def accuracy(self) -> float:
         """Test accuracy in per cent after the last step, mean over networks."""
         return self.record["accuracy"]["last"]["mean"]
+
+    def transfer(self, backbone: str, *, networks: int = 3, data: Dataset | None = None, device: str = "auto"
+                 ) -> dict[str, Any]:
+        """Cross-architecture: the set's own recipe on another backbone, as {mean, std, networks, ...} in per cent.
+
+        Kept beside the record in NAME.transfer.json, so a second call trains nothing and needs no data.
+        """
+        path = self.path.with_suffix(".transfer.json")
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        key = f"{backbone} x {networks}, version {VERSION}"
+        if key not in kept:
+            data = data or _load(resolve_record(self.record), pick_device(device))
+            result = evaluate(self.synthetic, data, backbone=backbone, networks=networks, seed=self.record["seed"])
+            kept[key] = {"backbone": backbone, **_summary(self.record["accuracy"]["last"]["step"], result),
+                         "seconds": round(result.seconds, 3), "device": machine(data.device)}
+            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1)))
+        return kept[key]
 
     def __repr__(self) -> str:
         last = self.record["accuracy"]["last"]
@@ -147,8 +156,8 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
         raise DDError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
     config, at = spec.run, pick_device(device)
     write_atomically(folder / f".{spec.name}.try", lambda path: None).unlink()  # an unwritable folder fails now
-    if data is None or data.name != dataset or data.device != at:
-        data = load(dataset, device=at, resolution=config.resolution or None, zca=config.zca or None)
+    if data is None or data.name != dataset or data.device != at or config.zca or config.subset or config.resolution:
+        data = _load(spec, at)
     smallest = int(data.class_sizes().min())
     if ipc > smallest:
         name = data.classes[int(data.class_sizes().argmin())]
@@ -170,9 +179,33 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
     return done
 
 
+def prepare(method: str, dataset: str, *, ipc: int, profile: str = "smoke", device: str = "auto", progress: bool = True,
+            **overrides: Any) -> list[Path]:
+    """Train the expert trajectories that `run` with the same arguments needs, unless they are there; their files."""
+    spec = resolve(method, dataset, ipc, profile, **overrides)
+    if not hasattr(spec.config, "expert_recipe"):
+        raise DDError(f"{method} needs no experts; methods that do: mtt, tesla, ftd, datm")
+    return train_experts(_load(spec, pick_device(device)), spec.run.backbone, spec.config.expert_recipe,
+                         spec.config.experts, compile=spec.run.compile, progress=progress)
+
+
+def resolve_record(record: dict[str, Any]) -> Spec:
+    """The spec of a stored record, as `spec.name` was computed from."""
+    return Spec(**{key: record[key] for key in ("method", "dataset", "ipc", "profile", "seed", "values")})
+
+
+def _load(spec: Spec, device: torch.device) -> Dataset:
+    run = spec.run
+    data = load(spec.dataset, device=device, resolution=run.resolution or None, zca=run.zca or None)
+    return data.subset(run.subset) if run.subset else data
+
+
 def _synthetic(state: _Progress, data: Dataset, snapshots: bool = False) -> Synthetic:
     extra = {"snapshots": state.snapshots} if snapshots else {}
-    return Synthetic.of(data, state.method.images, state.method.labels, state.spec.recipe, state.spec.run.backbone,
+    recipe = state.spec.recipe
+    if hasattr(state.method, "recipe") and not state.spec.run.eval_lr:
+        recipe = state.method.recipe(recipe)  # a learned step size
+    return Synthetic.of(data, state.method.images, state.method.labels, recipe, state.spec.run.backbone,
                         spec=asdict(state.spec), **extra)
 
 
@@ -197,7 +230,12 @@ def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progre
         try:
             while state.step < total:
                 flags["stepping"] = True
-                report = state.method.step()
+                try:
+                    report = state.method.step()
+                except DDError as error:  # raised before anything was changed
+                    if state.step > saved:
+                        save()
+                    raise DDError(f"{error}; the last good state, step {state.step}, is kept in {state.path}") from None
                 state.step += 1
                 if state.step % log_every == 0 or state.step == total:
                     values = {k: float(v) for k, v in report.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ class RunConfig:
     eval_epochs: int = option(1000, least=1)  # E of the protocol, which makes E + 1 passes
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA operations of distillation and evaluation
     networks: int = option(5, least=1)  # fresh networks an evaluation
+    eval_lr: float = option(0.0, least=0)  # step size of the evaluation; 0 is the protocol's, or the learned one
     evaluations: int = option(1, least=1)  # evenly spaced over the run; the last one is after the last step
     snapshots: int = option(0, least=0)  # copies of the images kept on the way, to look at
     zca: str = option("", allowed=("", "mtt", "frepo"))  # whitening in place of mean and standard deviation
     resolution: int = option(0, least=0)  # pixels a side; 0 is the dataset's own
+    subset: int = option(0, least=0)  # training images a class to use, drawn once by seed 0; 0 is all of them
     compile: bool = False  # torch.compile networks where there is a compiler
 
 
@@ -62,7 +64,8 @@ class Spec:
     @property
     def recipe(self) -> Recipe:
         run = self.run
-        return protocol(run.protocol, epochs=run.eval_epochs, augment=run.augment)
+        recipe = protocol(run.protocol, epochs=run.eval_epochs, augment=run.augment)
+        return replace(recipe, lr=run.eval_lr) if run.eval_lr else recipe
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,7 @@ import pandas as pd
 from .core import DDError
 from .data import canonical
 from .methods import METHODS
-from .runs import Run, results_folder
-from .spec import Spec
+from .runs import Run, resolve_record, results_folder
 
 COLUMNS = ["method", "dataset", "ipc", "profile", "backbone", "seed", "accuracy", "std", "best", "best_std",
            "networks", "seconds", "peak_bytes", "device", "name"]
@@ -33,14 +33,13 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
 
 def stored(results: str | Path | None = None, profile: str | None = None) -> list[Run]:
     """Every current run in the results folder, by name; a record of an older version of its method is left out."""
-    found = [Run(path) for path in sorted(results_folder(results).glob(f"{profile or '*'}/*.json"))]
+    found = [Run(path) for path in sorted(results_folder(results).glob(f"{profile or '*'}/*-seed*-????????.json"))]
     return [run for run in found if _current(run.record)]
 
 
 def _current(record: dict) -> bool:
     try:
-        spec = Spec(**{k: record[k] for k in ("method", "dataset", "ipc", "profile", "seed", "values")})
-        return record["method"] in METHODS and spec.name == record["name"]
+        return record["method"] in METHODS and resolve_record(record).name == record["name"]
     except (KeyError, DDError):
         return False
 
@@ -66,14 +65,14 @@ def summary(table: pd.DataFrame, by: tuple[str, ...] = ("dataset", "profile", "b
 @cache
 def published() -> pd.DataFrame:
     """The papers' figures (`published.csv`): paper, table, method, dataset, IPC, networks, value, spread, evidence."""
-    return pd.read_csv(Path(__file__).with_name("published.csv"), comment="#")
+    return pd.read_csv(Path(__file__).with_name("published.csv"), dtype={"paper": str})
 
 
 def paper_value(method: str, dataset: str, ipc: int, protocol: str | None = None) -> tuple[float, float] | None:
     """The (value, spread) that a paper prints for a method on its own backbone, or None where none is on file."""
     table = published()
     rows = table[(table.method == method) & (table.dataset == canonical(dataset)) & (table.ipc == ipc)
-                 & (table.backbone == table.backbone_eval)]
+                 & (table.backbone == table.backbone_eval) & (table.metric == "accuracy") & table.variant.isna()]
     rows = rows[rows.protocol == protocol] if protocol else rows
     return None if rows.empty else (float(rows.iloc[0].value), float(rows.iloc[0].spread))
 
@@ -84,7 +83,7 @@ def verdict(profile: str, ours: float, spread: float, paper: tuple[float, float]
         return "no published figure"
     if profile != "paper":
         return "reduced budget"
-    near = max(1.0, spread + (paper[1] if paper[1] == paper[1] else 0.0))
+    near = max(1.0, spread + (0.0 if math.isnan(paper[1]) else paper[1]))
     return "reproduced" if abs(ours - paper[0]) <= near else "not reproduced"
 
 
@@ -94,13 +93,17 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     for _, row in summary(table).iterrows():
         paper = paper_value(row.method, row.dataset, row.ipc, "dsa" if row.method == "random" else None)
         rows.append({"dataset": row.dataset, "ipc": row.ipc, "method": row.method, "profile": row.profile,
-                     "paper": f"{paper[0]:.1f} ± {paper[1]:.1f}" if paper else "none",
+                     "paper": _with_spread(*paper) if paper else "none",
                      "ours": f"{row.accuracy:.1f} ± {row.pooled:.1f}",
                      "Δ": f"{row.accuracy - paper[0]:+.1f}" if paper else "",
                      "over seeds": round(row["over seeds"], 1), "over networks": round(row["over networks"], 1),
                      "best": round(row.best, 1), "networks": row.networks,
                      "verdict": verdict(row.profile, row.accuracy, row.pooled, paper)})
     return pd.DataFrame(rows)
+
+
+def _with_spread(value: float, spread: float) -> str:
+    return f"{value:.1f}" if math.isnan(spread) else f"{value:.1f} ± {spread:.1f}"
 
 
 def to_json(table: pd.DataFrame) -> str:

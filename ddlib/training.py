@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from shutil import which
 
 import torch
@@ -53,14 +53,20 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
+def _loss(forward: Callable, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(forward(x), y)
+
+
 def train(net: Backbone, images: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor,
           recipe: Recipe, rng: torch.Generator, *, forward: Callable | None = None,
-          after_epoch: Callable[[int], None] | None = None) -> Backbone:
+          after_epoch: Callable[[int], None] | None = None,
+          adjust: Callable[[Callable[[], torch.Tensor]], None] | None = None) -> Backbone:
     """Train `net` in place under `recipe` and return it.
 
     images: normalised float [n, C, H, W], or a function from an index [b] to such a batch; labels: int64 [n], or
     probabilities [n, classes]. `forward` is the network's compiled forward, if there is one. `rng` gives the order
-    of the images and the augmentation. Raises `DDError` when the loss stops being finite.
+    of the images and the augmentation. `adjust(closure)` may edit the gradients before the step; the closure gives the
+    batch's loss again. Raises `DDError` when the loss stops being finite.
     """
     fetch = images if callable(images) else images.__getitem__
     forward, n = forward or net, len(labels)
@@ -75,9 +81,12 @@ def train(net: Backbone, images: torch.Tensor | Callable[[torch.Tensor], torch.T
         for index in torch.randperm(n, generator=rng).to(labels.device).split(recipe.batch):
             x = fetch(index)
             x = augment(x, draw(recipe.augment, len(x), tuple(x.shape[-2:]), rng, op_every=len(x)))
-            loss = F.cross_entropy(forward(x), labels[index])
+            closure = partial(_loss, forward, x, labels[index])
             optimiser.zero_grad(set_to_none=True)
+            loss = closure()
             loss.backward()
+            if adjust:
+                adjust(closure)
             optimiser.step()
         if after_epoch:
             after_epoch(epoch)

@@ -27,8 +27,9 @@ class ZCA:
     kind "mtt" (MTT, Cazenavette et al. 2022; semantics of `kornia.enhance.ZCAWhitening`): covariance of the [0,1]
         pixels over N - 1, plus an absolute 0.1 on each eigenvalue; no mean/std normalisation.
     kind "frepo" (FRePo, Zhou et al. 2022): covariance over N of the channel-standardised pixels, plus 0.1 times the
-        mean eigenvalue; with N < D the D - N smallest eigenvalues become 1. The channel std is that of the fitted
-        pixels (the paper's constants are these, rounded to four digits) and is part of `matrix`.
+        mean eigenvalue; with N < D the D - N + 1 eigenvalues of the null space become 1 (the released code: all
+        but one of them). The channel std is that of the fitted pixels (the paper's constants are these, rounded to
+        four digits) and is part of `matrix`.
 
     mean [D], matrix [D,D], inverse [D,D]: float32. id: 12 hex digits fixed by the kind and the fitted pixels.
     """
@@ -74,7 +75,7 @@ class ZCA:
         values, vectors = torch.linalg.eigh(cov)
         values = values.clamp(min=0) + eps
         if kind == "frepo" and n < d:
-            values[: d - n] = 1
+            values[: d - n + 1] = 1  # n centred images have rank n - 1: the whole null space, so no basis is preferred
         root = values.sqrt()
         matrix = (vectors / root) @ vectors.T / scale[:, None]
         inverse = (vectors * root) @ vectors.T * scale

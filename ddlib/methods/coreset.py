@@ -84,6 +84,9 @@ def kmeans(features: torch.Tensor, n: int, seed: int, restarts: int = 10) -> tor
 
     k-means++ with `restarts` restarts. Each centre in turn takes the nearest sample that no earlier centre took.
     """
+    from scipy.optimize import linear_sum_assignment  # loaded here: they would double the time of `import ddlib`
+    from sklearn.cluster import KMeans
+
     x = _points(features, n).cpu()
     fit = KMeans(n, init="k-means++", n_init=restarts, random_state=seed % 2**32).fit(x.numpy())
     distance, picked = torch.cdist(torch.from_numpy(fit.cluster_centers_), x), []
@@ -212,6 +215,3 @@ class Coreset:
                 "kmeans": partial(kmeans, seed=self.seed, restarts=self.config.restarts)}[self.config.kind]
         table = labels.argsort(stable=True).split(self.data.class_sizes("train").tolist())  # class -> its indices
         return torch.cat([rows[pick(features[rows], self.ipc)] for rows in table])
-
-
-CoresetMethod = Coreset  # the name in the list of methods

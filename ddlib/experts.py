@@ -1,0 +1,164 @@
+"""Expert trajectories: the weights of networks trained on the real data, epoch by epoch, plain or flat.
+
+Plain (MTT arXiv 2203.11932, TESLA 2211.10586): SGD at a constant step size without momentum or weight decay, DSA on.
+Flat (FTD 2211.11004): `sam` is the paper's eqs. 10-13, `agsam` the adaptive GSAM that its released code runs instead.
+With g = grad L(theta), g' = grad L(theta + eps) on the same augmented batch:
+
+    sam    eps = rho g / ||g||,                            direction (1 - alpha) g + alpha g'
+    agsam  eps = rho theta^2 * g / || |theta| * g ||,      direction g' - alpha (g - proj_{g'} g)
+
+One safetensors file an expert: `weights` float32 [epochs + 1, P] (the first row is the initialisation) and a header
+with recipe, dataset, its checksum, ZCA id, backbone and seed. A file of another recipe is refused, never mixed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from .backbones import Backbone, build, initialise
+from .core import DDError, choose, generator, load_tensors, results_folder, save_tensors
+from .data import Dataset
+from .training import Recipe, accuracy, compiled, train
+from .unroll import FlatNet
+
+FLATNESS = ("plain", "sam", "agsam")
+
+
+@dataclass(frozen=True)
+class ExpertRecipe:
+    """How every expert of a set was trained; the defaults are MTT's and TESLA's released ones."""
+
+    epochs: int = 50  # the weights after each are kept, so train only what the start epochs can reach
+    lr: float = 0.01
+    batch: int = 256
+    augment: str = "color_crop_cutout_flip_scale_rotate"
+    flat: str = "plain"  # plain, sam or agsam
+    rho: float = 0.01  # radius of the flatness step
+    alpha: float = 1.0  # weight of the flatness term; 1 makes `sam` SAM
+
+    def __post_init__(self) -> None:
+        choose("flat", self.flat, FLATNESS)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A set of expert trajectories: weights [E, epochs + 1, P] on the CPU, one recipe for all."""
+
+    weights: list[torch.Tensor]
+    recipe: ExpertRecipe
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def folder(data: Dataset, backbone: str, recipe: ExpertRecipe) -> Path:
+    """Where the experts of one dataset, network and recipe live: DDLIB_EXPERTS, else `experts/` among the results."""
+    facts = [data.name, data.checksum, data.zca.id if data.zca else None, backbone, asdict(recipe)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+    root = Path(os.environ.get("DDLIB_EXPERTS") or results_folder() / "experts")
+    name = f"{data.name}-{backbone}-{recipe.flat}-{digest}"
+    return root / "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+
+
+def _header(data: Dataset, net: Backbone, recipe: ExpertRecipe) -> dict:
+    return {"dataset": data.name, "dataset_checksum": data.checksum, "zca": data.zca.id if data.zca else None,
+            "backbone": net.spec, "recipe": asdict(recipe)}
+
+
+def flatten_gradient(parameters: list[torch.Tensor], closure: Callable[[], torch.Tensor], recipe: ExpertRecipe) -> None:
+    """Replace every parameter's `.grad` g by the flat direction; `closure` gives the batch's loss anew."""
+    g = [p.grad.clone() for p in parameters]
+    weighted = g if recipe.flat == "sam" else [p.detach().abs() * a for p, a in zip(parameters, g, strict=True)]
+    scale = recipe.rho / (torch.cat([w.flatten() for w in weighted]).norm() + 1e-12)
+    eps = [w * scale if recipe.flat == "sam" else p.detach().abs() * w * scale
+           for p, w in zip(parameters, weighted, strict=True)]
+    with torch.no_grad():
+        for p, e in zip(parameters, eps, strict=True):
+            p.add_(e)
+            p.grad = None
+    closure().backward()
+    with torch.no_grad():
+        for p, e in zip(parameters, eps, strict=True):
+            p.sub_(e)
+        if recipe.flat == "sam":
+            for p, a in zip(parameters, g, strict=True):
+                p.grad.mul_(recipe.alpha).add_(a, alpha=1 - recipe.alpha)
+            return
+        inner = sum((a * p.grad).sum() for p, a in zip(parameters, g, strict=True))
+        share = inner / (sum(p.grad.square().sum() for p in parameters) + 1e-24)
+        for p, a in zip(parameters, g, strict=True):
+            p.grad.sub_(a - share * p.grad, alpha=recipe.alpha)
+
+
+def train_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int, *, compile: bool = False,
+                  progress: bool = True) -> list[Path]:
+    """Train experts 0..count-1 that are not there yet and return their files; a stopped call goes on where it was."""
+    if count < 1 or recipe.epochs < 1:
+        raise DDError(f"experts and their epochs must be at least 1, not {count} and {recipe.epochs}")
+    place = folder(data, backbone, recipe)
+    net = build(backbone, data.shape, data.num_classes).to(data.device)
+    flat, forward = FlatNet(net), compiled(net.forward) if compile else net
+    sgd = Recipe("expert", recipe.epochs, recipe.lr, 0.0, 0.0, recipe.batch, (), augment=recipe.augment)
+    adjust = None if recipe.flat == "plain" else lambda closure: flatten_gradient(list(net.parameters()), closure,
+                                                                                  recipe)
+    paths = [place / f"expert-{seed:03d}.safetensors" for seed in range(count)]
+    for seed, path in enumerate(tqdm(paths, desc=f"experts, {data.name}", disable=not progress, leave=False)):
+        if path.is_file():
+            continue
+        initialise(net, generator(seed, "expert", "weights"))
+        weights = [flat.vector()]
+        train(net, lambda index: data.batch("train", index), data.labels["train"], sgd, generator(seed, "expert"),
+              forward=forward, after_epoch=lambda epoch: weights.append(flat.vector()), adjust=adjust)
+        score = accuracy(net, data) if len(data.labels["test"]) else None
+        save_tensors(path, {"weights": torch.stack(weights)},
+                     _header(data, net, recipe) | {"seed": seed, "test_accuracy": score})
+    return paths
+
+
+def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int, command: str) -> Experts:
+    """The first `count` experts made for this dataset, network and recipe.
+
+    Raises `DDError` where one is missing (naming `command`, which makes them), is damaged, stands still, or was made
+    from other data, another ZCA, network or recipe.
+    """
+    net = build(backbone, data.shape, data.num_classes)
+    wanted, place, weights = _header(data, net, recipe), folder(data, backbone, recipe), []
+    for seed in range(count):
+        path = place / f"expert-{seed:03d}.safetensors"
+        tensors, header = load_tensors(path, f"expert {seed} of the {count} that this run needs",
+                                       f"make the experts first: {command}")
+        for key, value in wanted.items():
+            if header.get(key) != value:
+                raise DDError(f"the expert {path.name} was made with {key} {header.get(key)!r}, this run has {value!r}; "
+                              f"delete {path} and make it anew: {command}")
+        rows = tensors["weights"]
+        if not (rows[1:] != rows[:-1]).any(1).all() or not torch.isfinite(rows).all():
+            raise DDError(f"two epochs of the expert {path} hold the same weights, or weights that are not finite: "
+                          f"delete it and make it anew: {command}")
+        weights.append(rows)
+    return Experts(weights, recipe)
+
+
+def sharpness(net: FlatNet, theta: torch.Tensor, data: Dataset, *, images: int = 1024, iterations: int = 20,
+              seed: int = 0) -> float:
+    """Top eigenvalue of the training loss's Hessian at `theta` [P], by power iteration on a fixed sample of images."""
+    rows = torch.randperm(len(data.labels["train"]), generator=generator(seed, "sharpness"))[:images].to(data.device)
+    x, y = data.batch("train", rows), data.labels["train"][rows]
+    theta = theta.to(data.device).detach().requires_grad_()
+    gradient, = torch.autograd.grad(F.cross_entropy(net(theta, x), y), theta, create_graph=True)
+    v = torch.randn(net.size, generator=generator(seed, "sharpness", "start")).to(theta)
+    value = torch.zeros(())
+    for _ in range(iterations):
+        v = v / v.norm()
+        product, = torch.autograd.grad(gradient @ v, theta, retain_graph=True)
+        value, v = v @ product, product
+    return float(value)
