@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from sklearn.cluster import KMeans
 
 from ..backbones import Backbone, build
 from ..core import DDError, choose, generator, option
@@ -84,8 +83,7 @@ def kmeans(features: torch.Tensor, n: int, seed: int, restarts: int = 10) -> tor
 
     k-means++ with `restarts` restarts. Each centre in turn takes the nearest sample that no earlier centre took.
     """
-    from scipy.optimize import linear_sum_assignment  # loaded here: they would double the time of `import ddlib`
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import KMeans  # loaded here: it would double the time of `import ddlib`
 
     x = _points(features, n).cpu()
     fit = KMeans(n, init="k-means++", n_init=restarts, random_state=seed % 2**32).fit(x.numpy())

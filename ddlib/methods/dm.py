@@ -74,7 +74,7 @@ class DM:
 
     def step(self) -> dict[str, torch.Tensor]:
         """One update of all images; returns the loss divided by the number of classes, as the released log does."""
-        rng = lambda purpose: generator(self.seed, "dm", purpose, self.steps)  # noqa: E731
+        rng = lambda purpose: generator(self.seed, "dm", purpose, self.steps)
         initialise(self.net, rng("network"))
         real = self.data.sample(self.batch, rng("real"))
         params = draw(self.config.augment, self.data.num_classes, self.data.shape[1:], rng("augment"))
