@@ -31,7 +31,7 @@ def shapes(classes: int, each: int, device: torch.device):
     rng = generator(0, "bench", classes)
     images = torch.randint(256, (classes * each, 3, 32, 32), dtype=torch.uint8, generator=rng)
     labels = torch.arange(classes).repeat_interleave(each)
-    return from_arrays(images, labels, images[: 10 * classes], labels[:: each // 10][: 10 * classes], device=device)
+    return from_arrays(images, labels, images[: 10 * classes], labels[:: max(1, each // 10)][: 10 * classes], device=device)
 
 
 def plain_step(data, images: torch.Tensor, ipc: int, batch: int, step: int, backbone: str = "convnet") -> torch.Tensor:

@@ -23,6 +23,6 @@ __all__ = ["METHODS", "PROFILES", "DDError", "Dataset", "Evaluation", "Run", "Sp
 
 def __getattr__(name: str):
     """`dd.tables` and `dd.plots` load pandas and matplotlib only when they are asked for."""
-    if name in ("plots", "tables"):
+    if name in ("plots", "studies", "tables"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module 'ddlib' has no attribute {name!r}")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
-from .core import SOURCE, DDError, choose, pick_device, results_folder
+from .core import SOURCE, DDError, Interrupted, choose, pick_device, results_folder
 from .data import NAMES, load
 from .evaluation import evaluate
 from .methods import METHODS
-from .runs import Interrupted, prepare, run
+from .runs import prepare, run
 from .spec import PROFILES
 from .synthetic import Synthetic
 
@@ -22,16 +25,30 @@ DATASETS = {"smoke": "digits", "small": "cifar10", "paper": "cifar10"}  # what t
 
 
 def _key_values(pairs: list[str]) -> dict[str, object]:
-    """`--set key=value` as a dict; values are read as YAML, so 1e-3 needs its dot: 1.0e-3."""
+    """`--set key=value` as a dict; values are read as YAML, and 1e-3, a word to YAML 1.1, as the number it is."""
+    values = {}
     for pair in pairs:
-        if "=" not in pair:
+        key, _, text = pair.partition("=")
+        with suppress(yaml.YAMLError):
+            values[key] = yaml.safe_load(text)
+        if values.get(key) is None:
             raise DDError(f"--set takes KEY=VALUE, not {pair!r}")
-    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+        if isinstance(values[key], str):
+            with suppress(ValueError):
+                values[key] = float(text)
+    return values
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, object]:
+    values = _key_values(args.set)
+    for key in values.keys() & inspect.signature(run).parameters.keys():
+        raise DDError(f"--set takes the keys of a preset, and {key!r} is none of them")
+    return {"backbone": args.backbone} | values
 
 
 def _run(args: argparse.Namespace) -> None:
     done = run(args.method, args.dataset, ipc=args.ipc, profile=args.profile, seed=args.seed, device=args.device,
-               results=args.results, fresh=args.fresh, backbone=args.backbone, **_key_values(args.set))
+               results=args.results, fresh=args.fresh, checkpoint_every=args.checkpoint_every, **_overrides(args))
     record = done.record
     print(f"{done!r}\nrecord {done.path}\nset    {done.path.with_suffix('.safetensors')}\n"
           f"distilled in {record['seconds']['distill']:.0f} s, evaluated in {record['seconds']['evaluate']:.0f} s, "
@@ -40,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _experts(args: argparse.Namespace) -> None:
     paths = prepare(args.method, args.dataset, ipc=args.ipc, profile=args.profile, device=args.device,
-                    backbone=args.backbone, **_key_values(args.set))
+                    **_overrides(args))
     print(f"{len(paths)} experts in {paths[0].parent}")
 
 
@@ -94,13 +111,21 @@ def _reproduce(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(SOURCE))
-    from bench import dm
+    try:
+        from bench import dm
+    except ImportError:
+        raise DDError("bench needs the source checkout of ddlib, which has the plain loops") from None
 
     dm.main(pick_device(args.device), Path(args.out) if args.out else None)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ddlib: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="ddlib", description="Dataset distillation, reproduced.")
+    top = _Parser(prog="ddlib", description="Dataset distillation, reproduced.")
     commands = top.add_subparsers(dest="command", required=True)
 
     def command(name: str, call, summary: str) -> argparse.ArgumentParser:
@@ -121,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--backbone", help="e.g. convnet:width=32; default: the preset's")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset key")
     one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS")
     one.add_argument("--fresh", action="store_true", help="ignore an old record and checkpoint")
 
     score = command("evaluate", _evaluate, "train fresh networks on a distilled set and test them")
@@ -149,8 +175,8 @@ def main() -> int:
     args = parser().parse_args()
     try:
         args.call(args)
-    except Interrupted as error:
-        print(f"ddlib: {error}", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"ddlib: {str(error) or 'stopped'}", file=sys.stderr)
         return 130
     except DDError as error:
         print(f"ddlib: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The few small things that every other file needs: one error, one random stream, one way to write a file."""
+"""The few small things that every other file needs: one error, one random stream, one way to stop or write."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import difflib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,14 +58,15 @@ def checksum(*tensors: torch.Tensor) -> str:
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """`auto` is CUDA where there is one, else the CPU; anything else must be a device torch can use here."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DDError(f"device {str(device)!r} cannot be used here; allowed: auto, cpu"
-                      f"{', cuda' if torch.cuda.is_available() else ' (no CUDA device is visible)'}") from error
-    return device
+        if torch.device(device).type != "meta":  # which has shapes and no values
+            return torch.empty(0, device=device).device  # as tensors report it: "cuda" is "cuda:0"
+        error = None
+    except (RuntimeError, AssertionError, TypeError) as caught:
+        error = caught
+    raise DDError(f"device {str(device)!r} cannot be used here; allowed: auto, cpu"
+                  f"{', cuda' if torch.cuda.is_available() else ' (no CUDA device is visible)'}") from error
 
 
 def results_folder(results: str | Path | None = None) -> Path:
@@ -71,21 +75,47 @@ def results_folder(results: str | Path | None = None) -> Path:
     return Path(results or os.environ.get("DDLIB_RESULTS") or root / "results")
 
 
+class Interrupted(DDError):
+    """The run was stopped by a signal; its checkpoint holds every finished step."""
+
+
+@contextmanager
+def guard() -> Iterator[dict]:
+    """Turn SIGTERM and Ctrl-C into KeyboardInterrupt, but never inside a step, which would tear its state."""
+    flags = {"stepping": False, "stop": False}
+
+    def handle(*_: object) -> None:
+        flags["stop"] = True
+        if not flags["stepping"]:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield flags
+        return
+    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flags
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
     """Call `write(temporary)` beside `path`, then rename: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        temporary.touch()
     except OSError as error:
         raise DDError(f"cannot write {path}: {error.strerror}; choose a writable folder (--results DIR, "
                       f"or the environment variable DDLIB_RESULTS)") from error
-    temporary = Path(name)
     try:
+        rights = temporary.stat().st_mode  # what the umask gives; safetensors would leave the owner alone with it
         write(temporary)
+        temporary.chmod(rights)
         os.replace(temporary, path)
-    except OSError as error:
-        raise DDError(f"cannot write {path}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
+        raise DDError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -116,8 +116,12 @@ def train_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int
             continue
         initialise(net, generator(seed, "expert", "weights"))
         weights = [flat.vector()]
+
+        def keep(epoch: int, weights: list = weights) -> None:
+            weights.append(flat.vector())
+
         train(net, lambda index: data.batch("train", index), data.labels["train"], sgd, generator(seed, "expert"),
-              forward=forward, after_epoch=lambda epoch: weights.append(flat.vector()), adjust=adjust)
+              forward=forward, after_epoch=keep, adjust=adjust)
         score = accuracy(net, data) if len(data.labels["test"]) else None
         save_tensors(path, {"weights": torch.stack(weights)},
                      _header(data, net, recipe) | {"seed": seed, "test_accuracy": score})

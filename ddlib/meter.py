@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 import torch
+
+from .core import SOURCE
 
 
 class PeakMemory:
@@ -22,7 +27,7 @@ class PeakMemory:
     def __init__(self, device: torch.device):
         self.device, self.bytes, self.method = device, 0, ""
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Self:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -46,6 +51,46 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         self.bytes = self.read()
+
+
+class SavedTensors:
+    """Peak bytes that autograd graphs hold inside a `with` block, in `.peak`; `.live` is what they hold now.
+
+    Every tensor that a graph saves, also one built by a backward pass with `create_graph=True`, goes through
+    `torch.autograd.graph.saved_tensors_hooks`: its storage counts from then until the last graph that saved it lets
+    go, and once however many saved views it has. Temporaries and tensors that only Python holds do not count. Works on
+    every device, `meta` too, where nothing is computed. A `torch.utils.checkpoint` region keeps its tensors from
+    outer hooks, so only its inputs count.
+    """
+
+    def __enter__(self) -> Self:
+        self.peak = self.live = 0
+        self._owners: dict[int, int] = {}  # storage -> saved tensors that hold it
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(partial(_Saved, self), lambda saved: saved.tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.__exit__(*_)
+
+
+class _Saved:
+    """One saved tensor; the graph drops this object when it frees the tensor."""
+
+    def __init__(self, meter: SavedTensors, tensor: torch.Tensor):
+        self.meter, self.tensor = meter, tensor.detach()  # a saved output would hold its own graph alive
+        storage = tensor.untyped_storage()
+        self.key, self.bytes = storage._cdata, storage.nbytes()
+        owners = meter._owners[self.key] = meter._owners.get(self.key, 0) + 1
+        if owners == 1:
+            meter.live += self.bytes
+            meter.peak = max(meter.peak, meter.live)
+
+    def __del__(self) -> None:
+        self.meter._owners[self.key] -= 1
+        if not self.meter._owners[self.key]:
+            del self.meter._owners[self.key]
+            self.meter.live -= self.bytes
 
 
 def seconds(work: Callable[[], object], *, repeats: int = 3, warm: int = 1, device: torch.device | None = None) -> float:
@@ -76,3 +121,12 @@ def machine(device: torch.device) -> str:
     except (OSError, StopIteration, IndexError):
         name = "CPU"
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """The git commit of the checkout, None where there is none."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SOURCE, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
+    return git.stdout.strip() or None

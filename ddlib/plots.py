@@ -4,47 +4,69 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from . import tables
-from .runs import SOURCE, Run
+from .core import SOURCE, DDError, generator
+from .data import Dataset
+from .runs import Run
 from .synthetic import Synthetic
 
 COLOURS = {"random": "#999999", "herding": "#CC79A7", "kcenter": "#F0E442", "kmeans": "#56B4E9", "dm": "#0072B2",
            "dc": "#8C564B", "dsa": "#D55E00", "idc": "#E69F00", "mtt": "#117733", "tesla": "#009E73",
            "ftd": "#882255", "datm": "#AA4499", "frepo": "#332288", "dream": "#DDCC77", "dream_plus": "#CC6677"}
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
 
 
-def grid(pixels: torch.Tensor, columns: int, *, titles: list[str] | None = None, scale: float = 0.8) -> Figure:
-    """Images [n, C, H, W] in [0, 1] as a grid, row by row; `titles` name the columns."""
-    rows = math.ceil(len(pixels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(scale * columns, scale * rows + 0.35), squeeze=False,
+def grid(pixels: torch.Tensor, columns: int, *, titles: Sequence[str] = (), rows: Sequence[str] = (),
+         scale: float = 0.8) -> Figure:
+    """Images [n, C, H, W] in [0, 1] as one mosaic, row by row; `titles` name the columns, `rows` the rows."""
+    count, (height, width) = math.ceil(len(pixels) / columns), pixels.shape[2:]
+    gap = max(1, width // 10)
+    tiles = F.pad(pixels.detach().cpu().float().expand(-1, 3, -1, -1), (gap, gap, gap, gap), value=1.0)
+    tiles = torch.cat([tiles, tiles.new_ones(count * columns - len(tiles), *tiles.shape[1:])])
+    picture = tiles.unflatten(0, (count, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    figure, axis = plt.subplots(figsize=(scale * columns + 0.8 * bool(rows), scale * count + 0.35),
                                 layout="constrained")
-    for k, axis in enumerate(axes.flat):
-        axis.axis("off")
-        if k < len(pixels):
-            image = pixels[k].detach().cpu().permute(1, 2, 0)
-            axis.imshow(image.expand(-1, -1, 3) if image.shape[2] == 1 else image, interpolation="nearest")
-        if titles and k < columns:
-            axis.set_title(titles[k], fontsize=8)
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_xticks([(k + 0.5) * (width + 2 * gap) - 0.5 for k in range(len(titles))], titles, fontsize=8)
+    axis.set_yticks([(k + 0.5) * (height + 2 * gap) - 0.5 for k in range(len(rows))], rows, fontsize=8)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
     return figure
 
 
-def images(syn: Synthetic, data=None, *, per_class: int = 10, title: str | None = None) -> Figure:
-    """The distilled images, one row a class (at most `per_class` of each); a ZCA set needs its `data`."""
-    shown = min(per_class, syn.ipc)
-    pixels = syn.pixels(data).unflatten(0, (len(syn.classes), syn.ipc))[:, :shown]
-    if shown == 1:
-        figure = grid(pixels.flatten(0, 1), len(syn.classes), titles=[name[:10] for name in syn.classes])
+def _by_class(pixels: torch.Tensor, classes: Sequence[str], per_class: int, title: str) -> Figure:
+    """Images [classes * ipc, C, H, W]: one row a class, or all classes side by side where each has one image."""
+    table = pixels.unflatten(0, (len(classes), -1))[:, :per_class]
+    names = [name[:12] for name in classes]
+    if table.shape[1] == 1:
+        figure = grid(table[:100].flatten(0, 1), min(10, len(classes)), titles=names if len(classes) <= 10 else ())
     else:
-        figure = grid(pixels.flatten(0, 1), shown)
-    figure.suptitle(title or _title(syn), fontsize=9)
+        figure = grid(table[:10].flatten(0, 1), table.shape[1], rows=names[:10])
+        title += f" (10 of {len(classes)} classes)" if len(classes) > 10 else ""
+    figure.suptitle(title, fontsize=9)
     return figure
+
+
+def images(syn: Synthetic, data: Dataset | None = None, *, per_class: int = 10, title: str | None = None) -> Figure:
+    """The distilled images, one row a class (at most `per_class` of each); a ZCA set needs its `data`."""
+    return _by_class(syn.pixels(data), syn.classes, per_class, title or _title(syn))
+
+
+def real(data: Dataset, *, per_class: int = 10, seed: int = 0, split: str = "train") -> Figure:
+    """Random real images, one row a class."""
+    index = data.sample(per_class, generator(seed, "plots", "real"), split)
+    return _by_class(data.denormalise(data.batch(split, index.flatten())), data.classes, per_class,
+                     f"{data.name}, {split} images")
 
 
 def _title(syn: Synthetic) -> str:
@@ -52,13 +74,13 @@ def _title(syn: Synthetic) -> str:
     return f"{made['method']}, {made['dataset']}, IPC {made['ipc']}, {made['profile']} profile" if made else syn.dataset
 
 
-def evolution(syn: Synthetic, data=None, *, title: str | None = None) -> Figure:
-    """The first image of each class at every snapshot, one row a step, the step beside the row."""
-    first = [syn.pixels(data, shot)[:: syn.ipc] for shot in syn.snapshots.values()]
-    figure = grid(torch.cat(first), len(syn.classes), titles=[name[:10] for name in syn.classes])
-    for row, step in enumerate(syn.snapshots):
-        figure.axes[row * len(syn.classes)].text(-0.25, 0.5, f"step {step}", ha="right", va="center", fontsize=8,
-                                                 transform=figure.axes[row * len(syn.classes)].transAxes)
+def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None = None) -> Figure:
+    """The first image of each class (of the first ten) at every snapshot, one row a step."""
+    if not syn.snapshots:
+        raise DDError("this set keeps no snapshots: run it with snapshots=5, or another count, to see it change")
+    first = [syn.pixels(data, shot)[:: syn.ipc][:10] for shot in syn.snapshots.values()]
+    figure = grid(torch.cat(first), len(first[0]), titles=[name[:12] for name in syn.classes[:10]],
+                  rows=[f"step {step}" for step in syn.snapshots])
     figure.suptitle(title or _title(syn), fontsize=9)
     return figure
 
@@ -71,17 +93,17 @@ def accuracy_vs_ipc(table: pd.DataFrame, *, papers: bool = True) -> Figure:
                                 layout="constrained")
     for axis, (_, place) in zip(axes[0], places.iterrows(), strict=True):
         here = rows[(rows.dataset == place.dataset) & (rows.profile == place.profile)]
-        for method, line in here.groupby("method"):
+        ipcs = sorted(int(ipc) for ipc in here.ipc.unique())
+        for (method, overrides), line in here.groupby(["method", "overrides"], sort=False):
             axis.errorbar(line.ipc, line.accuracy, line.pooled, marker="o", capsize=3, color=COLOURS.get(method),
-                          label=f"{method}, ours")
-            values = {ipc: tables.paper_value(method, place.dataset, ipc, "dsa" if method == "random" else None)
-                      for ipc in sorted(here.ipc.unique())}
-            known = {ipc: v for ipc, v in values.items() if v}
-            if papers and known:
-                axis.plot(list(known), [v[0] for v in known.values()], "s--", color=COLOURS.get(method), alpha=0.6,
-                          label=f"{method}, paper")
-        ipcs = sorted(here.ipc.unique())
-        axis.set(xscale="log", xlabel="images per class (IPC)", ylabel="test accuracy (%)",
+                          label=f"{method}, ours" + f" ({overrides})" * bool(overrides))
+        for method in dict.fromkeys(here.method) if papers else ():
+            known = {ipc: v for ipc in ipcs if (v := tables.paper_value(
+                method, place.dataset, ipc, "dsa" if method == "random" else None))}
+            if known:
+                axis.errorbar(list(known), *zip(*known.values(), strict=True), fmt="s--", capsize=3, alpha=0.6,
+                              mfc="white", color=COLOURS.get(method), label=f"{method}, paper")
+        axis.set(xscale="log", xlabel="images per class (IPC)", ylabel="test accuracy (%), mean ± std",
                  title=f"{place.dataset}, {place.profile} profile")
         axis.set_xticks(ipcs, [str(ipc) for ipc in ipcs])
         axis.minorticks_off()
@@ -92,31 +114,43 @@ def accuracy_vs_ipc(table: pd.DataFrame, *, papers: bool = True) -> Figure:
 
 def training_time(table: pd.DataFrame) -> Figure:
     """Accuracy against the seconds a run took, distillation and evaluation together, one point a run."""
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     for method, rows in table.groupby("method"):
-        axis.scatter(rows.seconds, rows.accuracy, color=COLOURS.get(method), label=method)
-        for _, row in rows.drop_duplicates("ipc").iterrows():
-            axis.annotate(f"IPC {row.ipc}", (row.seconds, row.accuracy), fontsize=7, textcoords="offset points",
-                          xytext=(4, 4))
-    axis.set(xscale="log", xlabel="seconds a run", ylabel="test accuracy (%)",
-             title=f"{table.dataset.iloc[0]}, {table.profile.iloc[0]} profile")
-    axis.grid(alpha=0.3, which="both")
+        axis.scatter(rows.seconds, rows.accuracy, s=22, alpha=0.8, color=COLOURS.get(method), label=method)
+        for ipc, group in rows.groupby("ipc"):
+            axis.annotate(f"IPC {ipc}", (group.seconds.max(), group.accuracy.mean()), fontsize=8,
+                          textcoords="offset points", xytext=(6, 0), va="center", annotation_clip=False)
+    axis.set(xscale="log", xlabel="seconds per run, distillation and evaluation", ylabel="test accuracy (%)")
+    axis.set_title(f"{table.dataset.iloc[0]}, {table.profile.iloc[0]} profile\n{_devices(table)}", fontsize=10)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.margins(x=0.15, y=0.1)
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
 
 
+def _devices(table: pd.DataFrame) -> str:
+    return "; ".join(sorted(set(table.device)))
+
+
 def history(found: list[Run], key: str = "loss") -> Figure:
-    """A logged metric against the step, one line a run."""
-    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    """A logged metric against the step, one line a run, one colour an IPC."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    ipcs = sorted({run.record["ipc"] for run in found})
+    seen = set()
     for run in found:
-        rows = [row for row in run.record["history"] if key in row]
-        axis.plot([row["step"] for row in rows], [row[key] for row in rows],
-                  label=f"IPC {run.record['ipc']}, seed {run.record['seed']}")
+        rows, ipc = [row for row in run.record["history"] if key in row], run.record["ipc"]
+        axis.plot([row["step"] for row in rows], [row[key] for row in rows], lw=1, alpha=0.8,
+                  color=LINES[ipcs.index(ipc) % len(LINES)], label=None if ipc in seen else f"IPC {ipc}")
+        seen.add(ipc)
     record = found[0].record
+    seeds = len({run.record["seed"] for run in found})
     axis.set(xlabel="step", ylabel=key, yscale="log",
-             title=f"{record['method']}, {record['dataset']}, {record['profile']} profile")
+             title=f"{record['method']}, {record['dataset']}, {record['profile']} profile, {seeds} seed{'s' * (seeds > 1)}")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=8)
     return figure
 
 
@@ -124,7 +158,8 @@ def save(figure: Figure, name: str, profile: str, folder: str | Path | None = No
     """Write `figures/PROFILE/NAME.png` and `.svg`; DDLIB_FIGURES or `folder` moves the figures elsewhere."""
     place = Path(folder or os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / profile
     place.mkdir(parents=True, exist_ok=True)
-    for suffix in ("svg", "png"):
-        figure.savefig(path := place / f"{name}.{suffix}", dpi=150, bbox_inches="tight",
-                       metadata={"Date": None} if suffix == "svg" else None)
+    with plt.rc_context({"svg.hashsalt": "ddlib"}):  # else the ids, and so the bytes, differ every time
+        for suffix in ("svg", "png"):
+            figure.savefig(path := place / f"{name}.{suffix}", dpi=150, bbox_inches="tight",
+                           metadata={"Date": None} if suffix == "svg" else None)
     return path

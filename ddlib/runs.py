@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
-import subprocess
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +15,18 @@ import numpy
 import torch
 from tqdm.auto import tqdm
 
-from .core import SOURCE, DDError, load_tensors, pick_device, results_folder, save_tensors, write_atomically
+from .core import DDError, Interrupted, guard, load_tensors, pick_device, results_folder, save_tensors, write_atomically
 from .data import Dataset, load
 from .evaluation import VERSION, Evaluation, evaluate
 from .experts import train_experts
-from .meter import PeakMemory, machine
+from .meter import PeakMemory, commit, machine
 from .methods import METHODS
 from .spec import Spec, resolve
 from .synthetic import Synthetic
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 @dataclass(frozen=True)
 class Run:
@@ -40,8 +37,10 @@ class Run:
     @cached_property
     def record(self) -> dict[str, Any]:
         try:
-            return json.loads(self.path.read_text())
-        except (OSError, ValueError) as error:
+            record = json.loads(self.path.read_text())
+            record["accuracy"]["last"]["mean"]
+            return record
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DDError(f"the record {self.path} cannot be read ({type(error).__name__}): delete it and run again"
                           ) from error
 
@@ -64,7 +63,7 @@ class Run:
         kept = json.loads(path.read_text()) if path.is_file() else {}
         key = f"{backbone} x {networks}, version {VERSION}"
         if key not in kept:
-            data = data or _load(resolve_record(self.record), pick_device(device))
+            data = data or dataset_of(resolve_record(self.record), pick_device(device))
             result = evaluate(self.synthetic, data, backbone=backbone, networks=networks, seed=self.record["seed"])
             kept[key] = {"backbone": backbone, **_summary(self.record["accuracy"]["last"]["step"], result),
                          "seconds": round(result.seconds, 3), "device": machine(data.device)}
@@ -76,36 +75,11 @@ class Run:
         return f"Run({self.path.stem}: {last['mean']:.1f} ± {last['std']:.1f} %)"
 
 
-class Interrupted(DDError):
-    """The run was stopped by a signal; its checkpoint holds every finished step."""
-
-
-@contextmanager
-def _stoppable() -> Iterator[dict]:
-    """Turn SIGTERM and Ctrl-C into KeyboardInterrupt, but never inside a step, which would tear its state."""
-    flags = {"stepping": False, "stop": False}
-
-    def handle(*_: object) -> None:
-        flags["stop"] = True
-        if not flags["stepping"]:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield flags
-        return
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield flags
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
-
-
 class _Progress:
     """What a checkpoint keeps beside the method's tensors: history, evaluations, snapshots and seconds so far."""
 
-    def __init__(self, spec: Spec, path: Path, method: Any, total: int):
-        self.spec, self.path, self.method, self.total = spec, path, method, total
+    def __init__(self, spec: Spec, path: Path, method: Any, data: str):
+        self.spec, self.path, self.method, self.data, self.total = spec, path, method, data, spec.config.iterations
         self.step, self.history, self.evaluations, self.snapshots = 0, [], [], {}
         self.seconds = {"distill": 0.0, "evaluate": 0.0}
         self.peak = 0
@@ -116,24 +90,28 @@ class _Progress:
         self.peak = max(self.peak, peak.read())
         tensors = {f"method.{k}": v for k, v in self.method.state_dict().items()}
         tensors |= {f"snapshot.{k}": v for k, v in self.snapshots.items()}
-        save_tensors(self.path, tensors, {"name": self.spec.name} | {k: getattr(self, k) for k in self.KEPT})
+        header = {"name": self.spec.name, "data": self.data} | {k: getattr(self, k) for k in self.KEPT}
+        save_tensors(self.path, tensors, header)
 
     def restore(self) -> None:
         if not self.path.exists():
             return
         tensors, header = load_tensors(self.path, "checkpoint", "delete it to start this run from the beginning")
-        if header.pop("name") != self.spec.name:
-            raise DDError(f"the checkpoint {self.path} belongs to another run; delete it to start this one")
+        if header.get("name") != self.spec.name or header.get("data", self.data) != self.data:
+            raise DDError(f"the checkpoint {self.path} belongs to another run or other images; delete it to start anew")
         for key in self.KEPT:
             setattr(self, key, header[key])
         self.snapshots = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("snapshot.")}
         self.method.load_state_dict({k.removeprefix("method."): v for k, v in tensors.items()
                                      if k.startswith("method.")})
 
+    def kept(self, step: int) -> str:
+        return f"the last good state, step {step}, is kept in {self.path}" if self.path.is_file() else "nothing is kept"
+
 
 def _points(total: int, count: int) -> set[int]:
-    """`count` steps evenly spaced over 0..total, the last always among them."""
-    return {round(total * (k + 1) / count) for k in range(count)} if count else set()
+    """`count` steps evenly spaced over 1..total, the last always among them."""
+    return {min(total, max(1, round(total * (k + 1) / count))) for k in range(count)}
 
 
 def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: int = 0, device: str = "auto",
@@ -147,29 +125,33 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
     """
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
     folder = results_folder(results) / profile
-    done = Run(folder / f"{spec.name}.json")
+    done, config = Run(folder / f"{spec.name}.json"), spec.run
+    if data and (data.name != dataset or data.zca or config.zca or config.subset or config.resolution):
+        data = None
     if not fresh and done.path.is_file() and done.path.with_suffix(".safetensors").is_file():
-        done.record  # noqa: B018  a damaged record is named here
+        if data and data.checksum != done.record.get("dataset_checksum"):  # a damaged record is named here
+            raise DDError(f"the record {done.path} was made from other images of the name {dataset!r}: give these "
+                          "another name, or run with fresh=True")
+        done.record  # noqa: B018  or here
         return done
     if checkpoint_every < 1:
         raise DDError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
-    config, at = spec.run, pick_device(device)
+    at = pick_device(device)
     write_atomically(folder / f".{spec.name}.try", lambda path: None).unlink()  # an unwritable folder fails now
-    if data is None or data.name != dataset or data.device != at or config.zca or config.subset or config.resolution:
-        data = _load(spec, at)
+    data = data.to(at) if data else dataset_of(spec, at)
     smallest = int(data.class_sizes().min())
     if ipc > smallest:
         name = data.classes[int(data.class_sizes().argmin())]
         raise DDError(f"ipc {ipc} is more than the {smallest} training images of class {name!r} of {dataset}; "
                       f"allowed: 1 to {smallest}")
     work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
-    state = _Progress(spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, spec.config.iterations)
+    state = _Progress(spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, data.checksum)
     if fresh:
         state.path.unlink(missing_ok=True)
     state.restore()
     with PeakMemory(data.device) as peak:
         try:
-            with _stoppable() as flags:
+            with guard() as flags:
                 _loop(state, data, peak, flags, progress, checkpoint_every)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped at step {state.step} of {state.total}; run the same command to go on") from None
@@ -184,7 +166,7 @@ def prepare(method: str, dataset: str, *, ipc: int, profile: str = "smoke", devi
     spec = resolve(method, dataset, ipc, profile, **overrides)
     if not hasattr(spec.config, "expert_recipe"):
         raise DDError(f"{method} needs no experts; methods that do: mtt, tesla, ftd, datm")
-    return train_experts(_load(spec, pick_device(device)), spec.run.backbone, spec.config.expert_recipe,
+    return train_experts(dataset_of(spec, pick_device(device)), spec.run.backbone, spec.config.expert_recipe,
                          spec.config.experts, compile=spec.run.compile, progress=progress)
 
 
@@ -193,7 +175,8 @@ def resolve_record(record: dict[str, Any]) -> Spec:
     return Spec(**{key: record[key] for key in ("method", "dataset", "ipc", "profile", "seed", "values")})
 
 
-def _load(spec: Spec, device: torch.device) -> Dataset:
+def dataset_of(spec: Spec, device: torch.device) -> Dataset:
+    """The dataset that a run sees: its resolution, whitening and subset applied."""
     run = spec.run
     data = load(spec.dataset, device=device, resolution=run.resolution or None, zca=run.zca or None)
     return data.subset(run.subset) if run.subset else data
@@ -227,14 +210,20 @@ def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progre
             state.save(peak)
 
         try:
-            while state.step < total:
+            while True:
+                # At the top, so that a run that was stopped while it evaluated does not skip that evaluation.
+                if state.step in tests and all(e["step"] != state.step for e in state.evaluations):
+                    _test(state, data, bar)
+                    start = time.perf_counter()
+                if state.step == total:
+                    return
                 flags["stepping"] = True
                 try:
                     report = state.method.step()
                 except DDError as error:  # raised before anything was changed
                     if state.step > saved:
                         save()
-                    raise DDError(f"{error}; the last good state, step {state.step}, is kept in {state.path}") from None
+                    raise DDError(f"{error}; {state.kept(state.step)}") from None
                 state.step += 1
                 if state.step % log_every == 0 or state.step == total:
                     values = {k: float(v) for k, v in report.items()}
@@ -250,11 +239,6 @@ def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progre
                 flags["stepping"] = False
                 if flags["stop"]:
                     raise KeyboardInterrupt
-                if state.step in tests:
-                    _test(state, data, bar)
-                    start = time.perf_counter()
-            if not state.evaluations or state.evaluations[-1]["step"] < total:
-                _test(state, data, bar)
         except KeyboardInterrupt:
             if state.step > saved:
                 save()
@@ -262,8 +246,8 @@ def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progre
 
 
 def _diverged(state: _Progress, saved: int, what: str) -> DDError:
-    return DDError(f"{state.spec.method} diverged at step {state.step}: {what}; the last good state, step {saved}, is "
-                   f"kept in {state.path}; lower the step size")
+    return DDError(f"{state.spec.method} diverged at step {state.step}: {what}; {state.kept(saved)}; lower the step "
+                   "size")
 
 
 def _test(state: _Progress, data: Dataset, bar: tqdm) -> None:
@@ -290,16 +274,11 @@ def _write(path: Path, state: _Progress, data: Dataset, peak: PeakMemory) -> Non
         "evaluations": state.evaluations, "history": state.history, "extra": getattr(state.method, "record", {}),
         "seconds": {k: round(v, 3) for k, v in state.seconds.items()},
         "peak_bytes": max(state.peak, peak.bytes), "peak_method": peak.method, "device": machine(data.device),
-        "dataset_checksum": data.checksum, "commit": _commit(),
+        "dataset_checksum": data.checksum, "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
-
-
-def _commit() -> str | None:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SOURCE, capture_output=True, text=True, check=False)
-    return git.stdout.strip() or None
 
 
 def sweep(method: str, dataset: str, *, ipcs: Iterable[int], seeds: Iterable[int] = (0,), **options: Any

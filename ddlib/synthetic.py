@@ -85,6 +85,9 @@ class Synthetic:
         """Read a set that `save` wrote; a damaged or foreign file is a `DDError`."""
         tensors, header = load_tensors(Path(path), "distilled set", "delete it and run again to make it anew")
         snapshots = {int(name.split("@")[1]): tensors.pop(name) for name in list(tensors) if "@" in name}
-        header["classes"] = tuple(header["classes"])
-        header["recipe"] = Recipe(**{**header["recipe"], "drops": tuple(header["recipe"]["drops"])})
-        return cls(**tensors, **header, snapshots=dict(sorted(snapshots.items())))
+        try:
+            header["classes"] = tuple(header["classes"])
+            header["recipe"] = Recipe(**{**header["recipe"], "drops": tuple(header["recipe"]["drops"])})
+            return cls(**tensors, **header, snapshots=dict(sorted(snapshots.items())))
+        except (KeyError, TypeError) as error:  # a checkpoint or an expert of ours
+            raise DDError(f"{path} is a file of ddlib's, but not a distilled set") from error

@@ -8,27 +8,44 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Any
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
-from .core import DDError
+from .core import DDError, results_folder
 from .data import canonical
 from .methods import METHODS
-from .runs import Run, resolve_record, results_folder
+from .runs import Run, resolve_record
+from .spec import resolve
 
-COLUMNS = ["method", "dataset", "ipc", "profile", "backbone", "seed", "accuracy", "std", "best", "best_std",
-           "networks", "seconds", "peak_bytes", "device", "name"]
+COLUMNS = ["method", "dataset", "ipc", "profile", "backbone", "overrides", "seed", "iterations", "eval_epochs",
+           "accuracy", "std", "best", "best_std", "networks", "seconds", "distill", "evaluate", "peak_bytes",
+           "peak_method", "device", "name"]
+SETTING = ("dataset", "profile", "backbone", "ipc", "method", "overrides")  # what makes runs comparable
 
 
 def runs(found: Iterable[Run]) -> pd.DataFrame:
-    """One row a run: last and best accuracy (per cent) with the spread over networks, seconds, peak bytes, device."""
+    """One row a run: last and best accuracy (per cent) with the spread over networks, seconds, peak bytes, device.
+
+    `overrides` names the values that are not the profile's preset, "" for none; `networks` lists every accuracy;
+    `seconds` is `distill` and `evaluate` together.
+    """
     rows = []
     for run in found:
         record, last, best = run.record, run.record["accuracy"]["last"], run.record["accuracy"]["best"]
+        seconds = record["seconds"]
         rows.append({key: record[key] for key in COLUMNS if key in record} | {
+            "overrides": _overrides(record), "iterations": record["values"].get("iterations", 0),
+            "eval_epochs": record["values"]["eval_epochs"],
             "accuracy": last["mean"], "std": last["std"], "best": best["mean"], "best_std": best["std"],
-            "networks": last["networks"], "seconds": round(sum(record["seconds"].values()), 1)})
+            "networks": last["networks"], "seconds": round(sum(seconds.values()), 1), **seconds})
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _overrides(record: dict) -> str:
+    preset = resolve(*(record[key] for key in ("method", "dataset", "ipc", "profile"))).values
+    return ", ".join(f"{key}={value}" for key, value in record["values"].items() if preset.get(key) != value)
 
 
 def stored(results: str | Path | None = None, profile: str | None = None) -> list[Run]:
@@ -44,8 +61,7 @@ def _current(record: dict) -> bool:
         return False
 
 
-def summary(table: pd.DataFrame, by: tuple[str, ...] = ("dataset", "profile", "backbone", "ipc", "method")
-            ) -> pd.DataFrame:
+def summary(table: pd.DataFrame, by: tuple[str, ...] = SETTING) -> pd.DataFrame:
     """Mean over distillation seeds, with the two spreads apart and the papers' pooled one (all population, ddof 0).
 
     `over seeds` is the spread of the runs' means, `over networks` the mean spread inside a run, `pooled` the spread
@@ -57,8 +73,11 @@ def summary(table: pd.DataFrame, by: tuple[str, ...] = ("dataset", "profile", "b
         rows.append(dict(zip(by, key, strict=True)) | {
             "accuracy": fmean(group["accuracy"]), "over seeds": pstdev(group["accuracy"]),
             "over networks": fmean(group["std"]), "pooled": pstdev(pooled), "best": fmean(group["best"]),
-            "seeds": len(group), "networks": len(pooled), "seconds": fmean(group["seconds"]),
-            "peak MiB": round(group["peak_bytes"].max() / 2**20)})
+            "seeds": len(group), "networks": len(pooled), "iterations": group["iterations"].min(),
+            "eval_epochs": group["eval_epochs"].min(), "seconds": fmean(group["seconds"]),
+            "distill": fmean(group["distill"]), "evaluate": fmean(group["evaluate"]),
+            "peak MiB": round(group["peak_bytes"].max() / 2**20), "memory": group["peak_method"].iloc[0],
+            "device": ", ".join(sorted(set(group["device"])))})
     return pd.DataFrame(rows).sort_values(list(by), ignore_index=True) if rows else pd.DataFrame(columns=[*by])
 
 
@@ -68,42 +87,100 @@ def published() -> pd.DataFrame:
     return pd.read_csv(Path(__file__).with_name("published.csv"), dtype={"paper": str})
 
 
+def _own(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows on which a paper's method is tested on the network it was distilled on, in its plain form."""
+    return table[(table.backbone == table.backbone_eval) & (table.metric == "accuracy") & table.variant.isna()]
+
+
 def paper_value(method: str, dataset: str, ipc: int, protocol: str | None = None) -> tuple[float, float] | None:
     """The (value, spread) that a paper prints for a method on its own backbone, or None where none is on file."""
-    table = published()
-    rows = table[(table.method == method) & (table.dataset == canonical(dataset)) & (table.ipc == ipc)
-                 & (table.backbone == table.backbone_eval) & (table.metric == "accuracy") & table.variant.isna()]
+    table = _own(published())
+    rows = table[(table.method == method) & (table.dataset == canonical(dataset)) & (table.ipc == ipc)]
     rows = rows[rows.protocol == protocol] if protocol else rows
     return None if rows.empty else (float(rows.iloc[0].value), float(rows.iloc[0].spread))
 
 
-def verdict(profile: str, ours: float, spread: float, paper: tuple[float, float] | None) -> str:
-    """The rule fixed in advance: *reproduced* needs the paper's profile and 1 point, or the two intervals to meet."""
+def printed(methods: Iterable[str], datasets: Iterable[str], ipcs: Iterable[int] = (1, 10, 50)) -> pd.DataFrame:
+    """The papers' own table: a row a dataset and IPC, a column a method, as value ± spread.
+
+    Re-evaluations by later papers are left out, so a cell that the papers leave empty is empty. `*` marks a figure that was quoted
+    from memory and not yet seen in print, `~` one that was read off a plot. "full" stands in every row of its dataset.
+    """
+    table = _own(published())
+    table = table[~table.table.isin(["leaderboard", "second-hand"])]
+    table = pd.concat([table[table.method != "full"], *(table[table.method == "full"].assign(ipc=k) for k in ipcs)])
+    marks = table.verified.fillna("").map(lambda text: "*" if text.startswith("RECALLED") else "~" * (text == "V-fig"))
+    table = table.assign(cell=[_with_spread(v, s) for v, s in zip(table.value, table.spread, strict=True)] + marks)
+    table = table[table.dataset.isin(list(datasets)) & table.ipc.isin(list(ipcs))].astype({"ipc": int})
+    cells = table.pivot_table("cell", ["dataset", "ipc"], "method", aggfunc="first").fillna("")
+    return cells.reindex(columns=list(methods)).rename_axis(columns=None).reset_index()
+
+
+def shortfall(row: pd.Series) -> str:
+    """In what a row of `summary` falls short of the paper's setting, e.g. "iterations 800 of 20000"; "" in nothing."""
+    paper = resolve(row.method, row.dataset, row.ipc, "paper").values
+    ours = {"iterations": row.iterations, "eval_epochs": row.eval_epochs, "networks": row.networks / row.seeds}
+    less = [f"{key} {value:.0f} of {paper[key]}" for key, value in ours.items() if value < paper[key]]
+    return ", ".join(less + [row.backbone] * (row.backbone != paper["backbone"]))
+
+
+def verdict(profile: str, ours: float, spread: float, paper: tuple[float, float] | None, less: str = "") -> str:
+    """The rule fixed in advance: *reproduced* needs the paper's setting and 1 point, or the two intervals to meet.
+
+    `less` says what falls short of the paper's setting (`shortfall`) and stands in the verdict.
+    """
     if paper is None:
         return "no published figure"
-    if profile != "paper":
-        return "reduced budget"
+    if profile != "paper" or less:
+        return f"reduced budget: {less}" if less else "reduced budget"
     near = max(1.0, spread + (0.0 if math.isnan(paper[1]) else paper[1]))
     return "reproduced" if abs(ours - paper[0]) <= near else "not reproduced"
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of a paper's notebook: paper | ours | difference | verdict, one row a method, dataset and IPC."""
+    """The table of a paper's notebook: paper | ours | difference | verdict, one row a method, dataset and IPC.
+
+    Random images are held against the figure under the distilled sets' own protocol (DSA augmentation).
+    """
     rows = []
     for _, row in summary(table).iterrows():
         paper = paper_value(row.method, row.dataset, row.ipc, "dsa" if row.method == "random" else None)
-        rows.append({"dataset": row.dataset, "ipc": row.ipc, "method": row.method, "profile": row.profile,
-                     "paper": _with_spread(*paper) if paper else "none",
-                     "ours": f"{row.accuracy:.1f} ± {row.pooled:.1f}",
+        rows.append({"dataset": row.dataset, "profile": row.profile, "ipc": row.ipc, "method": row.method,
+                     "overrides": row.overrides, "paper": _with_spread(*paper) if paper else "none",
+                     "ours": _with_spread(row.accuracy, row.pooled),
                      "Δ": f"{row.accuracy - paper[0]:+.1f}" if paper else "",
-                     "over seeds": round(row["over seeds"], 1), "over networks": round(row["over networks"], 1),
-                     "best": round(row.best, 1), "networks": row.networks,
-                     "verdict": verdict(row.profile, row.accuracy, row.pooled, paper)})
-    return pd.DataFrame(rows)
+                     "over seeds": row["over seeds"], "over networks": row["over networks"], "best": row.best,
+                     "networks": row.networks,
+                     "verdict": verdict(row.profile, row.accuracy, row.pooled, paper, shortfall(row) if paper else "")})
+    found = pd.DataFrame(rows).round(1)
+    return found if any(found.get("overrides", ())) else found.drop(columns="overrides", errors="ignore")
 
 
-def _with_spread(value: float, spread: float) -> str:
-    return f"{value:.1f}" if math.isnan(spread) else f"{value:.1f} ± {spread:.1f}"
+def cost(table: pd.DataFrame) -> pd.DataFrame:
+    """What a run cost, mean over seeds: seconds of distillation and evaluation, milliseconds a step, peak memory."""
+    rows = summary(table)
+    rows["ms / step"] = 1000 * rows.distill / rows.iterations.where(rows.iterations > 0)
+    rows = rows.rename(columns={"iterations": "steps", "distill": "distillation (s)", "evaluate": "evaluation (s)"})
+    return rows[["dataset", "profile", "ipc", "method", "seeds", "steps", "distillation (s)", "ms / step",
+                 "evaluation (s)", "peak MiB", "memory", "device"]]
+
+
+def across(scores: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """Accuracy by backbone (rows) and method (columns) from dicts with method, backbone, mean, std and networks."""
+    rows = [{**score, "cell": _with_spread(score["mean"], score["std"], len(score["networks"]))} for score in scores]
+    table = pd.DataFrame(rows, columns=["backbone", "method", "cell"])
+    order = {axis: list(dict.fromkeys(table[axis])) for axis in ("backbone", "method")}
+    cells = table.pivot_table("cell", "backbone", "method", aggfunc="first")
+    return cells.reindex(order["backbone"])[order["method"]].rename_axis(columns=None).reset_index()
+
+
+def titled(table: pd.DataFrame, caption: str) -> Styler:
+    """The table for a notebook: one decimal, no row numbers, the caption above."""
+    return table.style.hide(axis="index").format(precision=1, na_rep="").set_caption(caption)
+
+
+def _with_spread(value: float, spread: float, count: int = 2) -> str:
+    return f"{value:.1f}" if math.isnan(spread) or count < 2 else f"{value:.1f} ± {spread:.1f}"
 
 
 def to_json(table: pd.DataFrame) -> str:

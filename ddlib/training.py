@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from shutil import which
 
 import torch
@@ -39,9 +43,13 @@ def halved(name: str, epochs: int, **changes) -> Recipe:
 
 @cache
 def _can_compile() -> bool:
-    if which("c++") or which("g++") or which("clang++") or torch.cuda.is_available():
+    # What Inductor (CPU) and Triton (CUDA) look for; both compile a file that includes Python.h.
+    cxx = which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+    cc = torch.cuda.is_available() and (which(os.environ.get("CC") or "gcc") or which("clang"))
+    if (cxx or cc) and Path(sysconfig.get_path("include"), "Python.h").is_file():
         return True
-    warnings.warn("torch.compile needs a C++ compiler and there is none: running uncompiled, about half as fast")
+    warnings.warn("torch.compile needs a C++ compiler and Python.h, and one is missing: running uncompiled, about half "
+                  "as fast")
     return False
 
 

@@ -1,0 +1,147 @@
+"""What the trajectory papers plot beside accuracy, each computed once and kept as a record in the results folder.
+
+`unrolling`: memory, time and fidelity of the matching gradient against unrolled steps (TESLA's claim, and ours).
+`flatness`: sharpness and test loss of plain and flat experts, epoch by epoch (FTD, section 3).
+`trajectory_error`: how far the student's test loss runs away from the expert's (FTD's accumulated error).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from .augment import augment, draw
+from .backbones import build
+from .core import DDError, generator, pick_device, results_folder, write_atomically
+from .data import Dataset
+from .experts import load_experts, sharpness
+from .meter import PeakMemory, SavedTensors, machine, seconds
+from .methods import METHODS
+from .runs import Run, dataset_of, resolve_record
+from .spec import Spec
+from .unroll import FlatNet, match
+
+VERSION = 1  # raise it when a change here changes the rows
+
+
+def _cached(kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[], list[dict]]) -> pd.DataFrame:
+    """The rows of a study from `results/PROFILE/studies/`, else computed and written there."""
+    digest = hashlib.sha256(json.dumps([spec.name, options, VERSION], sort_keys=True).encode()).hexdigest()[:8]
+    place = re.sub(r"[^A-Za-z0-9]+", "_", spec.dataset).strip("_")
+    path = results_folder() / spec.profile / "studies" / f"{kind}-{spec.method}-{place}-ipc{spec.ipc}-{digest}.json"
+    if path.is_file():
+        try:
+            return pd.DataFrame(json.loads(path.read_text())["rows"])
+        except (ValueError, KeyError):
+            raise DDError(f"the study {path} is damaged: delete it and run again") from None
+    rows = compute()
+    record = {"study": kind, "run": spec.name, "options": options, "rows": rows}
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
+    return pd.DataFrame(rows)
+
+
+def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: str = "auto",
+              engines: Iterable[str] = ("unroll", "checkpoint", "tesla", "adjoint"), largest: int = 8 * 2**30
+              ) -> pd.DataFrame:
+    """One matching gradient of the run `spec` by every engine at every number of unrolled steps.
+
+    Columns: engine, steps, seconds; graph bytes (peak of what autograd holds, `meter.SavedTensors`; for checkpoint
+    only its inputs show there); vectors bytes (the stored theta); peak bytes (CUDA's allocator, else the process);
+    and, against the exact gradient: `cosine` and `norm ratio` of the images' gradient, `rate ratio` of the step
+    size's. `unroll` is left out where its graph would pass `largest` bytes, extrapolated from the row before.
+    """
+    steps, engines = sorted(steps), list(engines)
+
+    def compute() -> list[dict]:
+        at = pick_device(device)
+        data, rows, last = dataset_of(spec, at), [], {}
+        for n in steps:
+            here = Spec(**{**vars(spec), "values": spec.values | {"syn_steps": n}})
+            method = METHODS[spec.method](here.config, data, spec.ipc, spec.run.backbone, spec.seed)
+            segment, labels = method.segment(generator(spec.seed, "unrolling"))
+            rates = method.rate.expand(n)
+            exact = match(method.net, segment, method.raw, labels, rates, "adjoint")
+            for engine in engines:
+                if engine == "unroll" and last and last["graph bytes"] * n / last["steps"] > largest:
+                    continue
+
+                def gradient(engine: str = engine):
+                    return match(method.net, segment, method.raw, labels, rates, engine)  # noqa: B023
+
+                with SavedTensors() as saved, PeakMemory(at) as peak:
+                    found = gradient()
+                a, b = found.images.flatten(), exact.images.flatten()
+                rows.append({"engine": engine, "steps": n, "seconds": seconds(gradient, warm=0, device=at),
+                             "graph bytes": saved.peak, "vectors bytes": 4 * method.net.size * n,
+                             "peak bytes": peak.bytes, "peak method": peak.method, "device": machine(at),
+                             "cosine": float(F.cosine_similarity(a, b, dim=0)), "norm ratio": float(a.norm() / b.norm()),
+                             "rate ratio": float(found.rates.sum() / exact.rates.sum())})
+                if engine == "unroll":
+                    last = rows[-1]
+        return rows
+
+    return _cached("unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute)
+
+
+@torch.no_grad()
+def _test_loss(net: FlatNet, theta: torch.Tensor, data: Dataset) -> float:
+    rows = torch.arange(len(data.labels["test"]), device=data.device)
+    return float(sum(F.cross_entropy(net(theta, data.batch("test", part)), data.labels["test"][part], reduction="sum")
+                     for part in rows.split(1000)) / len(rows))
+
+
+def _experts(spec: Spec, data: Dataset):
+    config = spec.config
+    net = FlatNet(build(spec.run.backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False))
+    command = f"python -m ddlib experts {spec.method} --dataset {spec.dataset} --ipc {spec.ipc} --profile {spec.profile}"
+    return net, load_experts(data, spec.run.backbone, config.expert_recipe, config.experts, command)
+
+
+def flatness(spec: Spec, *, device: str = "auto", images: int = 512) -> pd.DataFrame:
+    """Sharpness (top Hessian eigenvalue of the training loss) and test loss of the experts of `spec`, by epoch.
+
+    Columns: flat, expert, epoch, sharpness, test loss. The eigenvalue is taken on `images` fixed training images.
+    """
+    def compute() -> list[dict]:
+        data = dataset_of(spec, pick_device(device))
+        net, experts = _experts(spec, data)
+        return [{"flat": spec.config.flat, "expert": e, "epoch": epoch,
+                 "sharpness": sharpness(net, theta.to(data.device), data, images=images),
+                 "test loss": _test_loss(net, theta.to(data.device), data)}
+                for e, weights in enumerate(experts.weights) for epoch, theta in enumerate(weights)]
+
+    return _cached("flatness", spec, {"images": images}, compute)
+
+
+def trajectory_error(run: Run, *, device: str = "auto") -> pd.DataFrame:
+    """Test loss of a student trained on the run's set from an expert's first weights, minus the expert's, by epoch.
+
+    N steps of the student stand for M epochs of the expert, as in the matching. Columns: method, expert, epoch, error.
+    """
+    spec = resolve_record(run.record)
+
+    def compute() -> list[dict]:
+        data = dataset_of(spec, pick_device(device))
+        net, experts = _experts(spec, data)
+        syn, config, rows = run.synthetic.to(data.device), spec.config, []
+        for e, weights in enumerate(experts.weights):
+            theta, rng = weights[0].to(data.device), generator(spec.seed, "trajectory error", e)
+            for epoch in range(0, len(weights), config.expert_epochs):
+                error = _test_loss(net, theta, data) - _test_loss(net, weights[epoch].to(data.device), data)
+                rows.append({"method": spec.method, "expert": e, "epoch": epoch, "error": error})
+                for _ in range(config.syn_steps):
+                    x = augment(syn.images, draw(config.augment, len(syn.images), data.shape[1:], rng,
+                                                 op_every=len(syn.images)))
+                    theta = theta.detach().requires_grad_()
+                    loss = F.cross_entropy(net(theta, x), syn.labels)
+                    theta = theta.detach() - syn.recipe.lr * torch.autograd.grad(loss, theta)[0]
+        return rows
+
+    return _cached("trajectory_error", spec, {}, compute)
