@@ -93,7 +93,10 @@ def _reproduce(args: argparse.Namespace) -> None:
     names = [choose("notebook", name, notebooks) for name in args.only] or list(notebooks)
     out = results_folder(args.results) / "notebooks" / args.profile
     out.mkdir(parents=True, exist_ok=True)
-    os.environ["DDLIB_RESULTS"] = str(results_folder(args.results).resolve())
+    figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures").resolve()
+    # The kernels start in notebooks/: absolute paths, and the checkout's ddlib even where none is installed.
+    os.environ |= {"DDLIB_RESULTS": str(results_folder(args.results).resolve()), "DDLIB_FIGURES": str(figures),
+                   "PYTHONPATH": os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))}
     parameters = {"profile": args.profile, "device": args.device, "dataset": args.dataset or DATASETS[args.profile]}
     parameters |= _key_values(args.set)
     start = time.perf_counter()
@@ -106,7 +109,7 @@ def _reproduce(args: argparse.Namespace) -> None:
             raise DDError(f"notebook {name} stopped: {error.ename}: {error.evalue}") from None
     table = tables.compare(tables.runs(tables.stored(args.results, args.profile)))
     print(f"\n{table.to_string(index=False)}\n\n{len(names)} notebooks in {time.perf_counter() - start:.0f} s; "
-          f"figures in {SOURCE / 'figures' / args.profile}")
+          f"figures in {figures / args.profile}")
 
 
 def _bench(args: argparse.Namespace) -> None:

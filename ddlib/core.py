@@ -123,7 +123,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict) -> Path:
     """Write tensors and a JSON header as one safetensors file: loading it can never run code."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(tensors.items())}
+    # Copies: safetensors refuses tensors that share memory, as a set and its first snapshot may.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sorted(tensors.items())}
     meta = {"ddlib": json.dumps({**header, "sha256": checksum(*tensors.values())}, sort_keys=True)}
     return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
 

@@ -24,6 +24,7 @@ COLOURS = {"random": "#999999", "herding": "#CC79A7", "kcenter": "#F0E442", "kme
            "dc": "#8C564B", "dsa": "#D55E00", "idc": "#E69F00", "mtt": "#117733", "tesla": "#009E73",
            "ftd": "#882255", "datm": "#AA4499", "frepo": "#332288", "dream": "#DDCC77", "dream_plus": "#CC6677"}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
+MARKERS = "os^Dvph"
 
 
 def grid(pixels: torch.Tensor, columns: int, *, titles: Sequence[str] = (), rows: Sequence[str] = (),
@@ -51,7 +52,7 @@ def _by_class(pixels: torch.Tensor, classes: Sequence[str], per_class: int, titl
     if table.shape[1] == 1:
         figure = grid(table[:100].flatten(0, 1), min(10, len(classes)), titles=names if len(classes) <= 10 else ())
     else:
-        figure = grid(table[:10].flatten(0, 1), table.shape[1], rows=names[:10])
+        figure = grid(table[:10].flatten(0, 1), table.shape[1], rows=names[:10], scale=0.6)
         title += f" (10 of {len(classes)} classes)" if len(classes) > 10 else ""
     figure.suptitle(title, fontsize=9)
     return figure
@@ -115,24 +116,19 @@ def accuracy_vs_ipc(table: pd.DataFrame, *, papers: bool = True) -> Figure:
 def training_time(table: pd.DataFrame) -> Figure:
     """Accuracy against the seconds a run took, distillation and evaluation together, one point a run."""
     figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    for method, rows in table.groupby("method"):
-        axis.scatter(rows.seconds, rows.accuracy, s=22, alpha=0.8, color=COLOURS.get(method), label=method)
-        for ipc, group in rows.groupby("ipc"):
-            axis.annotate(f"IPC {ipc}", (group.seconds.max(), group.accuracy.mean()), fontsize=8,
-                          textcoords="offset points", xytext=(6, 0), va="center", annotation_clip=False)
+    ipcs = sorted(table.ipc.unique())
+    for (method, ipc), rows in table.groupby(["method", "ipc"]):
+        axis.scatter(rows.seconds, rows.accuracy, s=28, alpha=0.8, color=COLOURS.get(method),
+                     marker=MARKERS[ipcs.index(ipc) % len(MARKERS)], label=f"{method}, IPC {ipc}")
     axis.set(xscale="log", xlabel="seconds per run, distillation and evaluation", ylabel="test accuracy (%)")
-    axis.set_title(f"{table.dataset.iloc[0]}, {table.profile.iloc[0]} profile\n{_devices(table)}", fontsize=10)
+    axis.set_title(f"{table.dataset.iloc[0]}, {table.profile.iloc[0]} profile\n{'; '.join(sorted(set(table.device)))}", fontsize=10)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.margins(x=0.15, y=0.1)
+    axis.margins(x=0.1, y=0.1)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
-
-
-def _devices(table: pd.DataFrame) -> str:
-    return "; ".join(sorted(set(table.device)))
 
 
 def history(found: list[Run], key: str = "loss") -> Figure:

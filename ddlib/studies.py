@@ -26,7 +26,7 @@ from .meter import PeakMemory, SavedTensors, machine, seconds
 from .methods import METHODS
 from .runs import Run, dataset_of, resolve_record
 from .spec import Spec
-from .unroll import FlatNet, match
+from .unroll import FlatNet, Segment, match
 
 VERSION = 1  # raise it when a change here changes the rows
 
@@ -88,6 +88,24 @@ def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: s
         return rows
 
     return _cached("unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute)
+
+
+def predicted_memory(backbone: str, shape: tuple[int, int, int], classes: int, batch: int, steps: int, engine: str,
+                     soft: bool = True) -> dict[str, Any]:
+    """Bytes of one matching gradient, counted on the meta device: nothing is computed, so any size can be asked for.
+
+    graph bytes: what autograd holds at its peak (inner batches of `batch` images, float32, no augmentation); vectors
+    bytes: the stored theta. The allocator's peak on a GPU is higher by temporaries and convolution workspaces.
+    """
+    net = FlatNet(build(backbone, shape, classes).to("meta"))
+    start, index = torch.empty(net.size, device="meta"), torch.arange(batch, device="meta")
+    images = torch.empty(batch, *shape, device="meta")
+    labels = torch.empty(batch, classes, device="meta") if soft else index
+    with SavedTensors() as saved:
+        match(net, Segment(start, start.clone(), [index] * steps, [None] * steps), images, labels,
+              torch.empty(steps, device="meta"), engine)
+    return {"engine": engine, "steps": steps, "batch": batch, "graph bytes": saved.peak,
+            "vectors bytes": 0 if engine == "unroll" else 4 * net.size * steps}
 
 
 @torch.no_grad()

@@ -99,7 +99,7 @@ def train(net: Backbone, images: torch.Tensor | Callable[[torch.Tensor], torch.T
         if after_epoch:
             after_epoch(epoch)
     if not torch.isfinite(loss):
-        raise DDError(f"training of {net.spec} ended with loss {float(loss)}: lower the step size ({recipe.lr})")
+        raise DDError(f"training of {net.spec} ended with loss {loss.item()}: lower the step size ({recipe.lr})")
     return net
 
 

@@ -88,7 +88,7 @@ class Match:
 def parse_engine(engine: str) -> tuple[str, int | None]:
     """(name, window): "window=5" is the adjoint over the last five steps."""
     if engine.startswith("window="):
-        if not engine[7:].isdigit() or int(engine[7:]) < 1:
+        if not engine[7:].isdecimal() or int(engine[7:]) < 1:
             raise DDError(f"gradient {engine!r}: K of window=K must be a whole number of at least 1")
         return "adjoint", int(engine[7:])
     return str(choose("gradient", engine, ENGINES[:-1])), None
@@ -106,7 +106,7 @@ def match(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rates:
     if len(rates) != len(segment.batches) or len(segment.params) != len(segment.batches):
         raise DDError(f"{len(segment.batches)} steps need as many rates and augmentations, not {len(rates)} and "
                       f"{len(segment.params)}")
-    if not segment.distance > 0:
+    if not segment.start.is_meta and not segment.distance > 0:
         raise DDError("the expert stands still between the segment's ends: zero distance to match; choose another "
                       "start epoch, or train the experts with a larger step size")
     images, labels, rates = images.detach(), labels.detach(), rates.detach()
@@ -183,9 +183,10 @@ def _adjoint(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rat
     dx, drates = torch.zeros_like(images), torch.zeros_like(rates)
     dy = torch.zeros_like(labels) if soft else None
     adjoint, carried = last, torch.zeros_like(last)  # lambda_{i+1} of theta and of the velocity
-    for i in reversed(range(max(0, steps - (window or steps)), steps)):
+    first = max(0, steps - (window or steps))
+    for i in reversed(range(first, steps)):
         direction = carried - rates[i] * adjoint
-        g, product = gradient(i, thetas.pop(), direction, hessian=not tesla and i > 0)
+        g, product = gradient(i, thetas.pop(), direction, hessian=not tesla and i > first)
         drates[i] = -adjoint @ (velocities.pop() if momentum else g)
         if product is not None:
             adjoint, carried = adjoint + product, momentum * direction

@@ -1,0 +1,72 @@
+"""Studies: rows are computed once, the exact engines agree, TESLA's does not, memory is predicted as measured."""
+
+import pytest
+import torch
+
+import ddlib as dd
+from ddlib import studies
+from ddlib.backbones import build
+from ddlib.core import DDError
+from ddlib.meter import SavedTensors
+from ddlib.unroll import FlatNet, Segment, match
+
+TINY = {"experts": 1, "expert_total": 4, "iterations": 2, "syn_steps": 3, "backbone": "convnet:width=8",
+        "max_start": 2, "eval_epochs": 2, "networks": 1, "snapshots": 0}
+
+
+@pytest.fixture
+def spec(results):
+    dd.prepare("mtt", "digits", ipc=1, progress=False, **TINY)
+    return dd.resolve("mtt", "digits", 1, **TINY)
+
+
+def test_unrolling_compares_engines_and_is_computed_once(spec, monkeypatch):
+    table = studies.unrolling(spec, steps=(1, 4)).set_index(["steps", "engine"])
+    for engine in ("unroll", "checkpoint", "adjoint"):
+        assert table.loc[(4, engine), "cosine"] == pytest.approx(1, abs=1e-5)
+        assert table.loc[(4, engine), "norm ratio"] == pytest.approx(1, abs=1e-3)
+    assert table.loc[(1, "tesla"), "norm ratio"] == pytest.approx(1, abs=1e-4)
+    assert abs(table.loc[(4, "tesla"), "norm ratio"] - 1) > 1e-2
+    assert table.loc[(4, "unroll"), "graph bytes"] > 3 * table.loc[(1, "unroll"), "graph bytes"]
+    assert table.loc[(4, "adjoint"), "graph bytes"] < 1.05 * table.loc[(1, "adjoint"), "graph bytes"]
+    monkeypatch.setattr(studies, "dataset_of", None)  # a second call must not need the data
+    again = studies.unrolling(spec, steps=(1, 4)).set_index(["steps", "engine"])
+    assert again.equals(table)
+
+
+def test_unroll_is_left_out_where_it_would_not_fit(spec):
+    table = studies.unrolling(spec, steps=(1, 8), engines=("unroll", "adjoint"), largest=1)
+    assert list(table[table.engine == "unroll"].steps) == [1]
+    assert list(table[table.engine == "adjoint"].steps) == [1, 8]
+
+
+@pytest.mark.parametrize("engine", ["unroll", "adjoint", "tesla"])
+def test_memory_is_predicted_as_measured(engine):
+    backbone, shape, classes, batch, steps = "convnet:width=8", (3, 16, 16), 5, 10, 4
+    net = FlatNet(build(backbone, shape, classes))
+    rng = torch.Generator().manual_seed(0)
+    index = torch.arange(batch)
+    with SavedTensors() as saved:
+        match(net, Segment(net.vector(), net.vector() + 1, [index] * steps, [None] * steps),
+              torch.randn(batch, *shape, generator=rng), torch.full((batch, classes), 1 / classes),
+              torch.full((steps,), 0.01), engine)
+    predicted = studies.predicted_memory(backbone, shape, classes, batch, steps, engine)
+    assert predicted["graph bytes"] == pytest.approx(saved.peak, rel=0.05)
+
+
+def test_flatness_and_trajectory_error(spec):
+    rows = studies.flatness(spec, images=64)
+    assert list(rows.epoch) == [0, 1, 2, 3, 4]
+    assert (rows.sharpness > 0).all()
+    assert rows["test loss"].iloc[-1] < rows["test loss"].iloc[0]
+    error = studies.trajectory_error(dd.run("mtt", "digits", ipc=1, progress=False, **TINY))
+    assert error[error.epoch == 0].error.abs().max() < 1e-6
+    assert list(error.epoch) == [0, 2, 4]
+
+
+def test_a_damaged_study_is_named(spec, results):
+    studies.flatness(spec, images=64)
+    path, = results.rglob("flatness-*.json")
+    path.write_text("{")
+    with pytest.raises(DDError, match="flatness-.*damaged"):
+        studies.flatness(spec, images=64)
