@@ -2,13 +2,14 @@
 
 `unroll` is what MTT's released code does; `tesla` leaves out the Hessian products, so it is what the exact adjoint is
 held against. The setting is CIFAR-10 at IPC 1 with N = 20 steps; images and weights are random, which changes no work.
-The repeats of the engines take turns, so that a busy machine slows all of them alike, and the medians are compared.
+The engines take turns, so that a busy machine slows all of them alike, and a ratio is the median over the turns.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -43,14 +44,17 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
         for engine in ENGINES:
             taken = seconds(lambda engine=engine: match(*arguments, engine), repeats=1, warm=turn == 0, device=device)
             times[engine] += [taken] if turn else []
-    middle = {engine: sorted(values)[repeats // 2] for engine, values in times.items()}
+
+    def over(engine: str, other: str) -> float:
+        return median(a / b for a, b in zip(times[engine], times[other], strict=True))
+
     rows = []
     for engine in ENGINES:
         with SavedTensors() as saved:
             match(*arguments, engine)
         stored = steps * arguments[0].size * 4 if engine in ("tesla", "adjoint") else 0
-        rows.append({"what": f"outer step, {engine}", "steps": steps, "ipc": ipc, "seconds": middle[engine],
-                     "over tesla": middle[engine] / middle["tesla"], "over unroll": middle[engine] / middle["unroll"],
+        rows.append({"what": f"outer step, {engine}", "steps": steps, "ipc": ipc, "seconds": median(times[engine]),
+                     "over tesla": over(engine, "tesla"), "over unroll": over(engine, "unroll"),
                      "graph MiB": None if engine == "checkpoint" else round(saved.peak / 2**20, 1),  # unseen by hooks
                      "stored MiB": round(stored / 2**20, 1)})
     return rows

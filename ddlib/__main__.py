@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 import yaml
 
-from .core import SOURCE, DDError, Interrupted, choose, pick_device, results_folder
+from .core import SOURCE, DDError, Interrupted, choose, pick_device, results_folder, write_atomically
 from .data import NAMES, load
 from .evaluation import evaluate
 from .methods import METHODS
@@ -115,11 +116,14 @@ def _reproduce(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(SOURCE))
     try:
-        from bench import dm
+        from bench import dm, trajectory
     except ImportError:
         raise DDError("bench needs the source checkout of ddlib, which has the plain loops") from None
-
-    dm.main(pick_device(args.device), Path(args.out) if args.out else None)
+    parts, rows = {"dm": dm, "trajectory": trajectory}, []
+    for name in [args.only] if args.only else parts:
+        rows += parts[name].main(pick_device(args.device))
+    if args.out:
+        write_atomically(Path(args.out), lambda path: path.write_text(json.dumps(rows, indent=1)))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -170,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a notebook parameter")
 
     bench = command("bench", _bench, "time and memory against a plain loop, and the roofline")
+    bench.add_argument("--only", choices=("dm", "trajectory"), help="one part; default: both")
     bench.add_argument("--out", help="write the rows as JSON to this file")
     return top
 

@@ -124,9 +124,10 @@ def machine(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The git commit of the checkout, None where there is none."""
+    """The git commit of the checkout, with -dirty where the code differs from it; None where there is none."""
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SOURCE, capture_output=True, text=True, check=False)
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=SOURCE,
+                             capture_output=True, text=True, check=False)
     except OSError:  # no git here
         return None
     return git.stdout.strip() or None

@@ -37,7 +37,7 @@ def grid(pixels: torch.Tensor, columns: int, *, titles: Sequence[str] = (), rows
     picture = tiles.unflatten(0, (count, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     figure, axis = plt.subplots(figsize=(scale * columns + 0.8 * bool(rows), scale * count + 0.35),
                                 layout="constrained")
-    axis.imshow(picture, interpolation="nearest")
+    axis.imshow(picture.numpy(), interpolation="nearest")
     axis.set_xticks([(k + 0.5) * (width + 2 * gap) - 0.5 for k in range(len(titles))], titles, fontsize=8)
     axis.set_yticks([(k + 0.5) * (height + 2 * gap) - 0.5 for k in range(len(rows))], rows, fontsize=8)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)

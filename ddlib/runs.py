@@ -83,6 +83,7 @@ class _Progress:
         self.step, self.history, self.evaluations, self.snapshots = 0, [], [], {}
         self.seconds = {"distill": 0.0, "evaluate": 0.0}
         self.peak = 0
+        self.commit = commit()  # of the code that runs, whatever is committed while it does
 
     KEPT = ("step", "history", "evaluations", "seconds", "peak")
 
@@ -274,7 +275,7 @@ def _write(path: Path, state: _Progress, data: Dataset, peak: PeakMemory) -> Non
         "evaluations": state.evaluations, "history": state.history, "extra": getattr(state.method, "record", {}),
         "seconds": {k: round(v, 3) for k, v in state.seconds.items()},
         "peak_bytes": max(state.peak, peak.bytes), "peak_method": peak.method, "device": machine(data.device),
-        "dataset_checksum": data.checksum, "commit": commit(),
+        "dataset_checksum": data.checksum, "commit": state.commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

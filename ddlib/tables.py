@@ -8,16 +8,18 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from pandas.io.formats.style import Styler
 
 from .core import DDError, results_folder
 from .data import canonical
 from .methods import METHODS
 from .runs import Run, resolve_record
 from .spec import resolve
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
 
 COLUMNS = ["method", "dataset", "ipc", "profile", "backbone", "overrides", "seed", "iterations", "eval_epochs",
            "accuracy", "std", "best", "best_std", "networks", "seconds", "distill", "evaluate", "peak_bytes",

@@ -44,8 +44,8 @@ def test_runs_with_other_settings_are_not_seeds_of_one(tmp_path):
 
 @pytest.mark.parametrize(("profile", "ours", "spread", "paper", "less", "expected"), [
     ("paper", 25.0, 0.0, (26.0, 0.0), "", "reproduced"),  # exactly one point
-    ("paper", 24.9, 0.0, (26.0, 0.0), "", "not reproduced"),
-    ("paper", 27.1, 0.0, (26.0, 0.0), "", "not reproduced"),
+    ("paper", 24.95, 0.0, (26.0, 0.0), "", "not reproduced"),
+    ("paper", 27.05, 0.0, (26.0, 0.0), "", "not reproduced"),
     ("paper", 24.0, 1.2, (26.0, 0.8), "", "reproduced"),  # the intervals just meet
     ("paper", 23.9, 1.2, (26.0, 0.8), "", "not reproduced"),
     ("paper", 24.0, 1.2, (26.0, float("nan")), "", "not reproduced"),  # no spread in print counts as none

@@ -1,0 +1,72 @@
+"""CIFAR-10 itself, where its folder is at hand, and the committed records at the small profile, which always are."""
+
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+import ddlib as dd
+from ddlib.data import canonical
+from ddlib.runs import Run, resolve_record
+
+SMALL = Path(__file__).parents[1] / "results" / "small"
+RECORDS = [Run(path) for path in sorted(SMALL.glob("*-seed*-????????.json"))]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_cifar10_folder():
+    data = dd.load("folder:cifar10", device="cpu")
+    assert data.classes == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert data.images["train"].shape == (50_000, 3, 32, 32) and data.images["test"].shape == (10_000, 3, 32, 32)
+    assert data.images["train"].dtype == torch.uint8
+    assert data.class_sizes().tolist() == [5000] * 10 and data.class_sizes("test").tolist() == [1000] * 10
+    means = data.images["train"].float().mean((0, 2, 3)) / 255
+    assert means.tolist() == pytest.approx((0.4913, 0.4821, 0.4465), abs=2e-3)
+    batch = data.batch("train", data.sample(20, torch.Generator().manual_seed(0)).flatten())
+    assert batch.shape == (200, 3, 32, 32) and abs(float(batch.mean())) < 0.2 and 0.8 < float(batch.std()) < 1.5
+
+
+def found(method: str, ipc: int) -> list[Run]:
+    """The committed runs of CIFAR-10 at the protocol of DSA and the papers' ConvNet."""
+    runs = [run for run in RECORDS if (run.record["method"], run.record["ipc"]) == (method, ipc)
+            and canonical(run.record["dataset"]) == "cifar10" and run.record["recipe"]["name"] == "dsa"
+            and run.record["backbone"] == "convnet"]
+    if not runs:
+        pytest.skip(f"no record of {method} at IPC {ipc} in results/small")
+    return runs
+
+
+def test_random_images_are_the_papers():
+    runs = found("random", 10)
+    assert fmean(run.accuracy for run in runs) == pytest.approx(32.2, abs=1.5)  # DM's figure of large settings
+    assert all(run.record["recipe"]["epochs"] == 1001 for run in runs)
+
+
+@pytest.mark.parametrize(("ipc", "least"), [(1, 26.0 - 0.8), (10, 45)])  # IPC 1: the paper's figure less its spread
+def test_dm_reaches_its_figure(ipc, least):
+    runs = found("dm", ipc)
+    assert fmean(run.accuracy for run in runs) >= least
+    for run in runs:
+        last = run.record["accuracy"]["last"]
+        assert len(last["networks"]) >= 3 and last["step"] == run.record["values"]["iterations"]
+        assert run.record["recipe"]["epochs"] == 1001
+
+
+@pytest.mark.parametrize("run", RECORDS, ids=lambda run: run.path.stem)
+def test_a_committed_record_is_current_and_its_set_is_its_own(run):
+    record, syn = run.record, run.synthetic
+    spec = resolve_record(record)
+    assert record["name"] == spec.name == run.path.stem, "made by an older version of the method or the evaluation"
+    spec.run, spec.config, spec.recipe  # noqa: B018  each validates
+    assert {key: syn.spec[key] for key in ("method", "dataset", "ipc", "profile", "seed", "values")} == {
+        key: record[key] for key in ("method", "dataset", "ipc", "profile", "seed", "values")}
+    assert syn.images.shape[0] == len(syn.classes) * record["ipc"] == len(syn.labels)
+    assert syn.images.dtype == torch.float32 and torch.isfinite(syn.images).all()
+    classes = syn.labels if syn.labels.ndim == 1 else syn.labels.argmax(1)
+    if syn.labels.ndim == 1:
+        assert torch.bincount(classes).tolist() == [record["ipc"]] * len(syn.classes)
+    last = record["accuracy"]["last"]
+    assert last["mean"] == pytest.approx(fmean(last["networks"])) and 0 <= last["mean"] <= 100
+    assert record["accuracy"]["best"]["mean"] >= last["mean"]
