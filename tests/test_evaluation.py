@@ -33,6 +33,8 @@ def test_networks_differ_and_are_reproducible(syn, digits):
     assert evaluate(syn, digits, networks=3).accuracies == three.accuracies
     assert evaluate(syn, digits, networks=2).accuracies == three.accuracies[:2]  # whatever else is evaluated
     assert evaluate(syn, digits, networks=3, seed=1).accuracies != three.accuracies
+    untrained = evaluate(syn, digits, networks=3, recipe=Recipe(epochs=1, lr=0.0))
+    assert len(set(untrained.accuracies)) == 3  # the initial weights differ too, not the order of the images alone
     assert three.backbone == "convnet:width=4" and three.recipe is syn.recipe and three.seconds > 0
 
 
