@@ -76,6 +76,8 @@ def _list(args: argparse.Namespace) -> None:
     table = tables.runs(tables.stored(args.results, args.profile))
     if args.json:
         print(tables.to_json(table))
+    elif args.markdown:
+        print(tables.markdown(table))
     elif table.empty:
         print(f"no records in {results_folder(args.results)}; make one: python -m ddlib run dm --dataset digits --ipc 1")
     else:
@@ -165,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
 
     show = command("list", _list, "every record as a table")
     show.add_argument("--profile", choices=PROFILES)
+    show.add_argument("--markdown", action="store_true", help="paper | ours | difference, as README.md has it")
     show.add_argument("--json", action="store_true", help="one JSON list, for machines")
 
     again = command("reproduce", _reproduce, "execute the notebooks, write tables and figures")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,23 +15,31 @@ from torch import Tensor
 
 from . import decoding
 from .core import DDError, checksum, choose, generator, pick_device
-from .folders import SUBSETS, carve, folder_tree, imagenet_tree, tiny_tree
-from .sources import TORCHVISION, Splits, as_labels, as_pixels, digits, torchvision_set
+from .folders import SUBSETS, carve, tree
 from .zca import KINDS, ZCA
 
+Splits = dict[str, tuple[Tensor, Tensor]]  # split -> images, labels
+
+# name -> (torchvision class, what to put into the data root by hand when there is no internet)
+TORCHVISION = {
+    "mnist": ("MNIST", "the four *-ubyte files in MNIST/raw/"),
+    "fashionmnist": ("FashionMNIST", "the four *-ubyte files in FashionMNIST/raw/"),
+    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
+    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz or the folder cifar-10-batches-py/"),
+    "cifar100": ("CIFAR100", "cifar-100-python.tar.gz or the folder cifar-100-python/"),
+}
 _RESOLUTION = {"tinyimagenet": 64, "imagenet1k": 64} | dict.fromkeys(SUBSETS, 128)
 NAMES = ("digits", *TORCHVISION, *_RESOLUTION)
 
 # Channel mean and std as the released codes of DC, DM and MTT have them, kept for comparability. CIFAR-10's std is the
 # mean of the per-image std (that of all pixels is .247 .243 .262); the ImageNets share one triple.
-_IMAGENET = ((.485, .456, .406), (.229, .224, .225))
 STATISTICS = {
     "mnist": ((.1307,), (.3081,)),
     "fashionmnist": ((.2861,), (.3530,)),
     "svhn": ((.4377, .4438, .4728), (.1980, .2010, .1970)),
     "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
     "cifar100": ((.5071, .4866, .4409), (.2673, .2564, .2762)),
-} | dict.fromkeys(_RESOLUTION, _IMAGENET)
+} | dict.fromkeys(_RESOLUTION, ((.485, .456, .406), (.229, .224, .225)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +48,7 @@ class Dataset:
 
     images: split -> uint8 [N,C,H,W]; labels: split -> int64 [N]; mean, std: float32 [C,1,1]; checksum: hex over
     images and labels. Images too large for the device (half of its free memory) stay on the CPU, memory-mapped where
-    they came from a large folder, and `batch` moves the rows asked for; `device` is where batches appear.
+    they came from a folder, and `batch` moves the rows asked for; `device` is where batches appear.
     """
 
     name: str
@@ -68,9 +75,9 @@ class Dataset:
 
     def to(self, device: str | torch.device) -> Dataset:
         device = pick_device(device)
-        return dataclasses.replace(
-            self, images=_place(self.images, device), labels={s: y.to(device) for s, y in self.labels.items()},
-            mean=self.mean.to(device), std=self.std.to(device), zca=self.zca and self.zca.to(device))
+        labels = {split: y.to(device) for split, y in self.labels.items()}
+        return replace(self, images=_place(self.images, device), labels=labels, mean=self.mean.to(device),
+                       std=self.std.to(device), zca=self.zca and self.zca.to(device))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 0..255 or float in [0,1], [...,C,H,W] -> float32 on the device: (x - mean)/std, or ZCA if set."""
@@ -111,8 +118,7 @@ class Dataset:
                 raise DDError(f"classes must lie in 0..{self.num_classes - 1}, not {which.tolist()[:10]}")
             rows, sizes = rows[which], sizes[which]
         if n < 0 or (len(sizes) and n > sizes.min()):
-            raise DDError(f"cannot sample {n} images of each class without replacement: 0 to "
-                          f"{int(sizes.min())} is possible in {split!r} of {self.name}")
+            raise DDError(f"cannot sample {n} images of each class: 0 to {int(sizes.min())} is possible in {split}")
         keys = torch.rand(rows.shape, generator=generator)
         keys.masked_fill_(torch.arange(rows.shape[1]) >= sizes[:, None], 2)
         return rows.gather(1, keys.topk(n, dim=1, largest=False).indices).to(self.device)
@@ -122,39 +128,29 @@ class Dataset:
         """split -> (row numbers of each class [C, largest class], padded; class sizes [C]), on the CPU."""
         tables = {}
         for split, labels in self.labels.items():
-            order = labels.cpu().argsort(stable=True)
-            sizes = torch.bincount(labels.cpu(), minlength=self.num_classes)
-            columns = torch.arange(int(sizes.max()))
-            at = (sizes.cumsum(0) - sizes)[:, None] + columns
+            order, sizes = labels.cpu().argsort(stable=True), torch.bincount(labels.cpu(), minlength=self.num_classes)
+            at = (sizes.cumsum(0) - sizes)[:, None] + torch.arange(int(sizes.max()))
             tables[split] = order[at.clamp(max=max(len(order) - 1, 0))], sizes
         return tables
 
     def minival(self, fraction: float = 0.1, seed: int = 0) -> Dataset:
-        """A dataset with splits train, val and test, where val is a stratified share of train (for tuning).
-
-        Normalisation and ZCA stay those of the whole train split. The images of train and val are copies.
-        """
+        """The dataset with a stratified share of train as a third split, val, for tuning; normalisation stays."""
         if not 0 < fraction < 1:
             raise DDError(f"the fraction of train that becomes val must lie between 0 and 1, not {fraction}")
         taken = carve(self.labels["train"], fraction, generator(seed, "minival"))
-        parts = {"train": ~taken, "val": taken}
-        images, labels = dict(self.images), dict(self.labels)
-        for split, keep in parts.items():
-            images[split] = self.images["train"][keep.to(self.images["train"].device)]
-            labels[split] = self.labels["train"][keep.to(self.device)]
-        name = f"{self.checksum} minival {fraction} {seed}"
-        return dataclasses.replace(self, images=images, labels=labels,
-                                   checksum=hashlib.sha256(name.encode()).hexdigest())
+        return self._with({"train": ~taken, "val": taken}, f"minival {fraction} {seed}")
 
     def subset(self, per_class: int, seed: int = 0) -> Dataset:
         """The dataset with `per_class` random training images of each class; test and normalisation stay."""
         rows = self.sample(per_class, generator(seed, "subset")).flatten()
-        images, labels = dict(self.images), dict(self.labels)
-        images["train"] = self.images["train"][rows.to(self.images["train"].device)]
-        labels["train"] = self.labels["train"][rows]
-        name = f"{self.checksum} subset {per_class} {seed}"
-        return dataclasses.replace(self, images=images, labels=labels,
-                                   checksum=hashlib.sha256(name.encode()).hexdigest())
+        return self._with({"train": rows}, f"subset {per_class} {seed}")
+
+    def _with(self, rows: dict[str, Tensor], how: str) -> Dataset:
+        """The dataset whose splits `rows` are the given rows (or mask) of train."""
+        images, labels = ({split: x["train"][index.to(x["train"].device)] for split, index in rows.items()}
+                          for x in (self.images, self.labels))
+        return replace(self, images=self.images | images, labels=self.labels | labels,
+                       checksum=hashlib.sha256(f"{self.checksum} {how}".encode()).hexdigest())
 
 
 def canonical(name: str) -> str:
@@ -178,26 +174,19 @@ def load(name: str, *, device: str | torch.device = "auto", resolution: int | No
         choose("dataset", name, (*NAMES, "folder:PATH"))
     if resolution is not None and not (type(resolution) is int and resolution > 0):
         raise DDError(f"resolution must be a positive number of pixels, not {resolution!r}")
-    if zca is not None:
-        choose("zca kind", zca, KINDS)
+    choose("zca kind", zca, (None, *KINDS))
     device = pick_device(device)
     root = Path(root or os.environ.get("DDLIB_DATA") or "~/.cache/ddlib/data").expanduser().absolute()
-    if name == "digits" or name in TORCHVISION:
-        classes, splits = digits() if name == "digits" else torchvision_set(name, root)
-        size = splits["train"][0].shape[-1]
-        if resolution not in (None, size):
-            raise DDError(f"{name} comes at resolution {size}; only folders and the ImageNets can be resized")
-    else:
-        if name.startswith("folder:"):
-            tree = folder_tree(_find(name, root))
-        elif name == "tinyimagenet":
-            tree = tiny_tree(root / name)
-        else:
-            tree = imagenet_tree(root / "imagenet1k", name)
-        classes, listings = tree
-        decoded = decoding.read(tree, resolution or _RESOLUTION.get(name), grey=name.startswith("folder:"))
-        splits = {s: (images, torch.tensor(listings[s].labels, dtype=torch.int64), sha)
-                  for s, (images, sha) in decoded.items()}
+    if name != "digits" and name not in TORCHVISION:
+        files = tree(name, root)
+        _, classes, samples = files
+        decoded = decoding.read(files, resolution or _RESOLUTION.get(name), grey=name.startswith("folder:"))
+        splits = {s: (x, torch.tensor([y for _, y in samples[s]], dtype=torch.int64)) for s, (x, _) in decoded.items()}
+        return _assemble(name, classes, splits, device, zca, {s: sha for s, (_, sha) in decoded.items()})
+    classes, splits = _digits() if name == "digits" else _torchvision(name, root)
+    size = splits["train"][0].shape[-1]
+    if resolution not in (None, size):
+        raise DDError(f"{name} comes at resolution {size}; only folders and the ImageNets can be resized")
     return _assemble(name, classes, splits, device, zca)
 
 
@@ -210,73 +199,98 @@ def from_arrays(train_images: np.ndarray | Tensor, train_labels: np.ndarray | Te
     classes: names; default "0", "1", ... up to the largest train label. The arrays are copied.
     Raises DDError for shapes that do not fit, other types, NaN, values outside [0,1] and labels out of range.
     """
-    device = pick_device(device)
-    splits: Splits = {}
-    for split, images, labels in (("train", train_images, train_labels), ("test", test_images, test_labels)):
-        pixels = as_pixels(f"{split} images", images)
-        splits[split] = pixels, as_labels(f"{split} labels", labels, len(pixels)), checksum(pixels)
-    (train, train_y, _), (test, test_y, _) = splits["train"], splits["test"]
+    splits = {}
+    for split, *pair in (("train", train_images, train_labels), ("test", test_images, test_labels)):
+        x, y = (v.detach().cpu() if isinstance(v, Tensor) else torch.as_tensor(np.ascontiguousarray(v)) for v in pair)
+        x = _as_pixels(f"{split} images", x)
+        if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise DDError(f"{split} labels must be integers of shape [{len(x)}], not {y.dtype} {list(y.shape)}")
+        splits[split] = x, y.long().clone()
+    (train, train_y), (test, _) = splits.values()
     if not len(train):
         raise DDError("the train split is empty; at least one image of each class is needed")
     if train.shape[1:] != test.shape[1:]:
-        raise DDError(f"train and test images must share one shape, not {list(train.shape[1:])} and "
-                      f"{list(test.shape[1:])} (C,H,W)")
+        raise DDError(f"train and test images must share one shape, not {[*train.shape[1:]]} and {[*test.shape[1:]]}")
     classes = tuple(map(str, classes if classes is not None else range(int(train_y.max()) + 1)))
-    for split, y in (("train", train_y), ("test", test_y)):
+    for split, (_, y) in splits.items():
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(classes):
-            raise DDError(f"{split} labels must lie in 0..{len(classes) - 1} for {len(classes)} classes, not "
-                          f"{int(y.min())}..{int(y.max())}")
+            raise DDError(f"{split} labels must lie in 0..{len(classes) - 1}, not {int(y.min())}..{int(y.max())}")
     absent = (torch.bincount(train_y, minlength=len(classes)) == 0).nonzero().flatten().tolist()
     if absent:
-        raise DDError(f"every class needs an image in train, and {len(absent)} have none: "
-                      f"{', '.join(classes[i] for i in absent[:3])}{', ...' if len(absent) > 3 else ''}")
-    return _assemble(name, classes, splits, device, None)
+        raise DDError(f"every class needs an image in train, and {len(absent)} have none: {classes[absent[0]]}"
+                      f"{', ...' if len(absent) > 1 else ''}")
+    return _assemble(name, classes, splits, pick_device(device))
 
 
-def _assemble(name: str, classes: Sequence[str], splits: Splits, device: torch.device, zca: str | None) -> Dataset:
-    train, _, train_sha = splits["train"]
-    constants = STATISTICS.get(canonical(name))
-    if constants and len(constants[0]) == train.shape[1]:
-        mean, std = (torch.tensor(c).view(-1, 1, 1) for c in constants)
-    else:
-        mean, std = _statistics(train)
-    parts = (f"{split} {sha} {checksum(labels)}" for split, (_, labels, sha) in sorted(splits.items()))
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    whitening = zca and ZCA.fit_cached(train, zca, device, train_sha, decoding.cache_folder())
-    images, labels = ({s: part[i] for s, part in splits.items()} for i in (0, 1))
+def _digits() -> tuple[Sequence[str], Splits]:
+    """scikit-learn's 1,797 8x8 digits (values 0..16), split once and for all into 1,297 + 500, stratified."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    pixels, labels = _as_pixels("digits", torch.as_tensor(found.images / 16)), torch.as_tensor(found.target).long()
+    test = carve(labels, 500 / 1797, generator(0, "digits"))
+    return "0123456789", {"train": (pixels[~test], labels[~test]), "test": (pixels[test], labels[test])}
+
+
+def _torchvision(name: str, root: Path) -> tuple[Sequence[str], Splits]:
+    import torchvision
+
+    (kind, by_hand), splits = TORCHVISION[name], {}
+    for split in ("train", "test"):
+        which = {"split": split} if name == "svhn" else {"train": split == "train"}
+        try:
+            found = getattr(torchvision.datasets, kind)(str(root), download=True, **which)
+        except Exception as error:  # URLError, RuntimeError, TarError, EOFError, ...: torchvision lets all through
+            raise DDError(f"cannot download {name} into {root} ({type(error).__name__}); "
+                          f"without internet, put {by_hand} into {root}") from error
+        labels = found.labels if name == "svhn" else found.targets
+        splits[split] = _as_pixels(name, torch.as_tensor(found.data)), torch.as_tensor(labels, dtype=torch.int64)
+    return getattr(found, "classes", "0123456789"), splits
+
+
+def _as_pixels(what: str, x: Tensor) -> Tensor:
+    """uint8 [N,C,H,W] in memory of its own."""
+    axes = [1] if x.ndim == 3 else [axis for axis in (1, 3) if x.ndim == 4 and x.shape[axis] in (1, 3)]
+    if len(axes) != 1 or 0 in x.shape[1:]:
+        raise DDError(f"{what} must be [N,H,W], [N,H,W,C] or [N,C,H,W] with C of 1 or 3, not {list(x.shape)}"
+                      f"{', which could be either' if len(axes) == 2 else ''}")
+    if x.is_floating_point():
+        if x.numel() and not 0 <= x.min() <= x.max() <= 1:
+            raise DDError(f"{what} as floats must lie in [0,1], not {float(x.min()):g}..{float(x.max()):g}; "
+                          f"divide by 255 or give uint8, and remove any NaN")
+        x = (x * 255).round().to(torch.uint8)
+    if x.dtype != torch.uint8:
+        raise DDError(f"{what} must be uint8 or float in [0,1], not {x.dtype}")
+    x = x[:, None] if x.ndim == 3 else x if axes == [1] else x.permute(0, 3, 1, 2)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _assemble(name: str, classes: Sequence[str], splits: Splits, device: torch.device, zca: str | None = None,
+              sums: dict[str, str] | None = None) -> Dataset:
+    images, labels = ({split: pair[i] for split, pair in splits.items()} for i in (0, 1))
+    sums = sums or {split: checksum(x) for split, x in images.items()}
+    parts = "\n".join(f"{split} {sums[split]} {checksum(labels[split])}" for split in sorted(splits))
+    digest = hashlib.sha256(parts.encode()).hexdigest()
+    known = STATISTICS.get(canonical(name))
+    fits = known and len(known[0]) == images["train"].shape[1]
+    mean, std = (torch.tensor(known) if fits else _statistics(images["train"])).view(2, -1, 1, 1)
+    whitening = zca and ZCA.fit_cached(images["train"], zca, device, sums["train"], decoding.cache_folder())
     return Dataset(name, tuple(classes), images, labels, mean, std, digest, whitening).to(device)
 
 
-def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std [C,1,1] of all pixels in [0,1]; exact integer sums; a constant channel gets std 1."""
-    total = torch.zeros(images.shape[1], dtype=torch.int64)
-    square = total.clone()
+def _statistics(images: Tensor) -> Tensor:
+    """Mean and std [2,C] of all pixels in [0,1], from exact integer sums; a constant channel gets std 1."""
+    moments = torch.zeros(2, images.shape[1], dtype=torch.int64)
     for chunk in images.split(1024):
         x = chunk.transpose(0, 1).flatten(1).int()
-        total += x.sum(1)
-        square += (x * x).sum(1)
-    count = images.numel() // images.shape[1]
-    mean = total.double() / count
-    std = (square.double() / count - mean**2).clamp(min=0).sqrt()
-    std[std == 0] = 255
-    return (mean / 255).float().view(-1, 1, 1), (std / 255).float().view(-1, 1, 1)
+        moments += torch.stack([x.sum(1), (x * x).sum(1)])
+    mean, square = moments.double() / (images.numel() // images.shape[1])
+    std = (square - mean**2).clamp(min=0).sqrt()
+    return (torch.stack([mean, torch.where(std > 0, std, 255)]) / 255).float()
 
 
 def _place(images: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if device.type == "cuda":
-        size = sum(x.nbytes for x in images.values() if x.device.type != "cuda")
-        if 2 * size > torch.cuda.mem_get_info(device)[0]:
-            return images
+    size = sum(x.nbytes for x in images.values() if x.device.type != "cuda")
+    if device.type == "cuda" and 2 * size > torch.cuda.mem_get_info(device)[0]:
+        return images
     return {split: x.to(device) for split, x in images.items()}
-
-
-def _find(name: str, root: Path) -> Path:
-    path = Path(name.removeprefix("folder:")).expanduser()
-    if name == "folder:":
-        raise DDError("'folder:' needs a path, as in folder:/data/pets or folder:pets")
-    places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
-    found = next((p for p in places if p.is_dir()), None)
-    if found is None:
-        raise DDError(f"there is no folder {' or '.join(map(str, places))} for {name!r}; wanted is "
-                      f"PATH/train/CLASS/*.jpg with PATH/test/CLASS/*.jpg (or val/), or PATH/CLASS/*.jpg")
-    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from .core import DDError, generator
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+_WANTED = "wanted is PATH/train/CLASS/*.jpg with PATH/test/CLASS/*.jpg (or val/), or PATH/CLASS/*.jpg"
 
 # Indices into the sorted WordNet ids of ImageNet-1K, in label order (MTT, Cazenavette et al. 2022).
 SUBSETS = {
@@ -24,22 +24,8 @@ SUBSETS = {
     "imageyellow": (309, 986, 954, 951, 987, 779, 599, 291, 72, 11),
 }
 
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of one split: file names relative to `root`, (bytes, time of change) and label of each."""
-
-    root: Path
-    files: list[str]
-    stats: list[tuple[int, int]]
-    labels: list[int]
-
-    def select(self, keep: Tensor) -> Listing:
-        rows = keep.nonzero().flatten().tolist()
-        return Listing(self.root, *([column[i] for i in rows] for column in (self.files, self.stats, self.labels)))
-
-
-Tree = tuple[tuple[str, ...], dict[str, Listing]]  # class names, split -> listing
+# folder, class names, split -> (file below the folder, label) of each image
+Tree = tuple[Path, tuple[str, ...], dict[str, list[tuple[str, int]]]]
 
 
 def carve(labels: Tensor, fraction: float, draw: torch.Generator) -> Tensor:
@@ -58,45 +44,25 @@ def carve(labels: Tensor, fraction: float, draw: torch.Generator) -> Tensor:
     return taken
 
 
-def _entries(folder: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as found:
-            return sorted((e for e in found if e.name[0] != "."), key=lambda e: e.name)
-    except OSError as error:
-        raise DDError(f"cannot read the folder {folder}: {error.strerror or error}") from error
-
-
-def _subfolders(folder: Path) -> tuple[str, ...]:
-    return tuple(e.name for e in _entries(folder) if e.is_dir() and e.name != "__MACOSX")
-
-
-def _list(root: Path, split: str, classes: Sequence[str]) -> Listing:
-    """SPLIT/CLASS/*.jpg (or SPLIT/CLASS/images/*.jpg, as Tiny ImageNet ships), classes in the order given."""
-    listing = Listing(root, [], [], [])
-    for label, name in enumerate(classes):
-        folder = root / split / name
-        if (folder / "images").is_dir():
-            folder = folder / "images"
-        images = [e for e in _entries(folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS]
-        if not images:
-            raise DDError(f"the class folder {folder} holds no image; remove it or add images "
-                          f"({', '.join(sorted(EXTENSIONS))})")
-        for entry in images:
-            try:
-                stat = entry.stat()
-            except OSError as error:
-                raise DDError(f"cannot read the image {entry.path}: {error.strerror}") from error
-            listing.stats.append((stat.st_size, stat.st_mtime_ns))
-            listing.files.append(entry.path[len(str(root)) + 1:])
-            listing.labels.append(label)
-    return listing
-
-
-def _same_classes(root: Path, train: Sequence[str], other: Sequence[str], split: str) -> None:
-    odd = sorted(set(train) ^ set(other))
-    if odd:
-        raise DDError(f"{root}: train/ and {split}/ must hold the same class folders, but {len(odd)} are in one only: "
-                      f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}")
+def tree(name: str, root: Path) -> Tree:
+    """The files of "folder:PATH", Tiny ImageNet, ImageNet-1K or one of its subsets (ten classes, in their order)."""
+    if name == "tinyimagenet":
+        root = root / name
+        want = (f"{name} needs {root}/train/WNID/images/*.JPEG with {root}/val/val_annotations.txt, or "
+                f"{root}/train/WNID/*.JPEG with {root}/val/WNID/*.JPEG")
+        return _splits(root, next((split for split in ("val", "test") if (root / split).is_dir()), "val"), want)
+    if not name.startswith("folder:"):
+        root = root / "imagenet1k"
+        want = f"{name} needs the 1,000 class folders {root}/train/WNID/*.JPEG and {root}/val/WNID/*.JPEG"
+        return _splits(root, "val", want, SUBSETS.get(name, ()))
+    path = Path(name.removeprefix("folder:")).expanduser()
+    if name == "folder:":
+        raise DDError("'folder:' needs a path, as in folder:/data/pets or folder:pets")
+    places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
+    for place in places:
+        if place.is_dir():
+            return folder_tree(place)
+    raise DDError(f"there is no folder {' or '.join(map(str, places))} for {name!r}; {_WANTED}")
 
 
 def folder_tree(root: Path) -> Tree:
@@ -105,65 +71,60 @@ def folder_tree(root: Path) -> Tree:
     Without a test split one is carved: a stratified fifth, the same on each load, where a class of one image stays in
     train; with one image in every class the test split is therefore empty.
     """
-    want = f"{root}/train/CLASS/*.jpg with {root}/test/CLASS/*.jpg (or val/), or {root}/CLASS/*.jpg"
-    names = _subfolders(root)
-    split_layout = "train" in names and bool(_subfolders(root / "train"))
-    if not names or (not split_layout and set(names) <= {"train", "test", "val", "valid", "validation"}):
-        raise DDError(f"{root} holds no class folders; the layout wanted is {want}")
-    test = next((s for s in ("test", "val") if split_layout and s in names), None)
-    top = "train" if split_layout else "."
-    classes = _subfolders(root / top)
+    top = _subfolders(root, _WANTED)
+    below = _subfolders(root / "train", _WANTED) if "train" in top else ()
+    train, classes = ("train", below) if below else (".", top)
+    if set(classes) <= {"train", "test", "val", "valid", "validation"}:
+        raise DDError(f"{root} holds no class folders; {_WANTED}")
     if len(classes) < 2:
-        raise DDError(f"{root / top} holds the one class folder {classes[0]!r}, and two or more are needed; "
-                      f"the layout wanted is {want}")
-    if test:
-        _same_classes(root, classes, _subfolders(root / test), test)
-        return classes, {"train": _list(root, top, classes), "test": _list(root, test, classes)}
-    listing = _list(root, top, classes)
-    taken = carve(torch.tensor(listing.labels), 0.2, generator(0, "carve test"))
-    return classes, {"train": listing.select(~taken), "test": listing.select(taken)}
+        raise DDError(f"{root / train} holds the one class folder {classes[0]!r}, and two are the least; {_WANTED}")
+    if below and not {"test", "val"}.isdisjoint(top):
+        return _splits(root, "test" if "test" in top else "val", _WANTED)
+    samples = _samples(root, train, classes)
+    taken = carve(torch.tensor([label for _, label in samples]), 0.2, generator(0, "carve test")).tolist()
+    return root, classes, {"train": [sample for sample, test in zip(samples, taken, strict=True) if not test],
+                           "test": [sample for sample, test in zip(samples, taken, strict=True) if test]}
 
 
-def imagenet_tree(root: Path, name: str) -> Tree:
-    """ROOT/{train,val}/WNID/*.JPEG: all classes, or the ten of a subset in the order of its list."""
-    want = f"{name} needs {root}/train/WNID/*.JPEG and {root}/val/WNID/*.JPEG"
-    missing = [s for s in ("train", "val") if not (root / s).is_dir()]
-    if missing:
-        raise DDError(f"{want}, and {root / missing[0]} is missing")
-    classes = _subfolders(root / "train")
-    if not classes or (name in SUBSETS and len(classes) != 1000):
-        raise DDError(f"{want} with the 1,000 class folders of ImageNet-1K, and {root / 'train'} holds {len(classes)}")
-    _same_classes(root, classes, _subfolders(root / "val"), "val")
-    if name in SUBSETS:
-        classes = tuple(classes[i] for i in SUBSETS[name])
-    return classes, {"train": _list(root, "train", classes), "test": _list(root, "val", classes)}
+def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tree:
+    """Class folders in ROOT/train and ROOT/TEST, which may be as Tiny ImageNet ships: images/ and a list of labels."""
+    classes = _subfolders(root / "train", want)
+    if not classes or (subset and len(classes) != 1000):
+        raise DDError(f"{want}, and {root / 'train'} holds {len(classes)}")
+    notes = root / test / "val_annotations.txt"  # a line an image: FILE<tab>WNID<tab>...
+    lines = notes.read_text().splitlines() if notes.is_file() else []
+    rows = [[*line.split("\t"), ""][:2] for line in lines if line.strip()]
+    odd = sorted({*classes} ^ ({wnid for _, wnid in rows} if rows else {*_subfolders(root / test, want)}))
+    if odd:
+        raise DDError(f"{root}: train/ and {test}/ must hold the same class folders, but {len(odd)} are in one only: "
+                      f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}")
+    classes = tuple(classes[i] for i in subset) or classes
+    splits = {"train": _samples(root, "train", classes)}
+    label = {name: i for i, name in enumerate(classes)}
+    listed = [(f"{test}/images/{file}", label[wnid]) for file, wnid in rows]
+    return root, classes, splits | {"test": listed or _samples(root, test, classes)}
 
 
-def tiny_tree(root: Path) -> Tree:
-    """Tiny ImageNet as it ships (val/images with val/val_annotations.txt), or val/ or test/ in class folders."""
-    want = (f"tinyimagenet needs {root}/train/WNID/images/*.JPEG with {root}/val/val_annotations.txt, "
-            f"or {root}/train/WNID/*.JPEG with {root}/val/WNID/*.JPEG")
-    if not (root / "train").is_dir():
-        raise DDError(f"{want}, and {root / 'train'} is missing")
-    classes = _subfolders(root / "train")
-    notes = root / "val" / "val_annotations.txt"
-    if notes.is_file():
-        rows = [line.split("\t")[:2] for line in notes.read_text().splitlines() if line.strip()]
-        if not rows or any(len(row) < 2 for row in rows):
-            raise DDError(f"{notes} must have one line an image, 'FILE<tab>WNID<tab>...'")
-        _same_classes(root, classes, [wnid for _, wnid in rows], "val")
-        label = {name: i for i, name in enumerate(classes)}
-        test = Listing(root, [f"val/images/{file}" for file, _ in rows], [], [label[wnid] for _, wnid in rows])
-        for file in test.files:
-            try:
-                stat = os.stat(root / file)
-            except OSError as error:
-                raise DDError(f"{notes} names the image {root / file}, which cannot be read") from error
-            test.stats.append((stat.st_size, stat.st_mtime_ns))
-    else:
-        split = next((s for s in ("val", "test") if (root / s).is_dir()), None)
-        if split is None:
-            raise DDError(f"{want}, and {root / 'val'} is missing")
-        _same_classes(root, classes, _subfolders(root / split), split)
-        test = _list(root, split, classes)
-    return classes, {"train": _list(root, "train", classes), "test": test}
+def _samples(root: Path, split: str, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """SPLIT/CLASS/*.jpg (or SPLIT/CLASS/images/*.jpg, as Tiny ImageNet ships), classes in the order given."""
+    samples = []
+    for label, name in enumerate(classes):
+        folder = root / split / name
+        folder = folder / "images" if (folder / "images").is_dir() else folder
+        images = [e.path for e in _entries(folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS]
+        if not images:
+            raise DDError(f"the class folder {folder} holds no image; remove it or add some ({' '.join(EXTENSIONS)})")
+        samples += [(path[len(str(root)) + 1:], label) for path in images]
+    return samples
+
+
+def _subfolders(folder: Path, want: str) -> tuple[str, ...]:
+    return tuple(e.name for e in _entries(folder, want) if e.is_dir() and e.name != "__MACOSX")
+
+
+def _entries(folder: Path, want: str = "remove it or make it readable") -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if e.name[0] != "."), key=lambda e: e.name)
+    except OSError as error:
+        raise DDError(f"cannot read the folder {folder}: {error.strerror}; {want}") from error

@@ -117,12 +117,13 @@ def _points(total: int, count: int) -> set[int]:
 
 def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: int = 0, device: str = "auto",
         results: str | Path | None = None, data: Dataset | None = None, fresh: bool = False, progress: bool = True,
-        checkpoint_every: int = 50, **overrides: Any) -> Run:
+        checkpoint_every: int = 50, teach: bool = False, **overrides: Any) -> Run:
     """The record of one run: at once if `results/` holds it, else distil (or resume), evaluate and write it.
 
     `overrides` are keys of the method's Config or of `RunConfig`. `data` spares the loading where a notebook already
     has it. `fresh` ignores an old record and checkpoint. A killed run resumes from its last checkpoint, written every
-    `checkpoint_every` steps and at every signal, and ends in the same bytes on the same CPU. Raises `DDError`.
+    `checkpoint_every` steps and at every signal, and ends in the same bytes on the same CPU. `teach` first trains the
+    experts that a run needs and lacks (`prepare`); a kept record needs none. Raises `DDError`.
     """
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
     folder = results_folder(results) / profile
@@ -145,6 +146,8 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
         name = data.classes[int(data.class_sizes().argmin())]
         raise DDError(f"ipc {ipc} is more than the {smallest} training images of class {name!r} of {dataset}; "
                       f"allowed: 1 to {smallest}")
+    if teach and hasattr(spec.config, "expert_recipe"):
+        _teach(spec, data, progress)
     work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
     state = _Progress(spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, data.checksum)
     if fresh:
@@ -167,8 +170,12 @@ def prepare(method: str, dataset: str, *, ipc: int, profile: str = "smoke", devi
     spec = resolve(method, dataset, ipc, profile, **overrides)
     if not hasattr(spec.config, "expert_recipe"):
         raise DDError(f"{method} needs no experts; methods that do: mtt, tesla, ftd, datm")
-    return train_experts(dataset_of(spec, pick_device(device)), spec.run.backbone, spec.config.expert_recipe,
-                         spec.config.experts, compile=spec.run.compile, progress=progress)
+    return _teach(spec, dataset_of(spec, pick_device(device)), progress)
+
+
+def _teach(spec: Spec, data: Dataset, progress: bool) -> list[Path]:
+    return train_experts(data, spec.run.backbone, spec.config.expert_recipe, spec.config.experts,
+                         compile=spec.run.compile, progress=progress)
 
 
 def resolve_record(record: dict[str, Any]) -> Spec:

@@ -188,3 +188,17 @@ def _with_spread(value: float, spread: float, count: int = 2) -> str:
 def to_json(table: pd.DataFrame) -> str:
     """The rows as a JSON list, for machines."""
     return json.dumps(json.loads(table.to_json(orient="records")), indent=1)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """`compare` with the cost of each row, as the Markdown table of README.md."""
+    if table.empty:
+        return "No record yet."
+    rows = compare(table).join(cost(table)[["distillation (s)", "evaluation (s)", "peak MiB"]])  # both in summary's order
+    shown = {"dataset": "dataset", "ipc": "IPC", "method": "method", "overrides": "overrides", "paper": "paper",
+             "ours": "ours", "Δ": "Δ", "networks": "networks", "verdict": "verdict",
+             "distillation (s)": "distillation (s)", "evaluation (s)": "evaluation (s)", "peak MiB": "peak MiB"}
+    names = [name for name in shown if name in rows]
+    lines = [[shown[name] for name in names], ["---"] * len(names)]
+    lines += [[f"{v:.0f}" if isinstance(v, float) else str(v) for v in row] for row in rows[names].itertuples(index=False)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

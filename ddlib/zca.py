@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .core import DDError, checksum, choose, write_atomically
+from .core import DDError, checksum, choose, load_tensors, save_tensors
 
 KINDS = ("mtt", "frepo")
 LARGEST = 12_288  # 3 x 64 x 64: the matrix takes 0.6 GB, its float64 eigendecomposition four times that
@@ -30,7 +27,6 @@ class ZCA:
         mean eigenvalue; with N < D the D - N + 1 eigenvalues of the null space become 1 (the released code: all
         but one of them). The channel std is that of the fitted pixels (the paper's constants are these, rounded to
         four digits) and is part of `matrix`.
-
     mean [D], matrix [D,D], inverse [D,D]: float32. id: 12 hex digits fixed by the kind and the fitted pixels.
     """
 
@@ -48,12 +44,11 @@ class ZCA:
         """
         choose("zca kind", kind, KINDS)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or len(pixels) < 2:
-            raise DDError(f"ZCA is fitted on at least two uint8 images [N,C,H,W], not {pixels.dtype} "
-                          f"{list(pixels.shape)}")
+            raise DDError(f"ZCA needs two or more uint8 images [N,C,H,W], not {pixels.dtype} {list(pixels.shape)}")
         n, channels, d = len(pixels), pixels.shape[1], pixels[0].numel()
         if d > LARGEST:
-            raise DDError(f"ZCA of {d:,} values an image would need a {d:,} x {d:,} matrix; at most {LARGEST:,} "
-                          f"(3x64x64) is allowed: choose a smaller resolution or no zca")
+            raise DDError(f"ZCA of {d:,} values an image is too large; at most {LARGEST:,} (3x64x64) is allowed: "
+                          f"choose a smaller resolution or no zca")
         device = torch.device(device if device is not None else pixels.device)
         total = torch.zeros(d, dtype=torch.float64, device=device)
         cov = torch.zeros(d, d, dtype=torch.float64, device=device)
@@ -66,10 +61,8 @@ class ZCA:
         mean = (total / n + 128) / 255
         scale, eps = torch.ones_like(mean), 0.1
         if kind == "frepo":
-            by_channel = mean.view(channels, -1)
-            variance = cov.diagonal().view(channels, -1).mean(1) + by_channel.var(1, correction=0)
-            std = torch.where(variance > 0, variance, 1).sqrt()
-            scale = std.repeat_interleave(d // channels)
+            variance = cov.diagonal().view(channels, -1).mean(1) + mean.view(channels, -1).var(1, correction=0)
+            scale = torch.where(variance > 0, variance, 1).sqrt().repeat_interleave(d // channels)
             cov.div_(scale).div_(scale[:, None])
             eps = 0.1 * cov.trace() / d
         values, vectors = torch.linalg.eigh(cov)
@@ -83,27 +76,18 @@ class ZCA:
 
     @staticmethod
     def fit_cached(pixels: Tensor, kind: str, device: torch.device, pixel_sha: str, folder: Path) -> ZCA:
-        """`fit`, kept in `folder` under its id (CIFAR-10 takes half a minute on two cores); a damaged file is refitted.
-
-        `pixel_sha` is `checksum(pixels)`, which the caller has at hand.
-        """
-        path = folder / f"zca-{kind}-{_identity(choose('zca kind', kind, KINDS), pixel_sha)}.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                parts = {name: file.get_tensor(name) for name in ("mean", "matrix", "inverse")}
-                if checksum(*parts.values()) == (file.metadata() or {}).get("sha256"):
-                    return ZCA(kind, _identity(kind, pixel_sha), **parts).to(device)
-        except (OSError, SafetensorError):
-            pass
+        """`fit`, kept in `folder` under its id; a damaged file is refitted. `pixel_sha` is `checksum(pixels)`."""
+        name = _identity(kind, pixel_sha)
+        path = folder / f"zca-{kind}-{name}.safetensors"
+        with suppress(DDError, OSError):
+            return ZCA(kind, name, **load_tensors(path, "ZCA", "it is fitted again")[0]).to(device)
         zca = ZCA.fit(pixels, kind, device)
-        parts = {"mean": zca.mean.cpu(), "matrix": zca.matrix.cpu(), "inverse": zca.inverse.cpu()}
         with suppress(DDError):  # nowhere to keep it: it is fitted again next time
-            write_atomically(path, lambda to: save_file(parts, to, {"sha256": checksum(*parts.values())}))
+            save_tensors(path, {"mean": zca.mean, "matrix": zca.matrix, "inverse": zca.inverse}, {})
         return zca
 
     def to(self, device: torch.device | str) -> ZCA:
-        return dataclasses.replace(self, mean=self.mean.to(device), matrix=self.matrix.to(device),
-                                   inverse=self.inverse.to(device))
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("mean", "matrix", "inverse")})
 
     def whiten(self, x: Tensor) -> Tensor:
         """[...,C,H,W] in [0,1] -> whitened, same shape."""

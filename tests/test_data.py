@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,7 +135,8 @@ def test_minival_carves_a_stratified_share():
 
 def test_images_too_large_for_the_device_stay_and_batches_move(monkeypatch):
     d = small()
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * sum(x.nbytes for x in d.images.values()) - 1, 0))
+    free = 2 * sum(x.nbytes for x in d.images.values()) - 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
     assert data._place(d.images, torch.device("cuda"))["train"] is d.images["train"]
 
 
@@ -358,8 +360,7 @@ def test_a_damaged_cache_is_named_and_rebuilt(tmp_path, monkeypatch, harm, sampl
         load(name)
 
 
-def test_large_splits_stay_memory_mapped_and_are_never_rewritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "MAP_ABOVE", 0)
+def test_splits_are_memory_mapped_and_are_never_rewritten(tmp_path, monkeypatch):
     name = f"folder:{tree(tmp_path / 'pets')}"
     for _ in range(2):  # fresh, then from the cache
         with warnings.catch_warnings():
@@ -381,6 +382,10 @@ def test_unwritable_cache_decodes_in_memory(tmp_path, monkeypatch):
         d = load(name, zca="mtt")
     assert len(seen) == 2  # one a split, and no word of damage
     assert d.checksum == good.checksum and d.zca is not None
+    monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / "full"))
+    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.warns(UserWarning, match="free space"):
+        assert load(name).checksum == good.checksum and not list((tmp_path / "full").iterdir())
 
 
 # --- ImageNet-1K, its subsets, Tiny ImageNet
@@ -576,8 +581,7 @@ def test_zca_errors():
 def test_real_cifar10(own_folders):
     if not own_folders or not (Path(own_folders) / "cifar10" / "train").is_dir():
         pytest.skip("needs DDLIB_DATA with the folder cifar10/{train,test}")
-    listing = folders.folder_tree(Path(own_folders) / "cifar10")[1]["test"]
-    keep = torch.arange(len(listing.files)) % 50 == 0
-    (pixels, _), = decoding.read(((), {"train": listing.select(keep)}), None).values()
+    root, classes, splits = folders.folder_tree(Path(own_folders) / "cifar10")
+    (pixels, _), = decoding.read((root, classes, {"train": splits["test"][::50]}), None).values()
     assert pixels.shape == (200, 3, 32, 32)
     assert (pixels.float().mean((0, 2, 3)) / 255 - torch.tensor([.4914, .4822, .4465])).abs().max() < 0.05

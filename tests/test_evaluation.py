@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddlib import evaluation
 from ddlib.core import DDError, generator, save_tensors
 from ddlib.data import from_arrays, load
 from ddlib.evaluation import Evaluation, evaluate, protocol
@@ -33,9 +34,21 @@ def test_networks_differ_and_are_reproducible(syn, digits):
     assert evaluate(syn, digits, networks=3).accuracies == three.accuracies
     assert evaluate(syn, digits, networks=2).accuracies == three.accuracies[:2]  # whatever else is evaluated
     assert evaluate(syn, digits, networks=3, seed=1).accuracies != three.accuracies
-    untrained = evaluate(syn, digits, networks=3, recipe=Recipe(epochs=1, lr=0.0))
-    assert len(set(untrained.accuracies)) == 3  # the initial weights differ too, not the order of the images alone
     assert three.backbone == "convnet:width=4" and three.recipe is syn.recipe and three.seconds > 0
+
+
+def test_networks_start_from_weights_of_their_own(syn, digits, monkeypatch):
+    starts, real = [], evaluation.train
+
+    def train(net, *args, **options):
+        starts.append(net.classifier.weight.detach().clone())
+        return real(net, *args, **options)
+
+    monkeypatch.setattr(evaluation, "train", train)
+    evaluate(syn, digits, networks=2)
+    evaluate(syn, digits, networks=2)
+    assert torch.equal(starts[0], starts[2]) and torch.equal(starts[1], starts[3])
+    assert not torch.equal(starts[0], starts[1])
 
 
 def test_batchnorm_statistics_do_not_leak_into_the_next_network(syn, digits):
