@@ -23,6 +23,8 @@ from .synthetic import Synthetic
 COLOURS = {"random": "#999999", "herding": "#CC79A7", "kcenter": "#F0E442", "kmeans": "#56B4E9", "dm": "#0072B2",
            "dc": "#8C564B", "dsa": "#D55E00", "idc": "#E69F00", "mtt": "#117733", "tesla": "#009E73",
            "ftd": "#882255", "datm": "#AA4499", "frepo": "#332288", "dream": "#DDCC77", "dream_plus": "#CC6677"}
+ENGINES = {"unroll": "#555555", "checkpoint": "#BB9900", "tesla": COLOURS["tesla"], "tesla_repo": "#74C476",
+           "adjoint": "#3C3CC8", "plain": COLOURS["mtt"], "sam": "#EE7733", "agsam": COLOURS["ftd"]}  # and experts
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
 MARKERS = "os^Dvph"
 
@@ -147,6 +149,36 @@ def history(found: list[Run], key: str = "loss") -> Figure:
              title=f"{record['method']}, {record['dataset']}, {record['profile']} profile, {seeds} seed{'s' * (seeds > 1)}")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
+    return figure
+
+
+def lines(table: pd.DataFrame, x: str, columns: dict[str, str], by: str, title: str, *, xlabel: str | None = None,
+          log: Sequence[str] = ()) -> Figure:
+    """Columns against `x`, one panel each under its axis label, one line a value of `by`: mean ± std of equal `x`.
+
+    `log` names what has a log axis, `x` too. A number as small as rounding is drawn as it is, so look at the units.
+    """
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.5 * len(columns) + 0.6, 3.4), squeeze=False,
+                                layout="constrained")
+    names, ticks = list(dict.fromkeys(table[by])), sorted(table[x].unique())
+    colours = {name: (ENGINES | COLOURS).get(name, LINES[k % len(LINES)]) for k, name in enumerate(names)}
+    for axis, (column, label) in zip(axes[0], columns.items(), strict=True):
+        for k, name in enumerate(names):
+            rows = table[table[by] == name].groupby(x)[column]
+            mean, spread = rows.mean(), rows.std(ddof=0)
+            # Lines that coincide stay visible: later ones are thinner, with smaller markers.
+            axis.errorbar(mean.index, mean, spread if spread.any() else None, color=colours[name], label=name, capsize=2,
+                          marker=MARKERS[k % len(MARKERS)], ms=7 - k, lw=2.6 - 0.5 * k, mfc="white" if k % 2 else None)
+        axis.set(xlabel=xlabel or x, ylabel=label)
+        for one, limits in (("x", x), ("y", column)):
+            if limits in log:
+                axis.set(**{f"{one}scale": "log"})
+        if x in log:
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.xaxis.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -31,11 +31,15 @@ from .unroll import FlatNet, Segment, match
 VERSION = 1  # raise it when a change here changes the rows
 
 
+def _place(dataset: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", dataset).strip("_")
+
+
 def _cached(kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[], list[dict]]) -> pd.DataFrame:
     """The rows of a study from `results/PROFILE/studies/`, else computed and written there."""
     digest = hashlib.sha256(json.dumps([spec.name, options, VERSION], sort_keys=True).encode()).hexdigest()[:8]
-    place = re.sub(r"[^A-Za-z0-9]+", "_", spec.dataset).strip("_")
-    path = results_folder() / spec.profile / "studies" / f"{kind}-{spec.method}-{place}-ipc{spec.ipc}-{digest}.json"
+    name = f"{kind}-{spec.method}-{_place(spec.dataset)}-ipc{spec.ipc}-{digest}.json"
+    path = results_folder() / spec.profile / "studies" / name
     if path.is_file():
         try:
             return pd.DataFrame(json.loads(path.read_text())["rows"])
@@ -45,6 +49,12 @@ def _cached(kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[]
     record = {"study": kind, "run": spec.name, "options": options, "rows": rows}
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
     return pd.DataFrame(rows)
+
+
+def kept(kind: str, dataset: str, profile: str = "paper") -> pd.DataFrame:
+    """All rows of the kept studies of one kind on one dataset, whatever their options; empty where there is none."""
+    found = sorted((results_folder() / profile / "studies").glob(f"{kind}-*-{_place(dataset)}-ipc*.json"))
+    return pd.DataFrame([row for path in found for row in json.loads(path.read_text())["rows"]])
 
 
 def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: str = "auto",
