@@ -90,7 +90,7 @@ def _preset(name: str) -> dict:
 
 def _flat(level: dict | None, dataset: str, ipc: int) -> dict:
     """The plain keys of a level, then those of its exceptions for this dataset and this IPC."""
-    level = dict(level or {})
+    level = {key: value for key, value in (level or {}).items() if key != "profiles"}
     by_dataset, by_ipc = level.pop("datasets", {}), level.pop("ipc", {})
     flat = level | (by_ipc.get(ipc) or {})
     return flat | (_flat(by_dataset[dataset], dataset, ipc) if dataset in by_dataset else {})
@@ -109,8 +109,11 @@ def resolve(method: str, dataset: str, ipc: int, profile: str = "smoke", seed: i
     allowed = sorted({f.name for c in (cls.Config, RunConfig) for f in fields(c)})
     place, sources = canonical(dataset), (_preset("common"), _preset(cls.preset))
     values: dict[str, Any] = {}
-    for level in (lambda s: s.get("defaults"), lambda s: s.get("methods", {}).get(method),
-                  lambda s: {"datasets": s.get("datasets", {})}, lambda s: s.get("profiles", {}).get(profile)):
+    def own(source: dict) -> dict:
+        return source.get("methods", {}).get(method, {})
+
+    for level in (lambda s: s.get("defaults"), own, lambda s: {"datasets": s.get("datasets", {})},
+                  lambda s: s.get("profiles", {}).get(profile), lambda s: own(s).get("profiles", {}).get(profile)):
         for source in sources:
             values |= _flat(level(source), place, ipc)
     values |= {key: value for key, value in overrides.items() if value is not None}

@@ -18,6 +18,7 @@ The four methods differ by arguments only: how the gradient is taken (`ddlib.unr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -160,11 +161,12 @@ class Trajectory:
             return c.max_start
         return min(c.max_start, c.grow_from + int((c.max_start - c.grow_from) * self.steps / max(1, c.grow_until)))
 
-    def segment(self, rng: torch.Generator) -> tuple[Segment, torch.Tensor]:
-        """A random segment and the labels [n] or [n, classes] that its inner steps train on."""
+    def segment(self, rng: torch.Generator, place: tuple[int, int] | None = None) -> tuple[Segment, torch.Tensor]:
+        """A random segment, or that of `place` = (expert, start epoch), and the labels that its steps train on."""
         c, n = self.config, len(self.hard)
-        expert = int(torch.randint(len(self.experts), (), generator=rng))
-        start = int(torch.randint(c.min_start, max(self._window(), c.min_start + 1), (), generator=rng))
+        expert, start = place or (
+            int(torch.randint(len(self.experts), (), generator=rng)),
+            int(torch.randint(c.min_start, max(self._window(), c.min_start + 1), (), generator=rng)))
         batches: list[torch.Tensor] = []
         while len(batches) < c.syn_steps:
             batches += torch.randperm(n, generator=rng).to(self.data.device).split(c.batch_syn or n)
@@ -176,15 +178,30 @@ class Trajectory:
             labels = self._logits(self.raw, expert, start + c.expert_epochs).softmax(1)
         return Segment(self._theta(expert, start), target, batches, params), labels
 
-    def match(self) -> list[Match]:
-        """This iteration's segments, each with its loss and gradients."""
-        found = []
-        for k in range(self.config.segments):
-            segment, labels = self.segment(generator(self.seed, "trajectory", self.steps, k))
-            criterion = soft_cross_entropy if self.config.labels == "learned" else F.cross_entropy
-            found.append(match(self.net, segment, self.raw, labels, self.rate.expand(self.config.syn_steps),
-                               self.config.gradient, micro=self.config.micro, criterion=criterion))
-        return found
+    def match(self, segment: Segment, labels: torch.Tensor, gradient: str | None = None) -> Match:
+        """Loss and gradients of one segment at the present images and step size."""
+        criterion = soft_cross_entropy if self.config.labels == "learned" else F.cross_entropy
+        return match(self.net, segment, self.raw, labels, self.rate.expand(len(segment.batches)),
+                     gradient or self.config.gradient, micro=self.config.micro, criterion=criterion)
+
+    def mean_loss(self, most: int = 24) -> float:
+        """Matching loss, mean over all segments of all experts, or `most` of them evenly spread."""
+        c = self.config
+        places = [(e, t) for e in range(len(self.experts)) for t in range(c.min_start, c.max_start)]
+        places = places[::math.ceil(len(places) / most)]
+        losses = [self.match(*self.segment(generator(0, "mean loss", *place), place), "window=1").loss
+                  for place in places]
+        return float(torch.stack(losses).mean())
+
+    @property
+    def record(self) -> dict[str, float]:
+        """Mean matching loss before and after, the learned step size, and how many updates were skipped."""
+        after, kept = self.mean_loss(), (self.raw, self.logits, self.rate)
+        (self.raw, self.logits), self.rate = self._initial(), torch.full_like(self.rate, self.config.lr_teacher)
+        before = self.mean_loss()
+        self.raw, self.logits, self.rate = kept
+        return {"mean loss before": before, "mean loss after": after, "beta": float(self.rate),
+                "skipped": self.skipped}
 
     def step(self) -> dict[str, float]:
         """One update of images, step size and labels; returns the matching loss and beta.
@@ -192,7 +209,9 @@ class Trajectory:
         Raises `DDError`, before anything is changed, when the loss or a gradient is not finite or beta would turn
         negative.
         """
-        c, found = self.config, self.match()
+        c = self.config
+        found = [self.match(*self.segment(generator(self.seed, "trajectory", self.steps, k)))
+                 for k in range(c.segments)]
         loss = torch.stack([m.loss for m in found]).mean()
         gradients = {"raw": torch.stack([m.images for m in found]).mean(0),
                      "rate": torch.stack([m.rates.sum() for m in found]).mean()}
