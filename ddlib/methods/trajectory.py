@@ -14,6 +14,7 @@ The four methods differ by arguments only: how the gradient is taken (`ddlib.unr
    those of whichever segment came last.
 4. The EMA of FTD is evaluated with fresh networks; the released code goes on training the raw images' networks.
 5. Draws come from (seed, iteration), not from the clock.
+6. DATM's first logits are a mean over experts also with `init=real`, where the release asks one expert.
 """
 
 from __future__ import annotations
@@ -236,12 +237,16 @@ class Trajectory:
             change = change.clamp(-c.clip_rate * self.rate, c.clip_rate * self.rate)
         if not self.rate + change > 0:
             raise DDError(f"the step size beta would turn from {float(self.rate):.3g} to {float(self.rate + change):.3g} "
-                          f"at step {self.steps + 1}: lower lr_lr ({c.lr_lr}) or set clip_rate above 0")
-        self.velocity |= velocity
-        self.rate = self.rate + change
-        self.raw = self.raw - c.lr_img * velocity["raw"]
+                          f"at step {self.steps + 1}: lower lr_lr ({c.lr_lr}) or set clip_rate between 0 and 1")
+        moved = {"rate": self.rate + change, "raw": self.raw - c.lr_img * velocity["raw"]}
         if c.labels == "learned":
-            self.logits = self.logits - c.lr_label * velocity["logits"]
+            moved["logits"] = self.logits - c.lr_label * velocity["logits"]
+        if not all(torch.isfinite(value).all() for value in moved.values()):
+            raise DDError(f"images, labels or beta would not be finite after step {self.steps + 1}: lower lr_img "
+                          f"({c.lr_img}) or lr_label ({c.lr_label})")
+        self.velocity |= velocity
+        for key, value in moved.items():
+            setattr(self, key, value)
         if c.ema:
             self.average = c.ema * self.average + (1 - c.ema) * self.raw
 
