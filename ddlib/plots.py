@@ -154,28 +154,32 @@ def history(found: list[Run], key: str = "loss") -> Figure:
 
 def lines(table: pd.DataFrame, x: str, columns: dict[str, str], by: str, title: str, *, xlabel: str | None = None,
           log: Sequence[str] = ()) -> Figure:
-    """Columns against `x`, one panel each under its axis label, one line a value of `by`: mean ± std of equal `x`.
+    """Columns against `x`, one panel each (three a row) under its axis label: mean ± std of the rows with equal `x`.
 
-    `log` names what has a log axis, `x` too. A number as small as rounding is drawn as it is, so look at the units.
+    One line a value of `by`; later ones are thinner and every other one is dashed, so that lines that coincide stay
+    visible. `log` names the columns, `x` too, on a log axis.
     """
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.5 * len(columns) + 0.6, 3.4), squeeze=False,
+    across, down = min(3, len(columns)), math.ceil(len(columns) / 3)
+    figure, axes = plt.subplots(down, across, figsize=(3.7 * across + 0.6, 3.1 * down + 0.4), squeeze=False,
                                 layout="constrained")
-    names, ticks = list(dict.fromkeys(table[by])), sorted(table[x].unique())
-    colours = {name: (ENGINES | COLOURS).get(name, LINES[k % len(LINES)]) for k, name in enumerate(names)}
-    for axis, (column, label) in zip(axes[0], columns.items(), strict=True):
-        for k, name in enumerate(names):
+    for axis in axes.flat[len(columns):]:
+        axis.set_axis_off()
+    for axis, (column, label) in zip(axes.flat, columns.items(), strict=False):
+        for k, name in enumerate(dict.fromkeys(table[by])):
             rows = table[table[by] == name].groupby(x)[column]
             mean, spread = rows.mean(), rows.std(ddof=0)
-            # Lines that coincide stay visible: later ones are thinner, with smaller markers.
-            axis.errorbar(mean.index, mean, spread if spread.any() else None, color=colours[name], label=name, capsize=2,
-                          marker=MARKERS[k % len(MARKERS)], ms=7 - k, lw=2.6 - 0.5 * k, mfc="white" if k % 2 else None)
+            axis.errorbar(mean.index, mean, spread if spread.any() else None, capsize=2, label=name, ms=7 - k,
+                          color=(ENGINES | COLOURS).get(name, LINES[k % len(LINES)]), marker=MARKERS[k % len(MARKERS)],
+                          ls="--" if k % 2 else "-", lw=max(1.0, 2.6 - 0.5 * k), mfc="white" if k % 2 else None)
         axis.set(xlabel=xlabel or x, ylabel=label)
-        for one, limits in (("x", x), ("y", column)):
-            if limits in log:
-                axis.set(**{f"{one}scale": "log"})
+        for line, name in ((axis.xaxis, x), (axis.yaxis, column)):
+            if name in log:
+                axis.set(**{f"{line.axis_name}scale": "log"})
+                line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                line.set_major_formatter(lambda value, _: f"{value:g}")
+                line.set_minor_locator(NullLocator())
         if x in log:
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xticks(sorted(table[x].unique()))
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)

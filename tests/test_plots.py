@@ -6,6 +6,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_tables import record
@@ -98,6 +99,22 @@ def test_training_time_and_history(tmp_path):
     assert axis.collections[0].get_offsets().tolist() == [[25, 51], [25, 51]]
     (axis,) = plots.history(found).axes
     assert len(axis.lines) == 4 and [t.get_text() for t in axis.get_legend().get_texts()] == ["IPC 1", "IPC 10"]
+
+
+def test_lines_draw_the_mean_and_spread_of_equal_x_by_group():
+    table = pd.DataFrame([{"steps": n, "engine": e, "MiB": n + d, "cosine": 1.0} for n in (1, 10)
+                          for e in ("unroll", "tesla") for d in (-1, 1)])
+    figure = plots.lines(table, "steps", {"MiB": "memory (MiB)", "cosine": "cosine"}, "engine", "digits, smoke profile",
+                         log=("steps",))
+    memory, cosine = figure.axes
+    assert (memory.get_xlabel(), memory.get_ylabel(), memory.get_xscale()) == ("steps", "memory (MiB)", "log")
+    assert [t.get_text() for t in memory.get_legend().get_texts()] == ["unroll", "tesla"]
+    assert [c.lines[0].get_ydata().tolist() for c in memory.containers] == [[1, 10]] * 2
+    (bars,) = memory.containers[0].lines[2]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[0, 2], [9, 11]]
+    assert memory.containers[1].lines[0].get_color() == plots.ENGINES["tesla"]
+    assert not cosine.containers[0].has_yerr  # no spread, no bars
+    assert figure.get_suptitle() == "digits, smoke profile"
 
 
 def test_save_writes_both_formats_with_the_same_bytes_again(tmp_path, monkeypatch):

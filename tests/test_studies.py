@@ -1,5 +1,7 @@
 """Studies: rows are computed once, the exact engines agree, TESLA's does not, memory is predicted as measured."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -70,3 +72,18 @@ def test_a_damaged_study_is_named(spec, results):
     path.write_text("{")
     with pytest.raises(DDError, match="flatness-.*damaged"):
         studies.flatness(spec, images=64)
+
+
+def test_kept_studies_are_found_by_dataset(spec):
+    table = studies.unrolling(spec, steps=(1,), engines=("tesla",))
+    assert studies.kept("unrolling", "digits", "smoke").equals(table)
+    assert studies.kept("unrolling", "imagenet1k", "smoke").empty
+
+
+def test_a_run_teaches_the_experts_that_it_lacks_and_a_kept_one_needs_none(results, monkeypatch):
+    with pytest.raises(DDError, match="make the experts first"):
+        dd.run("mtt", "digits", ipc=1, progress=False, **TINY)
+    table = dd.sweep("mtt", "digits", ipcs=(1,), progress=False, teach=True, **TINY)
+    shutil.rmtree(results / "experts")
+    monkeypatch.setattr("ddlib.runs.dataset_of", None)
+    assert dd.sweep("mtt", "digits", ipcs=(1,), progress=False, teach=True, **TINY).equals(table)
