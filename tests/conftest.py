@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-# Set before torch is imported, so that subprocesses and notebook kernels get it too. The test networks are tiny:
-# more than two threads only wait for one another.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# Set before torch is imported, so that subprocesses and notebook kernels get it too. The test networks are tiny: one
+# thread takes half the CPU time of two, which wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
