@@ -106,8 +106,11 @@ def _reproduce(args: argparse.Namespace) -> None:
     for name in names:
         print(f"{name}: {out / name}.ipynb", flush=True)
         try:
-            papermill.execute_notebook(str(notebooks[name]), str(out / f"{name}.ipynb"), parameters=parameters,
-                                       cwd=str(SOURCE / "notebooks"), progress_bar=sys.stderr.isatty(), kernel_name="python3")
+            done = papermill.execute_notebook(str(notebooks[name]), target := str(out / f"{name}.ipynb"),
+                                              parameters=parameters, cwd=str(SOURCE / "notebooks"),
+                                              progress_bar=sys.stderr.isatty(), kernel_name="python3")
+            done.metadata["papermill"] |= {"input_path": f"{name}.ipynb", "output_path": f"{name}.ipynb"}
+            papermill.iorw.write_ipynb(done, target)  # without this machine's paths
         except papermill.PapermillExecutionError as error:
             raise DDError(f"notebook {name} stopped: {error.ename}: {error.evalue}") from None
     table = tables.compare(tables.runs(tables.stored(args.results, args.profile)))
