@@ -84,7 +84,7 @@ def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: s
                 if engine == "unroll" and last and last["graph bytes"] * n / last["steps"] > largest:
                     continue
                 found, row = measured.get(engine) or _measure(problem, engine, at)
-                a, b = found.images.flatten(), exact.images.flatten()
+                a, b = found.images.double().flatten(), exact.images.double().flatten()
                 rows.append({"engine": engine, "steps": n, **row, "vectors bytes": 4 * method.net.size * n,
                              "device": machine(at), "cosine": float(F.cosine_similarity(a, b, dim=0)),
                              "norm ratio": float(a.norm() / b.norm()),
