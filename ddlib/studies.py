@@ -52,9 +52,9 @@ def _cached(kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[]
     return pd.DataFrame(rows)
 
 
-def kept(kind: str, dataset: str, profile: str = "paper") -> pd.DataFrame:
-    """All rows of the kept studies of one kind on one dataset, whatever their options; empty where there is none."""
-    found = sorted((results_folder() / profile / "studies").glob(f"{kind}-*-{_place(dataset)}-ipc*.json"))
+def kept(kind: str, dataset: str) -> pd.DataFrame:
+    """All rows of the kept studies of one kind on a dataset or a sample of it, whatever the profile and options."""
+    found = sorted(results_folder().glob(f"*/studies/{kind}-*{_place(dataset)}*-ipc*.json"))
     return pd.DataFrame([row for path in found for row in json.loads(path.read_text())["rows"]])
 
 
