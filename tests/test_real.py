@@ -1,5 +1,6 @@
 """CIFAR-10 itself, where its folder is at hand, and the committed records at the small profile, which always are."""
 
+import os
 from pathlib import Path
 from statistics import fmean
 
@@ -8,7 +9,7 @@ import torch
 
 import ddlib as dd
 from ddlib.data import canonical
-from ddlib.runs import Run, resolve_record
+from ddlib.runs import Run, dataset_of, resolve_record
 
 SMALL = Path(__file__).parents[1] / "results" / "small"
 RECORDS = [Run(path) for path in sorted(SMALL.glob("*-seed*-????????.json"))]
@@ -70,3 +71,26 @@ def test_a_committed_record_is_current_and_its_set_is_its_own(run):
     last = record["accuracy"]["last"]
     assert last["mean"] == pytest.approx(fmean(last["networks"])) and 0 <= last["mean"] <= 100
     assert record["accuracy"]["best"]["mean"] >= last["mean"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dm", "tesla"])
+def test_a_thousand_classes_end_to_end(method, results, monkeypatch):
+    """A few steps on one image a class of ImageNet-1K: shapes, labels and experts of 1,000 classes, no accuracy."""
+    place = Path(os.environ.get("DDLIB_DATA", "")) / "imagenet1k-sample64"
+    if not os.environ.get("DDLIB_DATA") or not place.is_dir():
+        pytest.skip("needs DDLIB_DATA to name a folder with imagenet1k-sample64/train")
+    options = {"backbone": "convnet:width=8", "init": "noise"} if method == "dm" else {
+        "backbone": "convnet:width=8", "experts": 1, "expert_total": 1, "expert_epochs": 1, "max_start": 1,
+        "syn_steps": 2, "batch_syn": 100, "labels": "assigned"}
+    spec = dd.resolve(method, "folder:imagenet1k-sample64", 1, "smoke", **options)
+    data = dataset_of(spec, torch.device("cpu"))
+    assert data.num_classes == 1000 and data.shape == (3, 64, 64)
+    if method == "tesla":
+        dd.prepare(method, spec.dataset, ipc=1, profile="smoke", device="cpu", progress=False, **options)
+    work = dd.METHODS[method](spec.config, data, 1, spec.run.backbone, 0)
+    before = work.images.clone()
+    assert all(torch.isfinite(torch.as_tensor(work.step()["loss"])) for _ in range(2))
+    assert (work.images != before).flatten(1).any(1).float().mean() > 0.15  # tesla: 200 of 1,000 images a step
+    assert work.images.shape == (1000, 3, 64, 64)
+    assert work.labels.shape == ((1000,) if method == "dm" else (1000, 1000))
