@@ -100,6 +100,8 @@ def _reproduce(args: argparse.Namespace) -> None:
     # The kernels start in notebooks/: absolute paths, and the checkout's ddlib even where none is installed.
     os.environ |= {"DDLIB_RESULTS": str(results_folder(args.results).resolve()), "DDLIB_FIGURES": str(figures),
                    "PYTHONPATH": os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))}
+    if args.profile == "smoke":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # on networks this small two threads wait for one another
     parameters = {"profile": args.profile, "device": args.device, "dataset": args.dataset or DATASETS[args.profile]}
     parameters |= _key_values(args.set)
     start = time.perf_counter()
