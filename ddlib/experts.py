@@ -142,8 +142,8 @@ def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int,
                                        f"make the experts first: {command}")
         for key, value in wanted.items():
             if header.get(key) != value:
-                raise DDError(f"the expert {path.name} was made with {key} {header.get(key)!r}, this run has {value!r}; "
-                              f"delete {path} and make it anew: {command}")
+                raise DDError(f"the expert {path.name} was made with {key} {header.get(key)!r}, this run has "
+                              f"{value!r}; delete {path} and make it anew: {command}")
         rows = tensors["weights"]
         if not (rows[1:] != rows[:-1]).any(1).all() or not torch.isfinite(rows).all():
             raise DDError(f"two epochs of the expert {path} hold the same weights, or weights that are not finite: "

@@ -236,8 +236,9 @@ class Trajectory:
         if c.clip_rate:
             change = change.clamp(-c.clip_rate * self.rate, c.clip_rate * self.rate)
         if not self.rate + change > 0:
-            raise DDError(f"the step size beta would turn from {float(self.rate):.3g} to {float(self.rate + change):.3g} "
-                          f"at step {self.steps + 1}: lower lr_lr ({c.lr_lr}) or set clip_rate between 0 and 1")
+            raise DDError(f"the step size beta would turn from {float(self.rate):.3g} to "
+                          f"{float(self.rate + change):.3g} at step {self.steps + 1}: lower lr_lr ({c.lr_lr}) or set "
+                          "clip_rate between 0 and 1")
         moved = {"rate": self.rate + change, "raw": self.raw - c.lr_img * velocity["raw"]}
         if c.labels == "learned":
             moved["logits"] = self.logits - c.lr_label * velocity["logits"]
