@@ -12,7 +12,8 @@ from .core import DDError
 from .data import Dataset, from_arrays, load
 from .evaluation import Evaluation, evaluate, protocol
 from .methods import METHODS
-from .runs import Run, prepare, run, sweep
+from .records import Run
+from .runs import prepare, run, sweep
 from .spec import PROFILES, Spec, resolve
 from .synthetic import Synthetic
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from . import tables
 from .core import SOURCE, DDError, generator
 from .data import Dataset
-from .runs import Run
+from .records import Run
 from .synthetic import Synthetic
 
 COLOURS = {"random": "#999999", "herding": "#CC79A7", "kcenter": "#F0E442", "kmeans": "#56B4E9", "dm": "#0072B2",

@@ -6,8 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,63 +15,17 @@ import torch
 from tqdm.auto import tqdm
 
 from .core import DDError, Interrupted, guard, load_tensors, pick_device, results_folder, save_tensors, write_atomically
-from .data import Dataset, load
-from .evaluation import VERSION, Evaluation, evaluate
-from .experts import train_experts
+from .data import Dataset
+from .evaluation import evaluate
+from .experts import ExpertsError, train_experts
 from .meter import PeakMemory, commit, machine
 from .methods import METHODS
+from .records import Run, dataset_of, summary
 from .spec import Spec, resolve
 from .synthetic import Synthetic
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its record (a dict, see `record`) and, when asked for, its distilled set."""
-
-    path: Path
-
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        try:
-            record = json.loads(self.path.read_text())
-            record["accuracy"]["last"]["mean"]
-            return record
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DDError(f"the record {self.path} cannot be read ({type(error).__name__}): delete it and run again"
-                          ) from error
-
-    @cached_property
-    def synthetic(self) -> Synthetic:
-        return Synthetic.load(self.path.with_suffix(".safetensors"))
-
-    @property
-    def accuracy(self) -> float:
-        """Test accuracy in per cent after the last step, mean over networks."""
-        return self.record["accuracy"]["last"]["mean"]
-
-    def transfer(self, backbone: str, *, networks: int = 3, data: Dataset | None = None, device: str = "auto"
-                 ) -> dict[str, Any]:
-        """Cross-architecture: the set's own recipe on another backbone, as {mean, std, networks, ...} in per cent.
-
-        Kept beside the record in NAME.transfer.json, so a second call trains nothing and needs no data.
-        """
-        path = self.path.with_suffix(".transfer.json")
-        kept = json.loads(path.read_text()) if path.is_file() else {}
-        key = f"{backbone} x {networks}, version {VERSION}"
-        if key not in kept:
-            data = data or dataset_of(resolve_record(self.record), pick_device(device))
-            result = evaluate(self.synthetic, data, backbone=backbone, networks=networks, seed=self.record["seed"])
-            kept[key] = {"backbone": backbone, **_summary(self.record["accuracy"]["last"]["step"], result),
-                         "seconds": round(result.seconds, 3), "device": machine(data.device)}
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1)))
-        return kept[key]
-
-    def __repr__(self) -> str:
-        last = self.record["accuracy"]["last"]
-        return f"Run({self.path.stem}: {last['mean']:.1f} ± {last['std']:.1f} %)"
 
 
 class _Progress:
@@ -128,7 +81,7 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
     folder = results_folder(results) / profile
     done, config = Run(folder / f"{spec.name}.json"), spec.run
-    if data and (data.name != dataset or data.zca or config.zca or config.subset or config.resolution):
+    if data and (data.name != dataset or data.zca or config.zca or config.subset or config.resolution or config.minival):
         data = None
     if not fresh and done.path.is_file() and done.path.with_suffix(".safetensors").is_file():
         if data and data.checksum != done.record.get("dataset_checksum"):  # a damaged record is named here
@@ -148,7 +101,10 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
                       f"allowed: 1 to {smallest}")
     if teach and hasattr(spec.config, "expert_recipe"):
         _teach(spec, data, progress)
-    work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
+    try:
+        work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
+    except ExpertsError as error:
+        raise DDError(f"{error}: {spec.command('experts')}") from None
     state = _Progress(spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, data.checksum)
     if fresh:
         state.path.unlink(missing_ok=True)
@@ -178,25 +134,14 @@ def _teach(spec: Spec, data: Dataset, progress: bool) -> list[Path]:
                          compile=spec.run.compile, progress=progress)
 
 
-def resolve_record(record: dict[str, Any]) -> Spec:
-    """The spec of a stored record, as `spec.name` was computed from."""
-    return Spec(**{key: record[key] for key in ("method", "dataset", "ipc", "profile", "seed", "values")})
-
-
-def dataset_of(spec: Spec, device: torch.device) -> Dataset:
-    """The dataset that a run sees: its resolution, whitening and subset applied."""
-    run = spec.run
-    data = load(spec.dataset, device=device, resolution=run.resolution or None, zca=run.zca or None)
-    return data.subset(run.subset) if run.subset else data
-
-
 def _synthetic(state: _Progress, data: Dataset, snapshots: bool = False) -> Synthetic:
     extra = {"snapshots": state.snapshots} if snapshots else {}
     recipe = state.spec.recipe
     if hasattr(state.method, "recipe") and not state.spec.run.eval_lr:
         recipe = state.method.recipe(recipe)  # a learned step size
-    return Synthetic.of(data, state.method.images, state.method.labels, recipe, state.spec.run.backbone,
-                        spec=asdict(state.spec), **extra)
+    run = state.spec.run
+    return Synthetic.of(data, state.method.images, state.method.labels, recipe, run.eval_backbone or run.backbone,
+                        factor=getattr(state.method, "factor", 1), spec=asdict(state.spec), **extra)
 
 
 def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progress: bool, every: int) -> None:
@@ -265,20 +210,19 @@ def _test(state: _Progress, data: Dataset, bar: tqdm) -> None:
                       compile=config.compile)
     bar.set_description(f"{state.spec.method} {state.spec.dataset} ipc {state.spec.ipc}, {result.mean:.1f} %")
     state.seconds["evaluate"] += result.seconds
-    state.evaluations = [e for e in state.evaluations if e["step"] < state.step] + [_summary(state.step, result)]
-
-
-def _summary(step: int, result: Evaluation) -> dict:
-    return {"step": step, "mean": result.mean, "std": result.std, "networks": list(result.accuracies)}
+    state.evaluations = [e for e in state.evaluations if e["step"] < state.step] + [summary(state.step, result)]
 
 
 def _write(path: Path, state: _Progress, data: Dataset, peak: PeakMemory) -> None:
     spec = state.spec
     _synthetic(state, data, snapshots=True).save(path.with_suffix(".safetensors"))
+    judged = [e for e in state.evaluations if "val" in e]  # the checkpoint that the validation split would choose
+    best = max(state.evaluations, key=lambda e: e.get("best", e)["mean"])
+    selected = {"selected": max(judged, key=lambda e: e["val"]["mean"])} if judged else {}
     record = {
         "name": spec.name, **{k: v for k, v in asdict(spec).items()}, "backbone": spec.run.backbone,
         "version": METHODS[spec.method].version, "recipe": asdict(spec.recipe),
-        "accuracy": {"last": state.evaluations[-1], "best": max(state.evaluations, key=lambda e: e["mean"])},
+        "accuracy": {"last": state.evaluations[-1], "best": best, **selected},
         "evaluations": state.evaluations, "history": state.history, "extra": getattr(state.method, "record", {}),
         "seconds": {k: round(v, 3) for k, v in state.seconds.items()},
         "peak_bytes": max(state.peak, peak.bytes), "peak_method": peak.method, "device": machine(data.device),

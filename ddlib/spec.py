@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -14,9 +15,10 @@ import yaml
 
 from .core import DDError, choose, fields_from, option
 from .data import canonical
-from .evaluation import PROTOCOLS, VERSION, protocol
+from .evaluation import OWN_AUGMENT, PROTOCOLS, VERSION, protocol
 from .methods import METHODS
 from .training import Recipe
+from .zca import KINDS
 
 PROFILES = ("smoke", "small", "paper")
 PRESETS = Path(__file__).parent / "presets"
@@ -27,15 +29,19 @@ class RunConfig:
     """What every run has beside its method's own configuration."""
 
     backbone: str = "convnet"  # network of distillation and evaluation, e.g. convnet:width=32
+    eval_backbone: str = ""  # another network for the evaluation, e.g. FRePo's without norm; "" is the same
     protocol: str = option("dsa", allowed=tuple(PROTOCOLS))  # of the evaluation
-    eval_epochs: int = option(1000, least=1)  # E of the protocol, which makes E + 1 passes
-    augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA operations of distillation and evaluation
+    eval_epochs: int = option(1000, least=1)  # E of the protocol, which makes E + 1 passes in the DC family
+    augment: str = "color_crop_cutout_flip_scale_rotate"  # of distillation, and of evaluation in the DC family
+    eval_augment: str = ""  # of evaluation; "" is `augment` in the DC family, else the protocol's own
+    mirror: bool = True  # a mirrored image keeps its class; False takes the flip out of a protocol's own augmentation
     networks: int = option(5, least=1)  # fresh networks an evaluation
     eval_lr: float = option(0.0, least=0)  # step size of the evaluation; 0 is the protocol's, or the learned one
     evaluations: int = option(1, least=1)  # evenly spaced over the run; the last one is after the last step
     snapshots: int = option(0, least=0)  # copies of the images kept on the way, to look at
-    zca: str = option("", allowed=("", "mtt", "frepo"))  # whitening in place of mean and standard deviation
+    zca: str = option("", allowed=("", *KINDS))  # whitening in place of mean and standard deviation
     resolution: int = option(0, least=0)  # pixels a side; 0 is the dataset's own
+    minival: float = option(0.0, least=0)  # share of train kept from distillation, to select a checkpoint on; 0 is off
     subset: int = option(0, least=0)  # training images a class to use, drawn once by seed 0; 0 is all of them
     compile: bool = False  # torch.compile networks where there is a compiler
 
@@ -64,8 +70,24 @@ class Spec:
     @property
     def recipe(self) -> Recipe:
         run = self.run
-        recipe = protocol(run.protocol, epochs=run.eval_epochs, augment=run.augment)
+        recipe = protocol(run.protocol, epochs=run.eval_epochs, mirror=run.mirror,
+                          augment=run.eval_augment or (None if run.protocol in OWN_AUGMENT else run.augment))
         return replace(recipe, lr=run.eval_lr) if run.eval_lr else recipe
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The values that are not the preset's."""
+        preset = resolve(self.method, self.dataset, self.ipc, self.profile).values
+        return {key: value for key, value in self.values.items() if preset.get(key) != value}
+
+    def command(self, verb: str = "run") -> str:
+        """What to type for this run (its seed apart), or for the experts that it needs."""
+        words = ["python", "-m", "ddlib", verb, self.method, "--dataset", self.dataset, "--ipc", str(self.ipc),
+                 "--profile", self.profile]
+        for key, value in self.overrides.items():
+            text = value if yaml.safe_load(str(value)) == value else json.dumps(value)
+            words += ["--set", f"{key}={text}"]
+        return shlex.join(words)
 
     @property
     def name(self) -> str:

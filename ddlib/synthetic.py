@@ -1,4 +1,4 @@
-"""The distilled set as an artefact: images, labels, learned rate and the protocol that it was made for."""
+"""The distilled set as an artefact: images, labels, learned rate, decoder and the protocol that it was made for."""
 
 from __future__ import annotations
 
@@ -6,18 +6,69 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from .core import DDError, load_tensors, save_tensors
 from .data import Dataset
 from .training import Recipe
 
 
+def decode(images: torch.Tensor, factor: int, fill: torch.Tensor | float = 0.5) -> torch.Tensor:
+    """Multi-formation (IDC, arXiv 2205.14959): images [n, C, H, W] -> [n * factor^2, C, H, W], differentiable.
+
+    Every image is cut into factor x factor tiles, row by row, each enlarged bilinearly to the whole size; all images'
+    first tiles come first, then all second ones. A side that factor does not divide is padded right and below with
+    `fill`, mid-grey in the space of the images, by factor - side % factor.
+    """
+    if factor == 1:
+        return images
+    n, channels, *size = images.shape
+    down, right = ((factor - side % factor) % factor for side in size)
+    if down or right:
+        padded = torch.as_tensor(fill, dtype=images.dtype, device=images.device).expand(channels, 1, 1)
+        padded = padded.expand(n, channels, size[0] + down, size[1] + right).clone()
+        padded[..., : size[0], : size[1]] = images
+        images = padded
+    tiles = images.unflatten(3, (factor, -1)).unflatten(2, (factor, -1))  # [n, C, f, h, f, w]
+    tiles = tiles.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+    return F.interpolate(tiles, size=size, mode="bilinear", align_corners=False)
+
+
+def encode(sources: torch.Tensor, factor: int) -> torch.Tensor:
+    """IDC's "mix" start: images [classes, ipc * factor^2, C, H, W] -> [classes * ipc, C, H, W].
+
+    Tile k of image i of a class is source k * ipc + i, shrunk by nearest neighbour as the released code does. Where
+    factor does not divide the side, the first tiles are one pixel larger than the last, while `decode` cuts the
+    padded image evenly: that is the released code's too.
+    """
+    if factor == 1:
+        return sources.flatten(0, 1)
+    h, w = sources.shape[-2:]
+    cuts = [[side // factor + (k < side % factor) for k in range(factor)] for side in (h, w)]
+    tiles = sources.unflatten(1, (factor, factor, -1))  # [classes, f, f, ipc, C, H, W]
+    rows = []
+    for r, high in enumerate(cuts[0]):
+        row = [F.interpolate(tiles[:, r, c].flatten(0, 1), size=(high, wide), mode="nearest")
+               for c, wide in enumerate(cuts[1])]
+        rows.append(torch.cat(row, dim=3))
+    return torch.cat(rows, dim=2)
+
+
+def check_factor(factor: int, shape: tuple[int, int, int]) -> int:
+    """`factor`, unless its tiles would be smaller than 2 pixels a side: then a `DDError`."""
+    most = min(shape[1:]) // 2
+    if not 1 <= factor <= most:
+        raise DDError(f"factor {factor} does not fit images of {shape[1]}x{shape[2]} px; allowed: 1 to {most}")
+    return factor
+
+
 @dataclass(frozen=True)
 class Synthetic:
     """A synthetic set of `n = classes x ipc` images, class by class, in the normalised space of its dataset.
 
-    `images` float32 [n, C, H, W]; `labels` int64 [n] or soft float32 [n, classes]; `recipe` is the evaluation
-    protocol that travels with the set; `spec` says which run made it; `snapshots` maps a step to [n, C, H, W].
+    `images` float32 [n, C, H, W]; `labels` int64 [n] or float32 [n, classes], soft or FRePo's real-valued ones;
+    `recipe` is the evaluation protocol that travels with the set; `factor` that of the decoder (`decode`), 1 where
+    images are trained on as they are; `spec` says which run made it; `snapshots` maps a step to [n, C, H, W].
     """
 
     images: torch.Tensor
@@ -29,6 +80,7 @@ class Synthetic:
     recipe: Recipe
     backbone: str
     zca: str | None = None
+    factor: int = 1
     spec: dict = field(default_factory=dict)
     snapshots: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -42,6 +94,16 @@ class Synthetic:
     @property
     def ipc(self) -> int:
         return len(self.images) // len(self.classes)
+
+    def training_set(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images [n * factor^2, C, H, W] that networks train on, decoded, and their labels."""
+        images = decode(self.images, self.factor, ((0.5 - self.mean) / self.std).to(self.images))
+        return images, self.labels.repeat(self.factor**2, *[1] * (self.labels.ndim - 1))
+
+    def hardened(self) -> Synthetic:
+        """The set with each image's class as its label, whatever labels it was distilled with."""
+        classes = torch.arange(len(self.classes), device=self.images.device)
+        return replace(self, labels=classes.repeat_interleave(self.ipc))
 
     def to(self, device: torch.device | str) -> Synthetic:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -77,7 +139,7 @@ class Synthetic:
         tensors = {"images": self.images, "labels": self.labels, "mean": self.mean, "std": self.std}
         tensors |= {f"images@{step}": images for step, images in self.snapshots.items()}
         header = {"dataset": self.dataset, "classes": self.classes, "recipe": asdict(self.recipe), "zca": self.zca,
-                  "backbone": self.backbone, "spec": self.spec}
+                  "backbone": self.backbone, "factor": self.factor, "spec": self.spec}
         return save_tensors(Path(path), tensors, header)
 
     @classmethod
@@ -87,7 +149,8 @@ class Synthetic:
         snapshots = {int(name.split("@")[1]): tensors.pop(name) for name in list(tensors) if "@" in name}
         try:
             header["classes"] = tuple(header["classes"])
-            header["recipe"] = Recipe(**{**header["recipe"], "drops": tuple(header["recipe"]["drops"])})
+            recipe = {key: tuple(v) if isinstance(v, list) else v for key, v in header["recipe"].items()}
+            header["recipe"] = Recipe(**recipe)
             return cls(**tensors, **header, snapshots=dict(sorted(snapshots.items())))
         except (KeyError, TypeError) as error:  # a checkpoint or an expert of ours
             raise DDError(f"{path} is a file of ddlib's, but not a distilled set") from error

@@ -15,14 +15,14 @@ import pandas as pd
 from .core import DDError, results_folder
 from .data import canonical
 from .methods import METHODS
-from .runs import Run, resolve_record
+from .records import Run, resolve_record
 from .spec import resolve
 
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
 COLUMNS = ["method", "dataset", "ipc", "profile", "backbone", "overrides", "seed", "iterations", "eval_epochs",
-           "accuracy", "std", "best", "best_std", "networks", "seconds", "distill", "evaluate", "peak_bytes",
+           "accuracy", "std", "best", "best_std", "selected", "krr", "networks", "seconds", "distill", "evaluate", "peak_bytes",
            "peak_method", "device", "name"]
 SETTING = ("dataset", "profile", "backbone", "ipc", "method", "overrides")  # what makes runs comparable
 
@@ -30,17 +30,22 @@ SETTING = ("dataset", "profile", "backbone", "ipc", "method", "overrides")  # wh
 def runs(found: Iterable[Run]) -> pd.DataFrame:
     """One row a run: last and best accuracy (per cent) with the spread over networks, seconds, peak bytes, device.
 
-    `overrides` names the values that are not the profile's preset, "" for none; `networks` lists every accuracy;
+    `best` is over checkpoints, and over the epochs that IDC's protocol looks at; `selected` the checkpoint that the
+    validation split chooses; `krr` FRePo's second predictor; both are NaN where a run has none. `overrides` names the values that are not the profile's preset, "" for none; `networks` lists every accuracy;
     `seconds` is `distill` and `evaluate` together.
     """
     rows = []
     for run in found:
-        record, last, best = run.record, run.record["accuracy"]["last"], run.record["accuracy"]["best"]
+        record, last = run.record, run.record["accuracy"]["last"]
+        best = record["accuracy"]["best"]
+        best = best.get("best", best)
         seconds = record["seconds"]
         rows.append({key: record[key] for key in COLUMNS if key in record} | {
             "overrides": _overrides(record), "iterations": record["values"].get("iterations", 0),
             "eval_epochs": record["values"]["eval_epochs"],
             "accuracy": last["mean"], "std": last["std"], "best": best["mean"], "best_std": best["std"],
+            "selected": record["accuracy"].get("selected", {}).get("mean", math.nan),
+            "krr": last.get("krr", {}).get("mean", math.nan),
             "networks": last["networks"], "seconds": round(sum(seconds.values()), 1), **seconds})
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -75,6 +80,7 @@ def summary(table: pd.DataFrame, by: tuple[str, ...] = SETTING) -> pd.DataFrame:
         rows.append(dict(zip(by, key, strict=True)) | {
             "accuracy": fmean(group["accuracy"]), "over seeds": pstdev(group["accuracy"]),
             "over networks": fmean(group["std"]), "pooled": pstdev(pooled), "best": fmean(group["best"]),
+            "selected": fmean(group["selected"]), "krr": fmean(group["krr"]),
             "seeds": len(group), "networks": len(pooled), "iterations": group["iterations"].min(),
             "eval_epochs": group["eval_epochs"].min(), "seconds": fmean(group["seconds"]),
             "distill": fmean(group["distill"]), "evaluate": fmean(group["evaluate"]),
@@ -152,9 +158,10 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
                      "ours": _with_spread(row.accuracy, row.pooled),
                      "Δ": f"{row.accuracy - paper[0]:+.1f}" if paper else "",
                      "over seeds": row["over seeds"], "over networks": row["over networks"], "best": row.best,
+                     "validation-selected": row.selected, "KRR": row.krr,
                      "networks": row.networks,
                      "verdict": verdict(row.profile, row.accuracy, row.pooled, paper, shortfall(row) if paper else "")})
-    found = pd.DataFrame(rows).round(1)
+    found = pd.DataFrame(rows).round(1).dropna(axis=1, how="all")
     return found if any(found.get("overrides", ())) else found.drop(columns="overrides", errors="ignore")
 
 

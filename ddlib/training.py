@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import sysconfig
@@ -27,13 +28,20 @@ class Recipe:
 
     name: str = "dsa"  # the protocol's name in tables
     epochs: int = 1001  # passes over the set; the released loop runs 0..1000 inclusive
-    lr: float = 0.01  # SGD step size, or the learned one where the method learns it
+    lr: float = 0.01  # step size, or the learned one where the method learns it
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch: int = 256  # the last, smaller batch is kept
-    drops: tuple[int, ...] = (502,)  # after so many epochs the step size is multiplied by `drop` ...
-    drop: float = 0.1  # ... and the momentum is forgotten, since the released code builds a new optimiser
+    drops: tuple[int, ...] = (502,)  # after so many epochs the step size is multiplied by `drop`
+    drop: float = 0.1
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA: one operation a batch, parameters an image
+    reset: bool = True  # a drop also forgets the momentum, since the DC family's code builds a new optimiser
+    cutmix: float = 0.0  # share of batches mixed by CutMix (IDC)
+    optimiser: str = "sgd"  # or adam, which has neither momentum nor weight decay here (FRePo)
+    loss: str = "ce"  # or mse: half the squared error, summed over classes, on centred labels (FRePo)
+    warmup: int = 0  # steps in which the step size grows from 0; at most half of them all
+    cosine: float = 1.0  # share of the step size that a cosine ends at; 1 is no cosine
+    tests: tuple[int, ...] = ()  # epochs after which the test accuracy is noted too, for "best of" columns
 
 
 def halved(name: str, epochs: int, **changes) -> Recipe:
@@ -61,8 +69,34 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def _loss(forward: Callable, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(forward(x), y)
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "ce": F.cross_entropy, "mse": lambda logits, y: 0.5 * (logits - y).square().sum(1).mean()}
+OPTIMISERS = ("sgd", "adam")
+
+
+def _targets(labels: torch.Tensor, recipe: Recipe, classes: int) -> torch.Tensor:
+    """Labels as the loss takes them: for mse, a class becomes its one-hot row less 1 / classes (FRePo, section 3)."""
+    if recipe.loss == "mse" and not labels.is_floating_point():
+        return F.one_hot(labels, classes).float() - 1 / classes
+    return labels
+
+
+def _optimiser(net: Backbone, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    if recipe.optimiser == "adam":
+        return torch.optim.Adam(net.parameters(), lr=lr)
+    return torch.optim.SGD(net.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
+def _loss(forward: Callable, x: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
+    return LOSSES[kind](forward(x), y)
+
+
+def _share(recipe: Recipe, step: int, total: int) -> float:
+    """The step size at `step` of `total` as a share of the highest: linear warm-up from 0, then a cosine."""
+    warm = min(recipe.warmup, total // 2)
+    if step < warm:
+        return step / warm
+    return recipe.cosine + (1 - recipe.cosine) * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) / 2
 
 
 def train(net: Backbone, images: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor,
@@ -71,25 +105,33 @@ def train(net: Backbone, images: torch.Tensor | Callable[[torch.Tensor], torch.T
           adjust: Callable[[Callable[[], torch.Tensor]], None] | None = None) -> Backbone:
     """Train `net` in place under `recipe` and return it.
 
-    images: normalised float [n, C, H, W], or a function from an index [b] to such a batch; labels: int64 [n], or
-    probabilities [n, classes]. `forward` is the network's compiled forward, if there is one. `rng` gives the order
+    images: normalised float [n, C, H, W], or a function from an index [b] to such a batch; labels: int64 [n], or float
+    [n, classes] (probabilities, or any numbers under mse). `forward` is the network's compiled forward, if there is one. `rng` gives the order
     of the images and the augmentation. `adjust(closure)` may edit the gradients before the step; the closure gives the
     batch's loss again. Raises `DDError` when the loss stops being finite.
     """
     fetch = images if callable(images) else images.__getitem__
     forward, n = forward or net, len(labels)
     net.train()
-    optimiser, lr, loss = None, recipe.lr, torch.zeros(())
+    classes = net.classifier.out_features
+    labels, lr, loss = _targets(labels, recipe, classes), recipe.lr, torch.zeros(())
+    optimiser, step, total = _optimiser(net, recipe, lr), 0, recipe.epochs * math.ceil(n / recipe.batch)
     for epoch in range(recipe.epochs):
         if epoch in recipe.drops:
-            optimiser, lr = None, lr * recipe.drop
-        if optimiser is None:
-            optimiser = torch.optim.SGD(net.parameters(), lr=lr, momentum=recipe.momentum,
-                                        weight_decay=recipe.weight_decay)
+            lr *= recipe.drop
+            optimiser.param_groups[0]["lr"] = lr
+            if recipe.reset:
+                optimiser = _optimiser(net, recipe, lr)
         for index in torch.randperm(n, generator=rng).to(labels.device).split(recipe.batch):
-            x = fetch(index)
+            x, y = fetch(index), labels[index]
             x = augment(x, draw(recipe.augment, len(x), tuple(x.shape[-2:]), rng, op_every=len(x)))
-            closure = partial(_loss, forward, x, labels[index])
+            if recipe.cutmix:
+                from .augment import cutmix
+                x, y = cutmix(x, y, rng, recipe.cutmix, classes)
+            if recipe.warmup or recipe.cosine != 1:
+                optimiser.param_groups[0]["lr"] = lr * _share(recipe, step, total)
+            step += 1
+            closure = partial(_loss, forward, x, y, recipe.loss)
             optimiser.zero_grad(set_to_none=True)
             loss = closure()
             loss.backward()
@@ -110,6 +152,14 @@ def predict(net: Backbone, data: Dataset, split: str = "test", *, batch: int = 1
     net.eval()
     rows = torch.arange(len(data.labels[split]), device=data.device)
     return torch.cat([(forward or net)(data.batch(split, index)) for index in rows.split(batch)])
+
+
+@torch.no_grad()
+def embed(net: Backbone, data: Dataset, split: str = "train", *, batch: int = 1000) -> torch.Tensor:
+    """Features float32 [N, d] of a split's un-augmented images, the network in eval mode."""
+    net.eval()
+    rows = torch.arange(len(data.labels[split]), device=data.device)
+    return torch.cat([net.features(data.batch(split, index)).float() for index in rows.split(batch)])
 
 
 def accuracy(net: Backbone, data: Dataset, split: str = "test", **options) -> float:

@@ -83,6 +83,14 @@ def test_protocols():
     assert protocol("dc") == Recipe("dc", 301, 0.01, 0.9, 5e-4, 256, (152,), 0.1, "none")
     assert protocol("dsa", epochs=300, augment="crop") == Recipe("dsa", 301, drops=(152,), augment="crop")
     assert protocol("dc", augment="crop").augment == "none"  # DC evaluates without
+    idc = Recipe("idc", 1000, batch=64, drops=(666, 833), drop=0.2, reset=False, cutmix=0.5,
+                 augment="color+flip+crop_scale_rotate", tests=(250, 500, 750, 1000))
+    assert protocol("idc") == idc and protocol("idc", epochs=2).tests == (1, 1, 1, 2)
+    assert protocol("idc", mirror=False).augment == "color+crop_scale_rotate"
+    assert protocol("frepo", mirror=False).augment == "frepo:color_crop_rotate_translate_cutout"
+    frepo = protocol("frepo", epochs=2000)
+    assert (frepo.epochs, frepo.lr, frepo.batch, frepo.optimiser, frepo.loss) == (2000, 3e-4, 500, "adam", "mse")
+    assert (frepo.warmup, frepo.cosine, frepo.drops) == (500, 0.01, ())
     for wrong, message in (({"name": "dcc"}, r"unknown protocol 'dcc' \(did you mean 'dc'\?\); allowed: dc, dsa"),
                            ({"name": "dsa", "epochs": 0}, "at least 1, not 0"),
                            ({"name": "dsa", "augment": "crop_blur"}, "unknown DSA op 'blur'")):
@@ -190,3 +198,14 @@ def test_foreign_files_are_refused(tmp_path):
         Synthetic.load(tmp_path / "text.safetensors")
     with pytest.raises(DDError, match="not a distilled set"):  # a checkpoint, say
         Synthetic.load(save_tensors(tmp_path / "other.safetensors", {"method.images": torch.zeros(1)}, {"step": 3}))
+
+
+def test_the_best_epoch_and_the_validation_split_are_noted_beside_the_last_epoch():
+    data = arrays(test=20).minival(0.5)
+    syn = replace(of(data), recipe=Recipe("x", 4, batch=10, drops=(), augment="none", tests=(1, 2, 4)))
+    result = evaluate(syn, data, networks=2)
+    assert set(result.extras) == {"best", "val"} and all(len(v) == 2 for v in result.extras.values())
+    assert all(best >= last for best, last in zip(result.extras["best"], result.accuracies, strict=True))
+    plain = evaluate(replace(syn, recipe=replace(syn.recipe, tests=())), data, networks=2)
+    assert plain.accuracies == result.accuracies  # looking changes nothing
+    assert plain.extras == {"val": evaluate(syn, data, networks=2, split="val").accuracies}

@@ -9,7 +9,7 @@ import torch
 
 import ddlib as dd
 from ddlib.data import canonical
-from ddlib.runs import Run, dataset_of, resolve_record
+from ddlib.records import Run, dataset_of, resolve_record
 
 SMALL = Path(__file__).parents[1] / "results" / "small"
 RECORDS = [Run(path) for path in sorted(SMALL.glob("*-seed*-????????.json"))]

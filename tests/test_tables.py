@@ -7,7 +7,7 @@ import pytest
 
 import ddlib as dd
 from ddlib import tables
-from ddlib.runs import Run
+from ddlib.records import Run
 
 
 def record(folder, method="dm", dataset="digits", ipc=1, profile="smoke", seed=0, scores=(50.0, 52.0), **overrides):

@@ -1,8 +1,10 @@
 """The one SGD loop: its schedule step by step, its batches, its labels, and what happens when it cannot go on."""
 
+import math
 import sys
 import sysconfig
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from ddlib import training
 from ddlib.backbones import build
 from ddlib.core import DDError, generator
 from ddlib.data import from_arrays
-from ddlib.evaluation import PROTOCOLS
+from ddlib.evaluation import protocol
 from ddlib.training import Recipe, accuracy, compiled, halved, predict, train
 
 SHAPE = (1, 4, 4)
@@ -46,7 +48,7 @@ def trace(monkeypatch) -> list[tuple[float, bool]]:
 
 @pytest.mark.parametrize(("name", "before", "later"), [("dsa", 502, 499), ("dm", 502, 499), ("dc", 152, 149)])
 def test_the_schedule_of_the_released_code(trace, name, before, later):
-    train(tiny(), images(2), torch.tensor([0, 1]), Recipe(**vars(PROTOCOLS[name]) | {"augment": "none"}), generator(2))
+    train(tiny(), images(2), torch.tensor([0, 1]), replace(protocol(name), augment="none"), generator(2))
     assert [lr for lr, _ in trace] == [0.01] * before + [pytest.approx(0.001)] * later
     assert [step for step, (_, momentum) in enumerate(trace) if not momentum] == [0, before]
 
@@ -151,3 +153,33 @@ def test_compiling_needs_a_compiler_and_says_so_once(monkeypatch, tmp_path, have
     finally:
         training._can_compile.cache_clear()
     assert sys.platform  # the stand-in for sys was training's alone
+
+
+def test_adam_with_warm_up_and_cosine_on_centred_labels_is_the_plain_loop():
+    recipe = Recipe("frepo", 12, 0.01, batch=4, drops=(), augment="none", optimiser="adam", loss="mse", warmup=5,
+                    cosine=0.1)
+    x, y, total = images(7), torch.tensor([0, 1, 0, 1, 0, 1, 1]), 24  # two batches an epoch
+    net, plain, rng, step = train(tiny(), x, y, recipe, generator(2)), tiny(), generator(2), 0
+    adam, targets = torch.optim.Adam(plain.parameters()), F.one_hot(y, 2) - 0.5
+    for _ in range(12):
+        for index in torch.randperm(7, generator=rng).split(4):
+            share = step / 5 if step < 5 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 5) / (total - 5))) / 2
+            adam.param_groups[0]["lr"] = 0.01 * share
+            adam.zero_grad()
+            (0.5 * ((plain(x[index]) - targets[index]) ** 2).sum(1)).mean().backward()
+            adam.step()
+            step += 1
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_warm_up_takes_half_of_a_short_training_at_most():
+    recipe = Recipe(epochs=4, warmup=500, cosine=0.01)
+    assert [training._share(recipe, step, 4) for step in range(4)] == pytest.approx([0, 0.5, 1, 0.505])
+
+
+def test_drops_that_keep_the_momentum(trace):
+    recipe = Recipe(epochs=6, batch=2, drops=(2, 4), drop=0.2, reset=False, augment="none")
+    train(tiny(), images(2), torch.tensor([0, 1]), recipe, generator(2))
+    assert [lr for lr, _ in trace] == pytest.approx([0.01] * 2 + [0.002] * 2 + [0.0004] * 2)
+    assert [momentum for _, momentum in trace] == [False] + [True] * 5

@@ -18,10 +18,10 @@ from functools import partial
 
 import torch
 
-from ..backbones import Backbone, build
+from ..backbones import build
 from ..core import DDError, choose, generator, option
 from ..data import Dataset
-from ..training import Recipe, accuracy, train_on
+from ..training import Recipe, accuracy, embed, train_on
 
 KINDS = ("random", "herding", "kcenter", "kmeans")
 
@@ -127,14 +127,6 @@ def _check_ipc(data: Dataset, ipc: int) -> None:
     if not 1 <= ipc <= min(sizes):
         name = data.classes[sizes.index(min(sizes))]
         raise DDError(f"ipc {ipc} is impossible on {data.name}; allowed: 1 to {min(sizes)}, the size of class {name!r}")
-
-
-@torch.no_grad()
-def embed(net: Backbone, data: Dataset, split: str = "train", batch: int = 1000) -> torch.Tensor:
-    """Features float32 [N, d] of a split's un-augmented images, the network in eval mode."""
-    net.eval()
-    rows = torch.arange(len(data.labels[split]), device=data.device)
-    return torch.cat([net.features(data.batch(split, index)).float() for index in rows.split(batch)])
 
 
 def extract_features(data: Dataset, backbone: str, config: CoresetConfig, seed: int) -> tuple[torch.Tensor, dict]:
