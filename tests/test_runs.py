@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 import ddlib as dd
 from ddlib import __main__ as command_line
-from ddlib import core, meter, runs
+from ddlib import core, meter, records, runs
 from ddlib.core import DDError, load_tensors
 from ddlib.methods import METHODS
 from ddlib.methods.dm import DM
@@ -101,7 +101,7 @@ def test_a_finished_run_is_returned_at_once(whole, tmp_path, monkeypatch):
         raise AssertionError("loaded the data")
 
     results = whole.path.parents[1]
-    monkeypatch.setattr(runs, "load", refuse)
+    monkeypatch.setattr(records, "load", refuse)
     assert run(results).record == whole.record
     for options in ({"fresh": True}, {"seed": 1}, {"lr_img": 2.0}, {"results": tmp_path}):
         with pytest.raises(AssertionError, match="loaded the data"):
@@ -124,7 +124,7 @@ def test_given_data_spare_the_loading_unless_they_are_others(whole, tmp_path, mo
         loaded.append(args)
         return data
 
-    monkeypatch.setattr(runs, "load", load)
+    monkeypatch.setattr(records, "load", load)
     assert same(run(tmp_path, data=data), whole) and not loaded
     assert same(run(tmp_path / "b", data=whitened), whole) and loaded  # whitened, which this spec is not
     with pytest.raises(DDError, match="made from other images of the name 'digits'"):
@@ -365,7 +365,7 @@ def test_a_damaged_set_is_one_sentence(ddlib, whole, tmp_path):
 
 def test_a_results_folder_that_cannot_be_written(ddlib, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(runs, "load", lambda *args, **options: pytest.fail("found out only after loading the data"))
+    monkeypatch.setattr(records, "load", lambda *args, **options: pytest.fail("found out only after loading the data"))
     with pytest.raises(DDError, match="cannot write .*Not a directory; choose a writable folder .--results DIR"):
         run(tmp_path / "file" / "results")
     code, out, err = ddlib(*WORDS, "--results", tmp_path / "file" / "results")
