@@ -13,7 +13,7 @@ from statistics import fmean, pstdev
 import torch
 import torch.nn.functional as F
 
-from .augment import draw
+from .augment import check_strategy
 from .backbones import Backbone, build, initialise
 from .core import DDError, choose, generator
 from .data import Dataset
@@ -54,7 +54,7 @@ def protocol(name: str, *, epochs: int | None = None, augment: str | None = None
     if not mirror:
         recipe = replace(recipe, augment=re.sub(r"flip[_+]", "", recipe.augment))
     if augment and recipe.augment != "none":
-        draw(augment, 0, (1, 1), generator(0))  # refuses an unknown operation
+        check_strategy(augment)
         recipe = replace(recipe, augment=augment)
     return recipe
 

@@ -16,7 +16,7 @@ from shutil import which
 import torch
 import torch.nn.functional as F
 
-from .augment import augment, draw
+from .augment import augment, cutmix, draw
 from .backbones import Backbone
 from .core import DDError, generator
 from .data import Dataset
@@ -126,7 +126,6 @@ def train(net: Backbone, images: torch.Tensor | Callable[[torch.Tensor], torch.T
             x, y = fetch(index), labels[index]
             x = augment(x, draw(recipe.augment, len(x), tuple(x.shape[-2:]), rng, op_every=len(x)))
             if recipe.cutmix:
-                from .augment import cutmix
                 x, y = cutmix(x, y, rng, recipe.cutmix, classes)
             if recipe.warmup or recipe.cosine != 1:
                 optimiser.param_groups[0]["lr"] = lr * _share(recipe, step, total)
