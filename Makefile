@@ -10,7 +10,7 @@ SUM   := { pwd; cat pyproject.toml constraints.txt; } | cksum
 NEW   := 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lab bench clean
+.PHONY: help env reproduce site test lab bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ env: ## .venv with the pinned versions (PYTHON=python3); does nothing when it is
 reproduce: env ## the tables and figures of PROFILE (smoke), or only a part of them: ONLY=...
 	$(VENV) -m ddlib reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY))
 
+site: env ## static pages in site/ from what PROFILE has stored: notebooks, claims, methods, figures
+	$(VENV) -m ddlib site --profile $(PROFILE)
+
 # Records go to a scratch folder: the notebooks are run for real, and results/ stays as it was.
 test: env ## the tests, and every notebook from top to bottom
 	@scratch=$$(mktemp -d) || exit 1; trap 'rm -rf "$$scratch"' EXIT; trap 'exit 130' INT TERM; \
@@ -43,6 +46,6 @@ lab: env ## JupyterLab on notebooks/
 bench: env ## speed and memory against the plain loops
 	$(VENV) -m ddlib bench
 
-clean: ## remove caches and smoke outputs; .venv and the kept results stay
-	rm -rf results/smoke results/notebooks/smoke figures/smoke .pytest_cache .ruff_cache build dist *.egg-info
+clean: ## remove caches, site/ and smoke outputs; .venv and the kept results stay
+	rm -rf site results/smoke results/notebooks/smoke figures/smoke .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name .venv -prune -o '(' -name __pycache__ -o -name .ipynb_checkpoints ')' -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@
 
 from importlib import import_module
 
-from .core import DDError
+from .core import DDError, numbers
 from .data import Dataset, from_arrays, load
 from .evaluation import Evaluation, evaluate, protocol
 from .methods import METHODS
@@ -19,11 +19,11 @@ from .synthetic import Synthetic
 
 __version__ = "0.1.0"
 __all__ = ["METHODS", "PROFILES", "DDError", "Dataset", "Evaluation", "Run", "Spec", "Synthetic", "evaluate",
-           "from_arrays", "load", "plots", "prepare", "protocol", "resolve", "run", "sweep", "tables"]
+           "from_arrays", "load", "numbers", "plots", "prepare", "protocol", "resolve", "run", "sweep", "tables"]
 
 
 def __getattr__(name: str):
     """`dd.tables` and `dd.plots` load pandas and matplotlib only when they are asked for."""
-    if name in ("plots", "studies", "tables"):
+    if name in ("explore", "plots", "studies", "tables"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module 'ddlib' has no attribute {name!r}")

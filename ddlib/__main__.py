@@ -1,4 +1,4 @@
-"""The command line: python -m ddlib run | evaluate | reproduce | bench | list."""
+"""The command line: python -m ddlib run | evaluate | reproduce | site | docs | bench | list."""
 
 from __future__ import annotations
 
@@ -103,13 +103,17 @@ def _reproduce(args: argparse.Namespace) -> None:
     if args.profile == "smoke":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # on networks this small two threads wait for one another
     parameters = {"profile": args.profile, "device": args.device, "dataset": args.dataset or DATASETS[args.profile]}
-    parameters |= _key_values(args.set)
+    known = {name: papermill.inspect_notebook(str(notebooks[name])) for name in names}
+    for key, value in _key_values(args.set).items():
+        choose("notebook parameter", key, sorted({k for offered in known.values() for k in offered}))
+        parameters[key] = value
     start = time.perf_counter()
     for name in names:
         print(f"{name}: {out / name}.ipynb", flush=True)
         try:
+            taken = {key: value for key, value in parameters.items() if key in known[name]}
             done = papermill.execute_notebook(str(notebooks[name]), target := str(out / f"{name}.ipynb"),
-                                              parameters=parameters, cwd=str(SOURCE / "notebooks"),
+                                              parameters=taken, cwd=str(SOURCE / "notebooks"),
                                               progress_bar=sys.stderr.isatty(), kernel_name="python3")
             done.metadata["papermill"] |= {"input_path": f"{name}.ipynb", "output_path": f"{name}.ipynb"}
             papermill.iorw.write_ipynb(done, target)  # without this machine's paths
@@ -123,14 +127,26 @@ def _reproduce(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(SOURCE))
     try:
-        from bench import dm, trajectory
+        from bench import dm, frepo, kmeans, trajectory
     except ImportError:
         raise DDError("bench needs the source checkout of ddlib, which has the plain loops") from None
-    parts, rows = {"dm": dm, "trajectory": trajectory}, []
+    parts, rows = {"dm": dm, "trajectory": trajectory, "frepo": frepo, "kmeans": kmeans}, []
     for name in [args.only] if args.only else parts:
         rows += parts[name].main(pick_device(args.device))
     if args.out:
         write_atomically(Path(args.out), lambda path: path.write_text(json.dumps(rows, indent=1)))
+
+
+def _site(args: argparse.Namespace) -> None:
+    from . import site
+
+    print(f"open {site.build(args.profile, args.out, args.results)}")
+
+
+def _docs(args: argparse.Namespace) -> None:
+    from . import site
+
+    print("\n".join(map(str, site.write_docs(args.results))) or "the tables of docs/methods are up to date")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -181,8 +197,13 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--only", nargs="+", default=[], help="notebooks by name, e.g. dm")
     again.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a notebook parameter")
 
+    pages = command("site", _site, "executed notebooks, claims, methods and figures as static HTML")
+    pages.add_argument("--profile", default="smoke", choices=PROFILES)
+    pages.add_argument("--out", help="folder of the pages (default: site/)")
+    command("docs", _docs, "renew the tables in docs/methods from the records")
+
     bench = command("bench", _bench, "time and memory against a plain loop, and the roofline")
-    bench.add_argument("--only", choices=("dm", "trajectory"), help="one part; default: both")
+    bench.add_argument("--only", choices=("dm", "trajectory", "frepo", "kmeans"), help="one part; default: all")
     bench.add_argument("--out", help="write the rows as JSON to this file")
     return top
 

@@ -5,6 +5,7 @@
 
     network      keys                            defaults
     convnet      width depth norm act pool       128, by image size (`default_depth`), in, relu, avg
+                 grow order init                 1, post, torch
     mlp          width depth act                 128, 2 hidden layers, relu
     lenet        act pool                        relu, max
     alexnet      norm act pool                   none, relu, max
@@ -14,6 +15,9 @@
 
 norm: in (instance norm as GroupNorm(C, C)), bn, ln (over C, H, W), gn (4 groups), none.
 act: sigmoid, relu, leakyrelu (0.01), swish. pool (2x2, stride 2): avg, max, and for convnet none.
+grow: factor of the width from block to block. order: post (convolution, norm, activation), or pre: norm before the
+convolution, none in block 0, BatchNorm with momentum 0.9. init: torch, or lecun: normal of variance 1/fan_in, cut at
+two deviations, zero bias. FRePo (Zhou et al., NeurIPS 2022) distils on convnet:norm=bn,grow=2,order=pre,init=lecun.
 
 Architectures follow the code of DC/DSA/DM (Zhao et al., ICLR 2021, ICML 2021, WACV 2023). Differences:
 - Every network takes other image sizes: the classifier follows the last map. VGG11 and ResNet18 skip a halving that
@@ -37,10 +41,13 @@ from .core import DDError, choose
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "swish": nn.SiLU}
 NORMS = ("in", "bn", "ln", "gn", "none")
 POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d, "none": None}
+CHOICES = {"norm": NORMS, "act": tuple(ACTIVATIONS), "pool": tuple(POOLS), "order": ("post", "pre"),
+           "init": ("torch", "lecun")}
 GROUPS = 4
 
 DEFAULTS: dict[str, dict[str, object]] = {
-    "convnet": {"width": 128, "depth": None, "norm": "in", "act": "relu", "pool": "avg"},
+    "convnet": {"width": 128, "depth": None, "norm": "in", "act": "relu", "pool": "avg", "grow": 1, "order": "post",
+                "init": "torch"},
     "mlp": {"width": 128, "depth": 2, "act": "relu"},
     "lenet": {"act": "relu", "pool": "max"},
     "alexnet": {"norm": "none", "act": "relu", "pool": "max"},
@@ -58,9 +65,9 @@ class Backbone(nn.Module):
     couples_samples: True when it has BatchNorm, so that an image's features depend on its batch.
     """
 
-    def __init__(self, spec: str, body: nn.Module, feature_dim: int, num_classes: int) -> None:
+    def __init__(self, spec: str, body: nn.Module, feature_dim: int, num_classes: int, init: str = "torch") -> None:
         super().__init__()
-        self.spec, self.feature_dim = spec, feature_dim
+        self.spec, self.feature_dim, self.init = spec, feature_dim, init
         self.body = body
         self.classifier = nn.Linear(feature_dim, num_classes)
         self.couples_samples = any(isinstance(m, nn.BatchNorm2d) for m in body.modules())
@@ -79,21 +86,21 @@ def build(spec: str, shape: tuple[int, int, int], num_classes: int,
     Parameters are drawn by `initialise` from `generator`, or from one with seed 0.
     Raises DDError for an unknown name, key or value, and for images that are too small.
     """
-    name, options = _parse(spec)
-    shape = tuple(shape)
+    (name, options), shape = _parse(spec), tuple(shape)
     if len(shape) != 3 or min(shape) < 1 or num_classes < 1:
         raise DDError(f"cannot build {spec!r} for images of shape {shape} and {num_classes} classes; "
                       "expected (channels, height, width) and at least 1 class, all positive")
     defaults = dict(DEFAULTS[name])
     if name == "convnet":
         defaults["depth"] = default_depth(shape)
-        options.setdefault("depth", defaults["depth"])
     canonical = ",".join(f"{k}={options[k]}" for k in defaults if k in options and options[k] != defaults[k])
+    options = defaults | options
+    init = options.pop("init", "torch")
     with torch.device("meta"):  # no memory, no random draws
-        body = _Body(shape, **{k: v for k, v in (defaults | options).items() if k in ("norm", "act", "pool")})
-        BUILDERS[name](body, **{k: v for k, v in (defaults | options).items() if k in ("width", "depth")})
+        body = _Body(shape, **{k: options.pop(k) for k in ("norm", "act", "pool") if k in options})
+        BUILDERS[name](body, **options)
         net = Backbone(f"{name}:{canonical}" if canonical else name, nn.Sequential(*body.layers),
-                       math.prod(body.shape), num_classes)
+                       math.prod(body.shape), num_classes, init)
     return initialise(net.to_empty(device="cpu"), generator or torch.Generator().manual_seed(0))
 
 
@@ -105,11 +112,11 @@ def default_depth(shape: tuple[int, int, int]) -> int:
 @torch.no_grad()
 def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
     """Draw every parameter anew, in place: PyTorch's default U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and
-    biases, (1, 0) for the affine part of norms; running statistics are reset. Returns `net`.
+    biases, or `init=lecun`; (1, 0) for the affine part of norms; running statistics are reset. Returns `net`.
 
-    Draws are float32 on the CPU from `generator` and reach the device in one copy, so a seed gives the same network
-    on every device, and compiled or captured graphs keep pointing at the same tensors.
-    Raises DDError for a layer with parameters that is neither convolution, linear nor norm.
+    Draws are float32 on the CPU and reach the device in one copy, so a seed gives the same network on every device;
+    compiled or captured graphs keep pointing at the same tensors. DDError for a layer with parameters that is neither
+    convolution, linear nor norm.
     """
     drawn: list[tuple[Tensor, float]] = []
     for module in net.modules():
@@ -120,11 +127,16 @@ def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
             module.reset_parameters()
         elif own:
             raise DDError(f"cannot initialise a {type(module).__name__}; allowed: Conv2d, Linear and norm layers")
-    sizes = [p.numel() for p, _ in drawn]
-    device = drawn[0][0].device if drawn else torch.device("cpu")
+    sizes, device = [p.numel() for p, _ in drawn], drawn[0][0].device if drawn else torch.device("cpu")
     flat = torch.empty(sum(sizes), pin_memory=device.type == "cuda")
-    for chunk, (_, bound) in zip(flat.split(sizes), drawn, strict=True):
-        chunk.uniform_(-bound, bound, generator=generator)
+    for chunk, (p, bound) in zip(flat.split(sizes), drawn, strict=True):
+        if getattr(net, "init", "torch") == "torch":
+            chunk.uniform_(-bound, bound, generator=generator)
+        elif p.ndim == 1:
+            chunk.zero_()
+        else:
+            cut = math.erf(math.sqrt(2))  # of a normal lies within two deviations, whose own deviation is 0.8796
+            chunk.uniform_(-cut, cut, generator=generator).erfinv_().mul_(math.sqrt(2) * bound / 0.87962566)
     for chunk, (p, _) in zip(flat.to(device, non_blocking=True).split(sizes), drawn, strict=True):
         p.copy_(chunk.view_as(p))
     return net
@@ -146,16 +158,13 @@ def _parse(spec: str) -> tuple[str, dict[str, object]]:
         key, equals, value = item.partition("=")
         choose(f"key of backbone {name}", key, defaults)
         if not equals or key in options:
-            raise DDError(f"backbone {spec!r} is not of the form {name}:key=value,... with each key once; "
-                          f"allowed keys: {', '.join(defaults)}")
-        if key in ("width", "depth"):
+            raise DDError(f"backbone {spec!r} is not of the form {name}:key=value,... with each key once")
+        if key in ("width", "depth", "grow"):
             if not (value.isascii() and value.isdigit() and int(value) > 0):
                 raise DDError(f"{key}={value} in backbone {spec!r} is not allowed; it must be a whole number above 0")
             options[key] = int(value)
         else:
-            allowed = {"norm": NORMS, "act": tuple(ACTIVATIONS), "pool": tuple(POOLS)}[key]
-            if key == "pool" and name != "convnet":
-                allowed = ("avg", "max")
+            allowed = ("avg", "max") if key == "pool" and name != "convnet" else CHOICES[key]
             options[key] = choose(f"{key} of backbone {name}", value, allowed)
     return name, options
 
@@ -165,7 +174,7 @@ class _Body:
 
     def __init__(self, shape: tuple[int, int, int], norm: str = "none", act: str = "relu", pool: str = "none") -> None:
         self.shape, self.layers = shape, []
-        self.kind, self.act, self.pooling = norm, ACTIVATIONS[act], POOLS[pool]
+        self.kind, self.act, self.pooling, self.momentum = norm, ACTIVATIONS[act], POOLS[pool], 0.1
         self.mnist = shape == (1, 28, 28)
 
     @property
@@ -174,8 +183,8 @@ class _Body:
 
     def need(self, name: str, side: int) -> None:
         if self.side < side:
-            raise DDError(f"images of {self.shape[1]}x{self.shape[2]} px are too small for {name}: "
-                          f"it needs at least {side} px a side")
+            raise DDError(f"images of {self.shape[1]}x{self.shape[2]} px are too small for {name}: at least {side} px "
+                          "a side are needed")
 
     def conv(self, out: int, kernel: int = 3, padding: int = 1, *, norm: bool = True) -> None:
         """Convolution, norm, activation."""
@@ -198,19 +207,21 @@ class _Body:
         """The norm layer for maps of `shape`, as a list that is empty for none."""
         if self.kind == "gn" and shape[0] % GROUPS:
             raise DDError(f"norm=gn needs widths that are multiples of {GROUPS}, not {shape[0]}")
-        return {"in": lambda: [nn.GroupNorm(shape[0], shape[0])], "bn": lambda: [nn.BatchNorm2d(shape[0])],
-                "gn": lambda: [nn.GroupNorm(GROUPS, shape[0])], "ln": lambda: [nn.LayerNorm(shape)],
-                "none": list}[self.kind]()
+        return {"in": lambda c: [nn.GroupNorm(c, c)], "bn": lambda c: [nn.BatchNorm2d(c, momentum=self.momentum)],
+                "gn": lambda c: [nn.GroupNorm(GROUPS, c)], "ln": lambda _: [nn.LayerNorm(shape)],
+                "none": lambda _: []}[self.kind](shape[0])
 
 
-def _convnet(body: _Body, width: int, depth: int) -> None:
+def _convnet(body: _Body, width: int, depth: int, grow: int, order: str) -> None:
     body.need("convnet", 2)
     side = 32 if body.mnist else body.side
     if body.pooling and 2**depth > side:
         raise DDError(f"a convnet of depth {depth} halves images of {body.shape[1]}x{body.shape[2]} px away; "
                       f"the largest depth that fits is {int(math.log2(side))} (or pool=none)")
+    body.momentum = 0.9 if order == "pre" else 0.1
     for block in range(depth):
-        body.conv(width, padding=3 if body.mnist and block == 0 else 1)
+        body.layers += body.norm(body.shape) if order == "pre" and block else []
+        body.conv(width * grow**block, padding=3 if body.mnist and block == 0 else 1, norm=order == "post")
         body.pool()
 
 
@@ -253,9 +264,8 @@ class _Block(nn.Module):
         channels, h, w = body.shape
         stride = 2 if halve == "stride" else 1
         small = {"": (h, w), "stride": ((h + 1) // 2, (w + 1) // 2), "pool": (h // 2, w // 2)}[halve]
-        first = (out, h, w) if halve == "pool" else (out, *small)  # the pooled variant normalises before pooling
-        body.shape = (out, *small)
-        pool = [nn.AvgPool2d(2)] if halve == "pool" else []
+        body.shape, pool = (out, *small), [nn.AvgPool2d(2)] if halve == "pool" else []
+        first = (out, h, w) if pool else body.shape  # the pooled variant normalises before pooling
         self.residual = nn.Sequential(
             nn.Conv2d(channels, out, 3, stride, 1, bias=False), *body.norm(first), body.act(), *pool,
             nn.Conv2d(out, out, 3, padding=1, bias=False), *body.norm(body.shape))

@@ -24,6 +24,10 @@ SOURCE = Path(__file__).resolve().parents[1]  # the checkout, when ddlib is inst
 class DDError(ValueError):
     """The one error that a user sees: one sentence that names what is wrong and what is allowed."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython, and so a notebook, shows in place of the traceback; the cell still fails, and papermill too."""
+        return [f"ddlib: {self}"]
+
 
 def choose(what: str, value: object, allowed: Iterable[object]) -> object:
     """Return `value` if it is one of `allowed`, else raise `DDError` naming the choices and the nearest one."""
@@ -33,6 +37,15 @@ def choose(what: str, value: object, allowed: Iterable[object]) -> object:
     near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise DDError(f"unknown {what} {value!r}{hint}; allowed: {', '.join(map(str, allowed))}")
+
+
+def numbers(text: object, kind: type = int) -> list:
+    """A notebook's scalar parameter as the list it means: "1,10" -> [1, 10], 1 -> [1]; `kind` is int or float."""
+    try:
+        return [kind(part) for part in str(text).split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise DDError(f"{text!r} is no list of {what}; write them with commas, as in '1,10'") from None
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:

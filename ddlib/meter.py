@@ -14,6 +14,7 @@ from typing import Self
 
 import torch
 
+from . import heap
 from .core import SOURCE
 
 
@@ -31,6 +32,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            heap.release()
             try:
                 Path("/proc/self/clear_refs").write_text("5")
                 self.method = "resident set of the process"

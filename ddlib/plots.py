@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from . import tables
 from .core import SOURCE, DDError, generator
-from .data import Dataset
+from .data import Dataset, canonical
 from .records import Run
 from .synthetic import Synthetic
 
@@ -24,7 +24,8 @@ COLOURS = {"random": "#999999", "herding": "#CC79A7", "kcenter": "#F0E442", "kme
            "dc": "#8C564B", "dsa": "#D55E00", "idc": "#E69F00", "mtt": "#117733", "tesla": "#009E73",
            "ftd": "#882255", "datm": "#AA4499", "frepo": "#332288", "dream": "#DDCC77", "dream_plus": "#CC6677"}
 ENGINES = {"unroll": "#555555", "checkpoint": "#BB9900", "tesla": COLOURS["tesla"], "tesla_repo": "#74C476",
-           "adjoint": "#3C3CC8", "plain": COLOURS["mtt"], "sam": "#EE7733", "agsam": COLOURS["ftd"]}  # and experts
+           "adjoint": "#3C3CC8", "plain": COLOURS["mtt"], "sam": "#EE7733", "agsam": COLOURS["ftd"],  # and experts
+           "members": "#000000", "whole": "#000000", "early stop": "#777744"}  # and real data in the applications
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
 MARKERS = "os^Dvph"
 
@@ -62,19 +63,25 @@ def _by_class(pixels: torch.Tensor, classes: Sequence[str], per_class: int, titl
 
 def images(syn: Synthetic, data: Dataset | None = None, *, per_class: int = 10, title: str | None = None) -> Figure:
     """The distilled images, one row a class (at most `per_class` of each); a ZCA set needs its `data`."""
-    return _by_class(syn.pixels(data), syn.classes, per_class, title or _title(syn))
+    return _by_class(syn.pixels(data), syn.classes, per_class, title or title_of(syn))
 
 
 def real(data: Dataset, *, per_class: int = 10, seed: int = 0, split: str = "train") -> Figure:
     """Random real images, one row a class."""
     index = data.sample(per_class, generator(seed, "plots", "real"), split)
     return _by_class(data.denormalise(data.batch(split, index.flatten())), data.classes, per_class,
-                     f"{data.name}, {split} images")
+                     f"{short(data.name)}, {split} images")
 
 
-def _title(syn: Synthetic) -> str:
-    made = syn.spec
-    return f"{made['method']}, {made['dataset']}, IPC {made['ipc']}, {made['profile']} profile" if made else syn.dataset
+def short(dataset: str) -> str:
+    """A dataset's name without the reader's folders: "folder:/home/me/pets" -> "folder:pets"."""
+    return f"folder:{canonical(dataset)}" if dataset.startswith("folder:") else dataset
+
+
+def title_of(syn: Synthetic) -> str:
+    """What a picture of the set is called: method, dataset, IPC and profile."""
+    made, place = syn.spec, short(syn.dataset)
+    return f"{made['method']}, {place}, IPC {made['ipc']}, {made['profile']} profile" if made else place
 
 
 def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None = None) -> Figure:
@@ -84,7 +91,25 @@ def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None 
     first = [syn.pixels(data, shot)[:: syn.ipc][:10] for shot in syn.snapshots.values()]
     figure = grid(torch.cat(first), len(first[0]), titles=[name[:12] for name in syn.classes[:10]],
                   rows=[f"step {step}" for step in syn.snapshots])
-    figure.suptitle(title or _title(syn), fontsize=9)
+    figure.suptitle(title or title_of(syn), fontsize=9)
+    return figure
+
+
+def labels(syn: Synthetic, *, title: str | None = None) -> Figure:
+    """Learned labels [n, classes] as a heat map, one row an image; of more than 100 images, the mean of each class."""
+    if syn.labels.ndim < 2:
+        raise DDError("this set has one class an image and no learned labels to look at")
+    rows, each = syn.labels.detach().cpu().float(), "image"
+    if len(rows) > 100:
+        rows, each = rows.unflatten(0, (len(syn.classes), -1)).mean(1), "class, mean over its images"
+    most = float(rows.abs().max())
+    figure, axis = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
+    drawn = axis.imshow(rows.numpy(), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+    if len(syn.classes) <= 10:
+        axis.set_xticks(range(len(syn.classes)), [name[:12] for name in syn.classes], fontsize=8, rotation=45)
+    axis.set(xlabel="label of class", ylabel=f"distilled {each}")
+    axis.set_title(title or title_of(syn), fontsize=9)
+    figure.colorbar(drawn, label="value of the label")
     return figure
 
 
@@ -182,6 +207,44 @@ def lines(table: pd.DataFrame, x: str, columns: dict[str, str], by: str, title: 
             axis.set_xticks(sorted(table[x].unique()))
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def intervals(table: pd.DataFrame, x: str, y: str, by: str, title: str, *, ylabel: str, level: float | None = None,
+              xlabel: str | None = None) -> Figure:
+    """`y` with its interval (columns low and high) at every value of `x`, the values of `by` side by side.
+
+    `level` draws a dashed line, e.g. at chance.
+    """
+    places, names = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[by]))
+    figure, axis = plt.subplots(figsize=(max(5.2, 1.3 * len(places)), 3.6), layout="constrained")
+    for k, name in enumerate(names):
+        rows = table[table[by] == name]
+        at = [places.index(value) + 0.7 * ((k + 0.5) / len(names) - 0.5) for value in rows[x]]
+        axis.errorbar(at, rows[y], [rows[y] - rows.low, rows.high - rows[y]], fmt=MARKERS[k % len(MARKERS)], capsize=3,
+                      color=(ENGINES | COLOURS).get(name, LINES[k % len(LINES)]), label=name)
+    if level is not None:
+        axis.axhline(level, color="#555555", ls="--", lw=1)
+    axis.set_xticks(range(len(places)), places)
+    axis.set(ylabel=ylabel, xlabel=xlabel or x)
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def scatter(table: pd.DataFrame, x: str, y: str, by: str, title: str, *, xlabel: str, ylabel: str) -> Figure:
+    """One panel a value of `by`, `x` against `y` on shared axes."""
+    groups = table.groupby(by, sort=False)
+    figure, axes = plt.subplots(1, len(groups), figsize=(2.4 * len(groups) + 0.6, 2.9), squeeze=False, sharex=True,
+                                sharey=True, layout="constrained")
+    for axis, (name, rows) in zip(axes[0], groups, strict=True):
+        axis.scatter(rows[x], rows[y], s=22, alpha=0.8, color=(ENGINES | COLOURS).get(name, LINES[0]))
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set(ylabel=ylabel)
+    figure.supxlabel(xlabel, fontsize=10)
     figure.suptitle(title, fontsize=10)
     return figure
 

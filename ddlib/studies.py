@@ -1,8 +1,9 @@
-"""What the trajectory papers plot beside accuracy, each computed once and kept as a record in the results folder.
+"""What the papers plot beside accuracy, each computed once and kept as a record in the results folder.
 
 `unrolling`: memory, time and fidelity of the matching gradient against unrolled steps (TESLA's claim, and ours).
 `flatness`: sharpness and test loss of plain and flat experts, epoch by epoch (FTD, section 3).
 `trajectory_error`: how far the student's test loss runs away from the expert's (FTD's accumulated error).
+`outer_steps`: time and memory of one update of the images by DM, trajectory matching and FRePo (FRePo's claim).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -22,11 +24,11 @@ from .augment import augment, draw
 from .backbones import build
 from .core import DDError, generator, pick_device, results_folder, write_atomically
 from .data import Dataset
-from .experts import load_experts, sharpness
+from .experts import ExpertsError, load_experts, sharpness
 from .meter import PeakMemory, SavedTensors, machine, seconds
 from .methods import METHODS
-from .runs import Run, dataset_of, resolve_record
-from .spec import Spec
+from .records import Run, dataset_of, resolve_record
+from .spec import Spec, resolve
 from .unroll import FlatNet, Match, Segment, match
 
 VERSION = 1  # raise it when a change here changes the rows
@@ -36,7 +38,7 @@ def _place(dataset: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", dataset).strip("_")
 
 
-def _cached(kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[], list[dict]]) -> pd.DataFrame:
+def cached(kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[], list[dict]]) -> pd.DataFrame:
     """The rows of a study from `results/PROFILE/studies/`, else computed and written there."""
     digest = hashlib.sha256(json.dumps([spec.name, options, VERSION], sort_keys=True).encode()).hexdigest()[:8]
     name = f"{kind}-{spec.method}-{_place(spec.dataset)}-ipc{spec.ipc}-{digest}.json"
@@ -76,8 +78,7 @@ def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: s
         for n in steps:
             here = Spec(**{**vars(spec), "values": spec.values | {"syn_steps": n}})
             method = METHODS[spec.method](here.config, data, spec.ipc, spec.run.backbone, spec.seed)
-            segment, labels = method.segment(generator(spec.seed, "unrolling"))
-            problem = method.net, segment, method.raw, labels, method.rate.expand(n)
+            problem = partial(method.match, *method.segment(generator(spec.seed, "unrolling")))
             measured = {"adjoint": _measure(problem, "adjoint", at)}
             exact = measured["adjoint"][0]
             for engine in engines:
@@ -93,16 +94,17 @@ def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: s
                     last = rows[-1]
         return rows
 
-    return _cached("unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute)
+    return cached("unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute)
 
 
-def _measure(problem: tuple, engine: str, device: torch.device, slow: float = 5.0) -> tuple[Match, dict[str, Any]]:
+def _measure(problem: Callable[[str], Match], engine: str, device: torch.device, slow: float = 5.0
+             ) -> tuple[Match, dict[str, Any]]:
     """One gradient and its cost; from `slow` seconds on the metered pass is the timed one too."""
     with SavedTensors() as saved, PeakMemory(device) as peak:
         start = time.perf_counter()
-        found = match(*problem, engine)
+        found = problem(engine)
         once = time.perf_counter() - start
-    again = once if once > slow else seconds(lambda: match(*problem, engine), warm=0, device=device)
+    again = once if once > slow else seconds(lambda: problem(engine), warm=0, device=device)
     return found, {"seconds": again, "graph bytes": saved.peak, "peak bytes": peak.bytes, "peak method": peak.method}
 
 
@@ -134,8 +136,10 @@ def _test_loss(net: FlatNet, theta: torch.Tensor, data: Dataset) -> float:
 def _experts(spec: Spec, data: Dataset):
     config = spec.config
     net = FlatNet(build(spec.run.backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False))
-    command = f"python -m ddlib experts {spec.method} --dataset {spec.dataset} --ipc {spec.ipc} --profile {spec.profile}"
-    return net, load_experts(data, spec.run.backbone, config.expert_recipe, config.experts, command)
+    try:
+        return net, load_experts(data, spec.run.backbone, config.expert_recipe, config.experts)
+    except ExpertsError as error:
+        raise DDError(f"{error}: {spec.command('experts')}") from None
 
 
 def flatness(spec: Spec, *, device: str = "auto", images: int = 512) -> pd.DataFrame:
@@ -151,7 +155,7 @@ def flatness(spec: Spec, *, device: str = "auto", images: int = 512) -> pd.DataF
                  "test loss": _test_loss(net, theta.to(data.device), data)}
                 for e, weights in enumerate(experts.weights) for epoch, theta in enumerate(weights)]
 
-    return _cached("flatness", spec, {"images": images}, compute)
+    return cached("flatness", spec, {"images": images}, compute)
 
 
 def trajectory_error(run: Run, *, device: str = "auto") -> pd.DataFrame:
@@ -178,4 +182,49 @@ def trajectory_error(run: Run, *, device: str = "auto") -> pd.DataFrame:
                     theta = theta.detach() - syn.recipe.lr * torch.autograd.grad(loss, theta)[0]
         return rows
 
-    return _cached("trajectory_error", spec, {}, compute)
+    return cached("trajectory_error", spec, {}, compute)
+
+
+def outer_steps(dataset: str, ipc: int, profile: str, *, device: str = "auto", repeats: int = 5) -> pd.DataFrame:
+    """One update of the same number of real images of a dataset by DM, MTT (its whole graph, and the exact adjoint) and
+    FRePo, each with its preset's network and real batch, all uncompiled.
+
+    Columns: method, network, seconds (median of `repeats`), graph bytes (peak of what autograd holds), peak bytes.
+    """
+    specs = {name: resolve(method, dataset, ipc, profile, compile=False, zca="", **more) for name, method, more in
+             (("dm", "dm", {}), ("mtt, unrolled", "mtt", {"gradient": "unroll"}), ("mtt, adjoint", "mtt", {}),
+              ("frepo", "frepo", {}))}
+
+    def compute() -> list[dict]:
+        at = pick_device(device)
+        data, rows = dataset_of(specs["dm"], at), []
+        for name, spec in specs.items():
+            step = one_step(spec, data)
+            step()  # workspaces, and the optimiser's state
+            with SavedTensors() as saved, PeakMemory(at) as peak:
+                step()
+            rows.append({"method": name, "network": spec.run.backbone, "ipc": ipc, "device": machine(at),
+                         "seconds": seconds(step, repeats=repeats, warm=0, device=at), "graph bytes": saved.peak,
+                         "peak bytes": peak.bytes, "peak method": peak.method})
+        return rows
+
+    names = [spec.name for spec in specs.values()]
+    return cached("outer_steps", specs["frepo"], {"specs": names, "repeats": repeats}, compute)
+
+
+def one_step(spec: Spec, data: Dataset) -> Callable[[], object]:
+    """One update of the images as a function. Trajectory matching runs between random weights, which changes no work
+    and needs no experts."""
+    config = spec.config
+    if spec.method != "mtt":
+        return METHODS[spec.method](config, data, spec.ipc, spec.run.backbone, spec.seed).step
+    rng, n = generator(spec.seed, "one step"), data.num_classes * spec.ipc
+    net = FlatNet(build(spec.run.backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False))
+    start, images = net.vector(), data.batch("train", data.sample(spec.ipc, rng).flatten())
+    target = start + 0.01 * torch.randn(net.size, generator=rng).to(start)
+    size = config.batch_syn or n
+    params = [draw(config.augment, size, data.shape[1:], rng, op_every=size) for _ in range(config.syn_steps)]
+    batches = [torch.randperm(n, generator=rng)[:size].to(data.device) for _ in params]
+    labels = torch.arange(data.num_classes, device=data.device).repeat_interleave(spec.ipc)
+    rates = torch.full((len(params),), config.lr_teacher, device=data.device)
+    return lambda: match(net, Segment(start, target, batches, params), images, labels, rates, config.gradient)

@@ -8,6 +8,8 @@ from ddlib.backbones import ACTIVATIONS, DEFAULTS, build, count_flops, default_d
 from ddlib.core import DDError, generator
 
 CIFAR, MNIST, TINY, DIGITS = (3, 32, 32), (1, 28, 28), (3, 64, 64), (1, 8, 8)
+FREPO = "convnet:norm=none,grow=2,init=lecun"  # where there is no norm, its order says nothing
+POOL = "convnet:norm=bn,grow=2,order=pre,init=lecun"
 
 
 def parameters(net):
@@ -45,6 +47,42 @@ def test_published_parameter_counts(spec, shape, classes, count, dim):
     assert (parameters(net), net.feature_dim, net.classifier.in_features) == (count, dim, dim)
     with torch.no_grad():
         assert net.features(torch.zeros(2, *shape)).shape == (2, dim)
+
+
+# Counted from FRePo's ConvNet of width w: (3x3 convolutions of w, 2w, 4w, ..., linear), BatchNorm before all but the first.
+FREPO_COUNTS = [
+    (MNIST, 10, 8192, 1_558_538, 768), (CIFAR, 10, 8192, 1_560_842, 768), (CIFAR, 100, 8192, 2_298_212, 768),
+    (CIFAR, 200, 8192, 3_117_512, 768), (TINY, 200, 16384, 9_475_528, 1792), (TINY, 1000, 16384, 22_583_528, 1792),
+    ((3, 128, 128), 10, 32768, 25_402_634, 3840)]
+
+
+@pytest.mark.parametrize(("shape", "classes", "dim", "count", "norms"), FREPO_COUNTS)
+def test_frepos_parameter_counts(shape, classes, dim, count, norms):
+    net = build(POOL, shape, classes)
+    affine = sum(parameters(m) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert (net.feature_dim, parameters(net), affine) == (dim, count + norms, norms) and net.spec == POOL
+
+
+def test_frepos_evaluation_network_has_no_norm():
+    net = build(FREPO, CIFAR, 10)
+    assert parameters(net) == 1_560_842 and not net.couples_samples and net.spec == FREPO
+
+
+def test_frepos_block_is_norm_convolution_relu_pool():
+    net = build("convnet:width=4,depth=2,norm=bn,grow=3,order=pre", DIGITS, 3)
+    kinds = [type(layer).__name__ for layer in net.body]
+    assert kinds == ["Conv2d", "ReLU", "AvgPool2d", "BatchNorm2d", "Conv2d", "ReLU", "AvgPool2d"]
+    assert [layer.out_channels for layer in net.body[::4]] == [4, 12]
+    assert net.body[3].momentum == 0.9 and build("convnet:norm=bn", DIGITS, 3).body[1].momentum == 0.1
+
+
+def test_lecun_initialisation():
+    net = build(POOL, CIFAR, 10, generator(3))
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            std = layer.weight[0].numel() ** -0.5
+            assert abs(layer.weight.std() / std - 1) < 0.02 and not layer.bias.any()
+            assert 1.9 * std / 0.8796 < layer.weight.abs().max() <= 2.0001 * std / 0.8796
 
 
 def test_mnist_ends_in_a_4x4_map():
@@ -178,9 +216,10 @@ def test_flops_of_the_papers_convnet():
 
 @pytest.mark.parametrize(("spec", "shape", "names"), [
     ("convnett", CIFAR, "convnet.*mlp, lenet, alexnet, vgg11, resnet18"),
-    ("mlp:norm=in", CIFAR, "width, depth, act"), ("convnet:colour=red", CIFAR, "width, depth, norm, act, pool"),
+    ("mlp:norm=in", CIFAR, "width, depth, act"), ("convnet:colour=red", CIFAR, "depth, norm, act, pool, grow, order, init"),
     ("convnet:norm=batch", CIFAR, "in, bn, ln, gn, none"), ("vgg11:pool=none", CIFAR, "avg, max"),
-    ("convnet:act=gelu", CIFAR, "sigmoid, relu, leakyrelu, swish"),
+    ("convnet:act=gelu", CIFAR, "sigmoid, relu, leakyrelu, swish"), ("convnet:order=mid", CIFAR, "post, pre"),
+    ("convnet:init=he", CIFAR, "torch, lecun"), ("convnet:grow=0", CIFAR, "above 0"), ("mlp:grow=2", CIFAR, "width, dep"),
     ("convnet:width=0", CIFAR, "above 0"), ("convnet:depth=two", CIFAR, "above 0"),
     ("convnet:width", CIFAR, "key=value"), ("convnet:width=8,width=9", CIFAR, "each key once"),
     ("convnet:width=6,norm=gn", CIFAR, "multiples of 4"),

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ddlib import data, decoding, folders
 from ddlib.core import DDError, checksum
-from ddlib.zca import ZCA
+from ddlib.zca import KINDS, ZCA
 
 
 @pytest.fixture(autouse=True)
@@ -541,7 +541,26 @@ def test_zca_frepo_follows_the_formula(n):
     assert torch.allclose(got.flatten(1).double(), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mtt", "frepo"])
+@pytest.mark.parametrize("n", [1500, 8])  # 8 < D = 12: the D - N smallest eigenvalues become 1
+def test_zca_checkerboard_shares_one_matrix_among_four_sub_images(n):
+    pixels = correlated(n)
+    x = pixels.double() / 255
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True, correction=0)
+    parts = [x[:, :, i::2, j::2].flatten(1) for i in (0, 1) for j in (0, 1)]
+    cov = sum(torch.cov(part.T, correction=0) for part in parts) / 4
+    values, vectors = torch.linalg.eigh(cov + 0.1 * cov.trace() / 12 * torch.eye(12, dtype=torch.float64))
+    values[:max(0, 12 - n)] = 1
+    zca = ZCA.fit(pixels, "frepo_checkerboard")
+    assert zca.matrix.shape == (12, 12) and zca.mean.shape == (4, 12)
+    got = zca.whiten(pixels.float() / 255)
+    for k, part in enumerate(parts):
+        want = (part - part.mean(0)) @ vectors @ torch.diag(values.rsqrt()) @ vectors.T
+        assert torch.allclose(got[:, :, k // 2::2, k % 2::2].flatten(1).double(), want, atol=1e-4)
+    assert torch.allclose(zca.colour(got), pixels.float() / 255, atol=1e-4)
+    assert torch.allclose(zca.whiten(pixels[:6].view(2, 3, 3, 4, 4).float() / 255)[1], got[3:6], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_zca_of_a_dataset_is_fitted_on_train_and_invertible(tmp_path, kind):
     d, plain = load("digits", zca=kind), load("digits")
     assert torch.equal(d.zca.matrix, ZCA.fit(plain.images["train"], kind).matrix) and len(d.zca.id) == 12
@@ -551,7 +570,7 @@ def test_zca_of_a_dataset_is_fitted_on_train_and_invertible(tmp_path, kind):
     assert z.shape == x.shape and not torch.allclose(z, plain.normalise(d.images["test"]), atol=0.1)
     assert torch.allclose(d.denormalise(z), x, atol=1e-4)
     assert torch.allclose(d.batch("test", torch.zeros(2, 3, dtype=torch.long))[1, 2], z[0], atol=1e-5)
-    eye = torch.eye(64, dtype=torch.float64)
+    eye = torch.eye(16 if kind == "frepo_checkerboard" else 64, dtype=torch.float64)
     assert torch.allclose(d.zca.matrix.double() @ d.zca.inverse.double(), eye, atol=1e-4)
 
 
@@ -573,6 +592,9 @@ def test_zca_errors():
         ZCA.fit(torch.zeros(2, 3, 65, 64, dtype=torch.uint8), "mtt")
     with pytest.raises(DDError, match="uint8"):
         ZCA.fit(torch.zeros(2, 3, 4, 4), "mtt")
+    for sides in ((5, 4), (4, 5), (128, 130)):
+        with pytest.raises(DDError, match="even sides"):
+            ZCA.fit(torch.zeros(2, 3, *sides, dtype=torch.uint8), "frepo_checkerboard")
 
 
 # --- the real images

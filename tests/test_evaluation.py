@@ -93,7 +93,7 @@ def test_protocols():
     assert (frepo.warmup, frepo.cosine, frepo.drops) == (500, 0.01, ())
     for wrong, message in (({"name": "dcc"}, r"unknown protocol 'dcc' \(did you mean 'dc'\?\); allowed: dc, dsa"),
                            ({"name": "dsa", "epochs": 0}, "at least 1, not 0"),
-                           ({"name": "dsa", "augment": "crop_blur"}, "unknown DSA op 'blur'")):
+                           ({"name": "dsa", "augment": "crop_blur"}, "unknown augmentation 'blur'")):
         with pytest.raises(DDError, match=message):
             protocol(**wrong)
 

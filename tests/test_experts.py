@@ -16,7 +16,7 @@ from ddlib.experts import ExpertRecipe, flatten_gradient, folder, load_experts, 
 from ddlib.methods.trajectory import Config, Trajectory
 from ddlib.unroll import FlatNet
 
-NET, COMMAND = "convnet:width=4,depth=1", "python -m ddlib experts mtt"
+NET = "convnet:width=4,depth=1"
 RECIPE = ExpertRecipe(epochs=3, lr=0.05, batch=8, augment="crop_scale")
 
 
@@ -40,7 +40,7 @@ def trained(count=2, recipe=RECIPE, net=NET, data=None):
 def test_round_trip():
     data = dataset()
     paths = trained()
-    experts = load_experts(data, NET, RECIPE, 2, COMMAND)
+    experts = load_experts(data, NET, RECIPE, 2)
     assert len(experts) == 2 and experts.recipe == RECIPE and all(p.parent == folder(data, NET, RECIPE) for p in paths)
     size = FlatNet(build(NET, data.shape, 3)).size
     for seed, rows in enumerate(experts.weights):
@@ -60,7 +60,7 @@ def test_checkpoints_are_copies_not_one_storage():
         next(iter(flat.net.parameters())).add_(1)
     assert torch.equal(before, kept) and not torch.equal(flat.vector(), kept)
     trained(1)
-    rows = load_experts(dataset(), NET, RECIPE, 1, COMMAND).weights[0]
+    rows = load_experts(dataset(), NET, RECIPE, 1).weights[0]
     assert all(not torch.equal(rows[a], rows[b]) for a in range(4) for b in range(a))
 
 
@@ -71,7 +71,7 @@ def test_one_step_of_the_stored_run_by_hand():
     for flat, rho, alpha in (("plain", 0.01, 1.0), ("sam", 0.05, 0.7), ("agsam", 0.05, 0.3)):
         recipe = ExpertRecipe(1, 0.1, 24, "none", flat, rho, alpha)
         trained(1, recipe)
-        first, second = load_experts(data, NET, recipe, 1, COMMAND).weights[0]
+        first, second = load_experts(data, NET, recipe, 1).weights[0]
         wanted = direction(net, first.double(), x.double(), y, recipe)
         torch.testing.assert_close((first - second) / 0.1, wanted.float(), rtol=1e-4, atol=2e-6)
 
@@ -131,8 +131,8 @@ def test_recipes_live_apart(other):
 
 def test_a_missing_expert_names_the_command():
     trained(1)
-    with pytest.raises(DDError, match=r"expert 1 of the 2 that this run needs.*" + COMMAND):
-        load_experts(dataset(), NET, RECIPE, 2, COMMAND)
+    with pytest.raises(DDError, match=r"no expert 1 of the 2 that this run needs at .*; make the experts first"):
+        load_experts(dataset(), NET, RECIPE, 2)
     with pytest.raises(DDError, match="at least 1"):
         trained(0)
     with pytest.raises(DDError, match="plain, sam, agsam"):
@@ -152,8 +152,8 @@ def test_foreign_experts_are_refused(key, source, target):
     goal.parent.mkdir(parents=True, exist_ok=True)
     tensors, header = load_tensors(path, "expert", "")
     save_tensors(goal, tensors, header | target)
-    with pytest.raises(DDError, match=f"was made with {key} .*{COMMAND}"):
-        load_experts(dataset(), NET, RECIPE, 1, COMMAND)
+    with pytest.raises(DDError, match=f"was made with {key} .*make it anew"):
+        load_experts(dataset(), NET, RECIPE, 1)
 
 
 @pytest.mark.parametrize("damage", ["still", "nan"])
@@ -162,15 +162,15 @@ def test_experts_that_stand_still_or_broke_are_refused(damage):
     tensors, header = load_tensors(path, "expert", "")
     tensors["weights"][2] = tensors["weights"][1] if damage == "still" else torch.nan
     save_tensors(path, tensors, header)
-    with pytest.raises(DDError, match=f"same weights, or weights that are not finite.*{COMMAND}"):
-        load_experts(dataset(), NET, RECIPE, 1, COMMAND)
+    with pytest.raises(DDError, match="same weights, or weights that are not finite.*make it anew"):
+        load_experts(dataset(), NET, RECIPE, 1)
 
 
 def test_damaged_files_are_refused():
     [path] = trained(1)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(DDError, match=f"damaged.*{COMMAND}"):
-        load_experts(dataset(), NET, RECIPE, 1, COMMAND)
+    with pytest.raises(DDError, match="damaged.*make it anew"):
+        load_experts(dataset(), NET, RECIPE, 1)
 
 
 def test_segments_beyond_the_experts_are_refused():

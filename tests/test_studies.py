@@ -8,8 +8,9 @@ import torch
 import ddlib as dd
 from ddlib import studies
 from ddlib.backbones import build
-from ddlib.core import DDError
+from ddlib.core import DDError, generator
 from ddlib.meter import SavedTensors
+from ddlib.methods.trajectory import soft_cross_entropy
 from ddlib.unroll import FlatNet, Segment, match
 
 TINY = {"experts": 1, "expert_total": 4, "iterations": 2, "syn_steps": 3, "backbone": "convnet:width=8",
@@ -34,6 +35,20 @@ def test_unrolling_compares_engines_and_is_computed_once(spec, monkeypatch):
     monkeypatch.setattr(studies, "dataset_of", None)  # a second call must not need the data
     again = studies.unrolling(spec, steps=(1, 4)).set_index(["steps", "engine"])
     assert again.equals(table)
+
+
+def test_unrolling_takes_the_runs_own_loss(results):
+    """DATM's inner loss reads its labels as logits, which another criterion would not notice."""
+    options = TINY | {"flat": "plain", "labels": "learned", "init": "real"}
+    dd.prepare("datm", "digits", ipc=1, progress=False, **options)
+    spec = dd.resolve("datm", "digits", 1, **options)
+    row, = studies.unrolling(spec, steps=(3,), engines=("tesla",)).to_dict("records")
+    method = dd.METHODS["datm"](spec.config, dd.load("digits", device="cpu"), 1, spec.run.backbone, 0)
+    segment, labels = method.segment(generator(0, "unrolling"))
+    exact, tesla = (match(method.net, segment, method.raw, labels, method.rate.expand(3), engine,
+                          criterion=soft_cross_entropy) for engine in ("adjoint", "tesla"))
+    assert row["norm ratio"] == pytest.approx(float(tesla.images.norm() / exact.images.norm()), rel=1e-6)
+    assert row["rate ratio"] == pytest.approx(float(tesla.rates.sum() / exact.rates.sum()), rel=1e-6)
 
 
 def test_unroll_is_left_out_where_it_would_not_fit(spec):

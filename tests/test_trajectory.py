@@ -1,5 +1,6 @@
 """The methods around the gradient: draws, updates, labels, windows, presets, and that each beats random images."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 import yaml
 
 import ddlib as dd
+from ddlib.__main__ import parser
 from ddlib.backbones import build
 from ddlib.core import DDError, generator, load_tensors, save_tensors
 from ddlib.data import from_arrays
@@ -148,8 +150,13 @@ def test_the_learned_rate_travels_with_the_set(results):
 
 def test_a_run_without_experts_names_the_command(results, monkeypatch):
     monkeypatch.setenv("DDLIB_EXPERTS", str(results / "none"))
-    with pytest.raises(DDError, match="make the experts first: python -m ddlib experts"):
-        dd.run("ftd", "digits", ipc=1, **SMALL)
+    options = SMALL | {"iterations": 1, "lr_lr": 1e-7, "zca": "mtt"}  # what a shell or YAML could misread
+    for wanted in ({"augment": "none"}, {"zca": "", "eval_lr": 0.1}):
+        with pytest.raises(DDError, match="make the experts first: python -m ddlib experts ftd --dataset digits") as error:
+            dd.run("ftd", "digits", ipc=1, **options | wanted)
+        args = parser().parse_args(shlex.split(str(error.value).partition("python -m ddlib ")[2]))
+        args.call(args)  # the very command, and the run works
+        assert dd.run("ftd", "digits", ipc=1, **options | wanted).accuracy > 0
     with pytest.raises(DDError, match="needs no experts"):
         dd.prepare("dm", "digits", ipc=1, device="cpu")
 
@@ -200,6 +207,10 @@ def test_threshold_skips_images_labels_and_beta(data):
     method = work(data, labels="learned", lr_label=2.0, threshold=1e3, ema=0.5)
     before = tensors(method)
     assert method.step()["skipped"] == 0
+    method.steps, method.skipped = 99, 95
+    method.config = replace(method.config, threshold=1e-3)
+    with pytest.warns(UserWarning, match="96 of the first 100 updates were skipped"):
+        method.step()
     assert all(not torch.equal(before[key], value) for key, value in tensors(method).items())
 
 
@@ -232,6 +243,27 @@ def test_ema_formula(data):
     torch.testing.assert_close(method.images, average)
     assert (method.images - method.raw).abs().max() > 1e-3
     assert torch.equal(work(data).images, work(data).raw)
+
+
+def test_the_recorded_loss_is_that_of_the_result(data):
+    """With EMA the average is what is evaluated; measuring changes nothing of the state."""
+    method = work(data, ema=0.9)
+    for _ in range(5):
+        method.step()
+    before, plain = tensors(method), method.mean_loss()
+    record = method.record
+    assert same(before, tensors(method)) and record["mean loss after"] != plain
+    method.raw = method.average
+    assert record["mean loss after"] == method.mean_loss()
+    assert record["mean loss before"] == work(data, ema=0.9).mean_loss()
+
+
+def test_radius_and_weight_make_no_other_run_of_plain_experts():
+    def name(**options) -> str:
+        return dd.resolve("ftd", "digits", 1, **options).name
+
+    assert name(flat="plain", rho=0.1, alpha=0.5) == name(flat="plain") and name(flat="sam") != name(flat="plain")
+    assert len({name(flat="sam", rho=0.1), name(flat="sam", rho=0.2), name(flat="sam", alpha=0.5)}) == 3
 
 
 def test_tesla_labels_come_from_the_segments_target(data):

@@ -12,6 +12,8 @@ Differences from the released code:
 2. One pass of `iterations` updates and the set after the last one is scored; the released loop makes 20,001 updates
    and scores the set before the last.
 3. Networks, batches and augmentation come from (seed, step), not from the clock: a run can be repeated and resumed.
+4. DREAM and DREAM+ plug in (`ddlib.methods.dream`, ours for this host): representative real batches, chosen every
+   `interval` steps with that step's network, and the convolutions' gradients matched beside the features (`match`).
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import torch
 
 from ..augment import augment, draw
 from ..backbones import build, initialise
-from ..core import generator, option
+from ..core import DDError, generator, option
 from ..data import Dataset
 from ..training import compiled
+from .dream import SAMPLINGS, Sampler, initial_rows
+from ..matching import class_gradients, matched
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,15 @@ class Config:
     lr_img: float = option(1.0, least=0)  # step size of the images; the gradient shrinks as 1/IPC
     momentum: float = option(0.5, least=0)  # of the image optimiser, plain SGD
     batch_real: int = option(256, least=1)  # real images a class and step; all of a smaller class
-    init: str = option("real", allowed=("real", "noise"))  # IPC real images a class, or N(0, 1) pixels
+    init: str = option("real", allowed=("real", "noise", "kmeans"))  # IPC real images a class, or N(0, 1) pixels
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA, one operation a class and step
     chunk: int = option(0, least=0)  # images in one forward pass, whole classes; 0: 256 on a CPU, 8,192 on a GPU
     compile: bool = False  # torch.compile the network; same numbers to about 1e-5
+    sampling: str = option("random", allowed=SAMPLINGS)  # of the real images; all but random look at features
+    interval: int = option(10, least=1)  # steps between two choices of them
+    subsample: int = option(1, least=1)  # images a cluster
+    pool: int = option(0, least=0)  # images of a class that are clustered, drawn anew each time; 0 is all
+    match: str = option("feature", allowed=("feature", "gradient", "both"))  # both: DREAM+
 
 
 class DM:
@@ -50,8 +59,15 @@ class DM:
         self.config, self.data, self.ipc, self.seed, self.steps = config, data, ipc, seed, 0
         self.net = build(backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False).train()
         self.psi = compiled(self.net.features) if config.compile else self.net.features
-        chosen = data.sample(ipc, generator(seed, "dm", "init"))
-        if config.init == "real":
+        if self.net.couples_samples and config.match != "feature":
+            raise DDError(f"{self.net.spec} has BatchNorm, which couples the classes' gradients; allowed with match "
+                          f"{config.match!r}: norm=in, ln, gn or none")
+        if config.init == "kmeans":
+            initialise(self.net, generator(seed, "dm", "network", 0))
+            chosen = initial_rows(self.net, data, ipc, generator(seed, "dm", "init"))
+        else:
+            chosen = data.sample(ipc, generator(seed, "dm", "init"))
+        if config.init != "noise":
             self.images = data.batch("train", chosen.flatten())
         else:
             shape = (chosen.numel(), *data.shape)
@@ -59,6 +75,7 @@ class DM:
         self.labels = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
         self.velocity = torch.zeros_like(self.images)
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
+        self.sampler = Sampler(data, self.batch, config.sampling, config.interval, config.subsample, pool=config.pool)
         # On a CPU a larger chunk leaves the cache and is half as fast; on a GPU a smaller one leaves it idle.
         self.chunk = config.chunk or (8192 if data.device.type == "cuda" else 256)
 
@@ -67,25 +84,33 @@ class DM:
         size = self.data.num_classes if self.net.couples_samples else max(1, self.chunk // each)
         return list(torch.arange(self.data.num_classes).split(size))
 
-    def means(self, images: torch.Tensor, params, each: int) -> torch.Tensor:
-        """Class means [c, d] of the features of augmented images [c * each, C, H, W]."""
-        features = self.psi(augment(images, params.repeat(each)))
-        return features.unflatten(0, (-1, each)).mean(1)
+    def means(self, images: torch.Tensor, params, each: int, part: torch.Tensor, graph: bool) -> list[torch.Tensor]:
+        """What is matched of augmented images [c * each, C, H, W] of the classes `part`: the class means [c, d] of the
+        features, or with `match` the gradients [c, *weight.shape] of the convolutions, or both; `graph` for images."""
+        x = augment(images, params.repeat(each))
+        if self.config.match == "feature":
+            with torch.set_grad_enabled(graph):
+                return [self.psi(x).unflatten(0, (-1, each)).mean(1)]
+        y = part.to(x.device)[:, None].expand(-1, each)
+        found = class_gradients(self.net, x.unflatten(0, (-1, each)), y, matched(self.net, "conv"), graph=graph,
+                                embed=True)
+        return [value if graph else value.detach() for value in found[:None if self.config.match == "both" else -1]]
 
     def step(self) -> dict[str, torch.Tensor]:
         """One update of all images; returns the loss divided by the number of classes, as the released log does."""
         rng = lambda purpose: generator(self.seed, "dm", purpose, self.steps)
         initialise(self.net, rng("network"))
-        real = self.data.sample(self.batch, rng("real"))
+        real = self.sampler(self.net, self.steps, rng("real"))
         params = draw(self.config.augment, self.data.num_classes, self.data.shape[1:], rng("augment"))
-        with torch.no_grad():
-            target = torch.cat([self.means(self.data.batch("train", real[part].flatten()), params.select(part),
-                                           self.batch) for part in self.parts(self.batch)])
+        target = [self.means(self.data.batch("train", real[part].flatten()), params.select(part), self.batch, part,
+                             graph=False) for part in self.parts(self.batch)]
+        target = [torch.cat(values) for values in zip(*target, strict=True)]
         gradient, total = [], 0.0
         images = self.images.unflatten(0, (-1, self.ipc))
         for part in self.parts(self.ipc):
             x = images[part].flatten(0, 1).requires_grad_()
-            loss = (target[part] - self.means(x, params.select(part), self.ipc)).square().sum()
+            found = self.means(x, params.select(part), self.ipc, part, graph=True)
+            loss = sum((real[part] - value).square().sum() for real, value in zip(target, found, strict=True))
             gradient += torch.autograd.grad(loss, x)
             total = total + loss.detach()
         self.velocity.mul_(self.config.momentum).add_(torch.cat(gradient))
@@ -94,8 +119,10 @@ class DM:
         return {"loss": total / self.data.num_classes}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"images": self.images, "velocity": self.velocity, "steps": torch.tensor(self.steps)}
+        state = {"images": self.images, "velocity": self.velocity, "steps": torch.tensor(self.steps)}
+        return state | ({} if self.sampler.rows is None else {"rows": self.sampler.rows})
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.images, self.velocity = (state[k].to(self.images.device) for k in ("images", "velocity"))
         self.steps = int(state["steps"])
+        self.sampler.rows = state["rows"].to(self.images.device) if "rows" in state else None

@@ -14,16 +14,19 @@ The four methods differ by arguments only: how the gradient is taken (`ddlib.unr
    those of whichever segment came last.
 4. The EMA of FTD is evaluated with fresh networks; the released code goes on training the raw images' networks.
 5. Draws come from (seed, iteration), not from the clock.
-6. DATM's first logits are a mean over experts also with `init=real`, where the release asks one expert.
+6. DREAM plugs in (`ddlib.methods.dream`, ours for these hosts): K-means initialisation, experts on representatives.
+7. DATM's first logits are a mean over experts also with `init=real`, where the release asks one expert.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import vector_to_parameters
 
 from ..augment import draw
 from ..backbones import build
@@ -32,6 +35,7 @@ from ..data import Dataset
 from ..experts import ExpertRecipe, load_experts
 from ..training import Recipe
 from ..unroll import FlatNet, Match, Segment, match, parse_engine
+from .dream import initial_rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Config:
     lr_label: float = option(0.0, least=0)  # step size of learned label logits, momentum 0.9
     momentum: float = option(0.5, least=0)  # of images and beta
     labels: str = option("hard", allowed=("hard", "assigned", "learned"))  # one-hot, TESLA's teacher, DATM's logits
-    init: str = option("real", allowed=("real", "correct", "noise"))  # correct: real images an expert gets right
+    init: str = option("real", allowed=("real", "correct", "noise", "kmeans"))  # correct: images an expert gets right
+    init_epoch: int = option(0, least=0)  # kmeans: clusters features of an expert after so many epochs
     ema: float = option(0.0, least=0)  # FTD: decay of the images' moving average, which is then the result; 0 is off
     threshold: float = option(0.0, least=0)  # DATM: skip an update whose loss is above it; 0 is off
     segments: int = option(1, least=1)  # segments an iteration, their gradients averaged
@@ -64,14 +69,20 @@ class Config:
     expert_total: int = option(50, least=1)  # epochs each expert was trained
     expert_lr: float = option(0.01, least=0)
     expert_batch: int = option(256, least=1)
+    expert_sampling: str = option("random", allowed=("random", "dream"))  # of the experts' batches
     flat: str = option("plain", allowed=("plain", "sam", "agsam"))  # FTD: paper's SAM, or its code's adaptive GSAM
     rho: float = option(0.01, least=0)  # radius of flat experts
     alpha: float = option(1.0, least=0)  # weight of flatness
 
+    def __post_init__(self) -> None:
+        if self.flat == "plain":  # where rho and alpha do nothing, and so must not make another run of it
+            for name in ("rho", "alpha"):
+                object.__setattr__(self, name, getattr(ExpertRecipe, name))
+
     @property
     def expert_recipe(self) -> ExpertRecipe:
-        return ExpertRecipe(self.expert_total, self.expert_lr, self.expert_batch, self.augment, self.flat,
-                            *((self.rho, self.alpha) if self.flat != "plain" else ()))
+        return ExpertRecipe(self.expert_total, self.expert_lr, self.expert_batch, self.augment, self.flat, self.rho,
+                            self.alpha, self.expert_sampling)
 
 
 def soft_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -93,9 +104,9 @@ class Trajectory:
         if last > config.expert_total:
             raise DDError(f"a segment from epoch max_start - 1 = {config.max_start - 1} over {config.expert_epochs} "
                           f"epochs ends at {last}, beyond the experts' expert_total = {config.expert_total} epochs")
-        self.experts = load_experts(data, backbone, config.expert_recipe, config.experts,
-                                    f"python -m ddlib experts METHOD --dataset {data.name} --ipc {ipc} with this run's "
-                                    "profile and options")
+        if config.init_epoch > config.expert_total:
+            raise DDError(f"init_epoch {config.init_epoch} is beyond the experts' expert_total = {config.expert_total}")
+        self.experts = load_experts(data, backbone, config.expert_recipe, config.experts)
         self.net = FlatNet(build(backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False))
         self.hard = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
         self.raw, self.logits = self._initial()
@@ -115,6 +126,10 @@ class Trajectory:
             images = images.to(data.device)
         elif config.init == "real":
             images = data.batch("train", data.sample(self.ipc, generator(self.seed, "trajectory", "init")).flatten())
+        elif config.init == "kmeans":
+            vector_to_parameters(self._theta(self.seed % len(self.experts), config.init_epoch), self.net.net.parameters())
+            rows = initial_rows(self.net.net, data, self.ipc, generator(self.seed, "trajectory", "init"))
+            images = data.batch("train", rows.flatten())
         else:
             images = self._correct_images()
         if config.labels != "learned":
@@ -197,7 +212,8 @@ class Trajectory:
     @property
     def record(self) -> dict[str, float]:
         """Mean matching loss before and after, the learned step size, and how many updates were skipped."""
-        after, kept = self.mean_loss(), (self.raw, self.logits, self.rate)
+        kept, self.raw = (self.raw, self.logits, self.rate), self.images  # of the result, which is the EMA if there is one
+        after = self.mean_loss()
         (self.raw, self.logits), self.rate = self._initial(), torch.full_like(self.rate, self.config.lr_teacher)
         before = self.mean_loss()
         self.raw, self.logits, self.rate = kept
@@ -226,6 +242,9 @@ class Trajectory:
         else:
             self.skipped += 1
         self.steps += 1
+        if self.steps == 100 and self.skipped > 95:
+            warnings.warn(f"{self.skipped} of the first 100 updates were skipped, for their loss was above threshold "
+                          f"{c.threshold}: raise it, or let segments start earlier")
         return {"loss": float(loss), "beta": float(self.rate), "skipped": self.skipped}
 
     def _update(self, gradients: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,53 @@
+"""What distilled sets are good for: a defence against membership inference, a memory for continual learning, a proxy
+for architecture search. Each study takes any method by its name and keeps its rows as a record (`studies.cached`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..core import results_folder
+from ..data import Dataset
+from ..records import Run
+from ..runs import run
+from ..spec import Spec, resolve
+
+EVALUATION = ("protocol", "eval_backbone", "eval_epochs", "eval_lr", "eval_augment", "zca")
+
+
+def evaluated_as(method: str, dataset: str, ipc: int, profile: str) -> dict[str, Any]:
+    """The overrides that give any run the evaluation of `method`, so that e.g. random images stand beside it fairly."""
+    values = resolve(method, dataset, ipc, profile).values
+    return {key: values[key] for key in EVALUATION}
+
+
+def part(data: Dataset, what: str, rows: dict[str, torch.Tensor], classes: Sequence[int] | None = None) -> Dataset:
+    """The dataset "NAME WHAT" of the given rows (or masks) of each split; the normalisation stays the whole one's.
+
+    classes: the classes that it keeps, numbered anew from 0 in this order; every row must belong to one of them.
+    """
+    images = {split: data.images[split][index.to(data.images[split].device)] for split, index in rows.items()}
+    labels = {split: data.labels[split][index.to(data.device)] for split, index in rows.items()}
+    if classes is not None:
+        number = torch.full((data.num_classes,), -1)
+        number[list(classes)] = torch.arange(len(classes))
+        labels = {split: number.to(data.device)[y] for split, y in labels.items()}
+    name = f"{data.name} {what}"
+    return replace(data, name=name, classes=tuple(data.classes[c] for c in classes or range(data.num_classes)),
+                   images=images, labels=labels, checksum=hashlib.sha256(f"{data.checksum} {name}".encode()).hexdigest())
+
+
+def distil(like: Spec, data: Dataset, progress: bool = True, **overrides: Any) -> Run:
+    """`runs.run` of a `part` under the settings of `like`, a spec of the whole dataset, experts included.
+
+    Its records stand apart, in results/PROFILE/parts: they are no runs of the dataset that tables should show. One
+    network scores each, since the study and not the part is what is evaluated.
+    """
+    values = like.values | {"subset": 0, "resolution": 0, "minival": 0.0, "networks": 1, "evaluations": 1} | overrides
+    return run(like.method, data.name, ipc=like.ipc, profile=like.profile, seed=like.seed, data=data, teach=True,
+               device=str(data.device), results=results_folder() / like.profile / "parts", progress=progress, **values)
