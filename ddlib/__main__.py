@@ -127,10 +127,11 @@ def _reproduce(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(SOURCE))
     try:
-        from bench import dm, frepo, kmeans, trajectory
+        from bench import dm, frepo, gradient, kmeans, trajectory
     except ImportError:
         raise DDError("bench needs the source checkout of ddlib, which has the plain loops") from None
-    parts, rows = {"dm": dm, "trajectory": trajectory, "frepo": frepo, "kmeans": kmeans}, []
+    parts = {"dm": dm, "trajectory": trajectory, "frepo": frepo, "gradient": gradient, "kmeans": kmeans}
+    rows: list[dict] = []
     for name in [args.only] if args.only else parts:
         rows += parts[name].main(pick_device(args.device))
     if args.out:
@@ -162,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(call=call)
         sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        if name != "bench":
+        if name not in ("bench", "experts"):  # which live where DDLIB_EXPERTS or DDLIB_RESULTS says
             sub.add_argument("--results", help="folder of the records (default: DDLIB_RESULTS, else results/)")
         return sub
 
@@ -203,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     command("docs", _docs, "renew the tables in docs/methods from the records")
 
     bench = command("bench", _bench, "time and memory against a plain loop, and the roofline")
-    bench.add_argument("--only", choices=("dm", "trajectory", "frepo", "kmeans"), help="one part; default: all")
+    bench.add_argument("--only", choices=("dm", "trajectory", "frepo", "gradient", "kmeans"), help="one part; default: all")
     bench.add_argument("--out", help="write the rows as JSON to this file")
     return top
 

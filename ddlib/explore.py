@@ -112,12 +112,12 @@ def neighbours(look: Look, count: int = 6) -> Figure:
     labels = data.labels["train"][rows].tolist()
     figure = plots.grid(data.denormalise(torch.cat([x[:, None], data.batch("train", rows)], 1)).flatten(0, 1),
                         count + 1, titles=["synthetic", *(f"real {k + 1}" for k in range(count))],
-                        rows=[name[:12] for name in syn.classes[:10]], scale=0.7)
+                        rows=[name[:12] for name in syn.classes[:10]], scale=0.55)
     axis = figure.axes[0]
     odd = [(k, j, label) for k, line in enumerate(labels) for j, label in enumerate(line) if label != k]
     for k, j, label in odd:
-        axis.text(axis.get_xticks()[j + 1], axis.get_yticks()[k], syn.classes[label][:12], color="white", fontsize=8,
-                  ha="center", va="center", bbox={"fc": "#D55E00", "ec": "none", "pad": 1.5})
+        axis.text(axis.get_xticks()[j + 1], axis.get_yticks()[k] + data.shape[1] / 2, syn.classes[label][:10],
+                  color="white", fontsize=6, ha="center", va="center", bbox={"fc": "#B34700", "ec": "none", "pad": 1})
     total = rows.numel()
     figure.suptitle(f"{look.title}\n{total - len(odd)} of {total} nearest training images are of the same class",
                     fontsize=9)
@@ -155,7 +155,8 @@ def confusion(look: Look) -> torch.Tensor:
         data, many = look.data, len(syn.classes)
         if not len(data.labels["test"]):
             raise DDError(f"{data.name} has no test images: there is no confusion matrix")
-        net = initialise(build(syn.backbone, data.shape, many).to(data.device), generator(seed, "evaluate", "weights", 0))
+        net = build(syn.backbone, data.shape, many).to(data.device)
+        initialise(net, generator(seed, "evaluate", "weights", 0))
         train(net, *syn.to(data.device).training_set(), syn.recipe, generator(seed, "evaluate", "order", 0))
         pairs = data.labels["test"] * many + predict(net, data).argmax(1)
         kept[key] = torch.bincount(pairs, minlength=many**2).view(many, many).tolist()
@@ -164,7 +165,7 @@ def confusion(look: Look) -> torch.Tensor:
 
 
 def accuracy(look: Look) -> Figure:
-    """Accuracy by class, and the confusion matrix, of one network; a set with learned labels only after the last step."""
+    """Accuracy by class and the confusion matrix of one network; a set with learned labels only after the last step."""
     if look.syn.labels.is_floating_point():
         look = replace(look, step=steps(look.run)[-1])
     counts, classes = confusion(look).numpy(), look.syn.classes

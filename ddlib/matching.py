@@ -26,7 +26,7 @@ from torch.nn.grad import conv2d_weight
 from torch.utils._pytree import tree_leaves
 
 from .backbones import Backbone
-from .core import choose
+from .core import DDError, choose
 from .training import compiled
 
 ENGINES = ("auto", "joint", "vmap", "loop")
@@ -59,12 +59,15 @@ def class_gradients(net: Backbone, x: Tensor, y: Tensor, weights: Sequence[Tenso
 
     x: images [C, B, ch, H, W]; y: labels [C, B]; weights: parameters of `net`, which must not couple samples (no
     BatchNorm in train mode). `graph` keeps them differentiable in x; `embed` appends the classes' mean features [C, d].
-    engine: see the module; "auto" is joint, or loop where a weight is neither a convolution's nor a linear layer's.
+    engine: see the module; "auto" is joint, or loop where a weight is neither a convolution's nor a linear layer's,
+    which the others cannot do: layer norm's derivative under vmap misses a part (torch 2.15). Raises `DDError` there.
     """
     owners = {id(m.weight): m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     layers = [owners.get(id(w)) for w in weights]
     if choose("engine", engine, ENGINES) == "auto":
         engine = "loop" if None in layers else "joint"
+    if None in layers and engine != "loop":
+        raise DDError(f"engine {engine!r} takes weights of convolutions and linear layers only; allowed here: auto, loop")
     if engine == "joint":
         grads, means = _joint(net, x, y, layers, graph)
     else:
@@ -176,7 +179,7 @@ class Traced:
         self.module, self.graphs = module, {}
 
     def __call__(self, *arguments: Any) -> Any:
-        arguments = (dict(self.module.named_parameters()), *arguments)
+        arguments = (dict(self.module.named_parameters()) | dict(self.module.named_buffers()), *arguments)
         key = tuple((t.shape, t.stride()) for t in tree_leaves(arguments) if isinstance(t, Tensor))
         with torch.no_grad():
             if key not in self.graphs:

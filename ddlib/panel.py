@@ -29,7 +29,8 @@ class Panel(widgets.VBox):
                       for name, value in zip(("dataset", "method", "IPC"), first, strict=True)]
         self.step = widgets.SelectionSlider(description="step", options=[-1], continuous_update=False)
         self.view = widgets.ToggleButtons(options=list(VIEWS), value=choose("view", view, VIEWS))
-        self.picture, self.note = widgets.Image(format="png"), widgets.HTML()
+        own_size = widgets.Layout(align_self="flex-start", max_width="100%")  # else the box stretches the picture
+        self.picture, self.note = widgets.Image(format="png", layout=own_size), widgets.HTML()
         super().__init__([widgets.HBox(self.boxes), self.step, self.view, self.picture, self.note])
         self.refresh()
         for control in (*self.boxes, self.step, self.view):

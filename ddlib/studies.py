@@ -97,7 +97,7 @@ def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: s
     return cached("unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute)
 
 
-def _measure(problem: Callable[[str], Match], engine: str, device: torch.device, slow: float = 5.0
+def _measure(problem: Callable[[str], Match], engine: str, device: torch.device, slow: float = 30.0
              ) -> tuple[Match, dict[str, Any]]:
     """One gradient and its cost; from `slow` seconds on the metered pass is the timed one too."""
     with SavedTensors() as saved, PeakMemory(device) as peak:

@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (BROWSER and DRIVER), rea
                                                    "apt-get install chromium chromium-driver")]
 
 PROMPTS = "return [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent)"
-ERRORS = "return [...document.querySelectorAll('[data-mime-type=\"application/vnd.jupyter.error\"]')].map(e => e.innerText)"
+ERRORS = """return [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.error"]')].map(
+    e => e.innerText)"""
 IMAGES = "return [...document.querySelectorAll('.jp-OutputArea img')].filter(e => e.naturalWidth > 50).length"
 PIXELS = """const image = document.querySelector('img.widget-image'), canvas = document.createElement('canvas');
 if (!image || !image.naturalWidth) return null;
@@ -40,7 +41,8 @@ def lab(tmp_path_factory):
     folder, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
     dm = folder / "notebooks" / "dm.ipynb"  # one seed and one backbone, whose records explore.ipynb has made
-    dm.write_text(dm.read_text().replace(r'seeds = \"0,1,2\"', r'seeds = \"0\"').replace("cross = True", "cross = False"))
+    one = dm.read_text().replace(r'seeds = \"0,1,2\"', r'seeds = \"0\"')
+    dm.write_text(one.replace("cross = True", "cross = False"))
     settings = folder / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"windowingMode": "none"}))  # cells out of sight stay in the page, to be looked at
@@ -48,13 +50,14 @@ def lab(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
-                                                         "IPYTHONDIR", "JUPYTERLAB_WORKSPACES_DIR", "DDLIB_FIGURES")}
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR",
+             "DDLIB_FIGURES")
+    own = {name: str(folder / name.lower()) for name in names}  # the reader's settings and figures stay as they are
     own |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "PYTHONPATH": str(ROOT)}
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, *recipe, "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1",
-                                   f"--IdentityProvider.token={token}"], cwd=folder, env=os.environ | own, stdout=log,
-                                  stderr=log)
+        server = subprocess.Popen([sys.executable, *recipe, "--no-browser", "--allow-root", f"--port={port}",
+                                   "--ip=127.0.0.1", f"--IdentityProvider.token={token}"], cwd=folder,
+                                  env=os.environ | own, stdout=log, stderr=log)
     try:
         end = time.monotonic() + 120
         while True:
@@ -95,7 +98,7 @@ def run_all(browser, address: str) -> None:
     """Open a notebook, choose Run > Run All Cells from the menu and wait until the last cell has its number."""
     browser.get(address)
     menu = "//div[contains(@class, 'lm-MenuBar-itemLabel') and text()='Run']"
-    ready = "//*[contains(@class, 'jp-StatusBar-TextItem') and contains(text(), '| Idle')]"  # else Lab asks for a kernel
+    ready = "//*[contains(@class, 'jp-StatusBar-TextItem') and contains(text(), '| Idle')]"  # else it asks for a kernel
     until(browser, lambda: browser.find_elements("xpath", ready), 120)
     until(browser, lambda: browser.find_elements("xpath", menu))[0].click()
     until(browser, lambda: browser.find_elements("css selector", "li[data-command='runmenu:run-all']"))[0].click()

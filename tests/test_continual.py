@@ -50,7 +50,7 @@ def test_labels_take_their_places_among_all_classes(data):
     wide = memory([tiny(data, soft)] * 2, tasks, data).labels
     assert torch.equal(wide[:2, [7, 2]], soft) and torch.equal(wide[2:, [0, 5]], soft)
     assert torch.allclose(wide.sum(1), torch.ones(4)) and wide[0, 0] == 0
-    centred = memory([tiny(data, torch.eye(2) - 0.5, "mse")] * 2, tasks, data).labels
+    centred = memory([tiny(data, (torch.eye(2) - 0.5) / 0.2**0.5, "mse")] * 2, tasks, data).labels  # as FRePo begins
     assert torch.allclose(centred, torch.eye(10)[[7, 2, 0, 5]] - 0.1)  # what hard labels become under that loss
 
 

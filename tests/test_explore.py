@@ -67,7 +67,7 @@ def tiles(axis, rows: int, columns: int) -> np.ndarray:
 
 
 def test_choices_prefer_the_preset_then_the_lowest_seed_and_need_the_set(tmp_path):
-    made = [record(tmp_path, ipc=1, seed=0, networks=9), record(tmp_path, ipc=1, seed=2), record(tmp_path, ipc=1, seed=1)]
+    made = [record(tmp_path, seed=0, networks=9), record(tmp_path, seed=2), record(tmp_path, seed=1)]
     assert explore.choices(made) == {}
     for run in made:
         run.path.with_suffix(".safetensors").touch()
@@ -258,8 +258,8 @@ def test_a_wrong_notebook_parameter_ends_in_one_sentence_and_papermill_fails(tmp
     out = tmp_path / "out.ipynb"
     source = Path(__file__).parents[1] / "notebooks" / "explore.ipynb"
     done = subprocess.run([sys.executable, "-m", "papermill", source, out, "-k", "python3", "-p", "profile", "paper",
-                           "-p", "method", "dm", "--no-progress-bar"], cwd=source.parent, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(source.parents[1]),
+                           "-p", "method", "dm", "--no-progress-bar"], cwd=source.parent, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(source.parents[1]),
                                "DDLIB_RESULTS": str(tmp_path)}, check=False)
     assert done.returncode != 0 and "ddlib: no kept set of dm on digits at IPC 1" in done.stderr
     outputs = [o for cell in json.loads(out.read_text())["cells"] for o in cell.get("outputs", ())]

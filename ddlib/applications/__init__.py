@@ -13,9 +13,9 @@ import torch
 
 from ..core import results_folder
 from ..data import Dataset
-from ..records import Run
 from ..runs import run
 from ..spec import Spec, resolve
+from ..synthetic import Synthetic
 
 EVALUATION = ("protocol", "eval_backbone", "eval_epochs", "eval_lr", "eval_augment", "zca")
 
@@ -38,16 +38,20 @@ def part(data: Dataset, what: str, rows: dict[str, torch.Tensor], classes: Seque
         number[list(classes)] = torch.arange(len(classes))
         labels = {split: number.to(data.device)[y] for split, y in labels.items()}
     name = f"{data.name} {what}"
-    return replace(data, name=name, classes=tuple(data.classes[c] for c in classes or range(data.num_classes)),
-                   images=images, labels=labels, checksum=hashlib.sha256(f"{data.checksum} {name}".encode()).hexdigest())
+    names = tuple(data.classes[c] for c in (range(data.num_classes) if classes is None else classes))
+    return replace(data, name=name, classes=names, images=images, labels=labels,
+                   checksum=hashlib.sha256(f"{data.checksum} {name}".encode()).hexdigest())
 
 
-def distil(like: Spec, data: Dataset, progress: bool = True, **overrides: Any) -> Run:
-    """`runs.run` of a `part` under the settings of `like`, a spec of the whole dataset, experts included.
+def distil(like: Spec, data: Dataset, progress: bool = True, **overrides: Any) -> Synthetic:
+    """What `runs.run` makes of a `part` under the settings of `like`, a spec of the whole dataset, experts included.
 
-    Its records stand apart, in results/PROFILE/parts: they are no runs of the dataset that tables should show. One
-    network scores each, since the study and not the part is what is evaluated.
+    Its record stands apart, in results/PROFILE/parts, and scores one network after one pass: the study is what is
+    evaluated, not the part. The set that is returned carries the whole length of training again.
     """
-    values = like.values | {"subset": 0, "resolution": 0, "minival": 0.0, "networks": 1, "evaluations": 1} | overrides
-    return run(like.method, data.name, ipc=like.ipc, profile=like.profile, seed=like.seed, data=data, teach=True,
-               device=str(data.device), results=results_folder() / like.profile / "parts", progress=progress, **values)
+    values = like.values | {"subset": 0, "resolution": 0, "minival": 0.0, "networks": 1, "evaluations": 1, "eval_epochs": 1}
+    made = run(like.method, data.name, ipc=like.ipc, profile=like.profile, seed=like.seed, data=data, teach=True,
+               device=str(data.device), results=results_folder() / like.profile / "parts", progress=progress,
+               **(values | overrides)).synthetic.to(data.device)
+    length = {name: getattr(like.recipe, name) for name in ("epochs", "drops", "tests")}
+    return replace(made, recipe=replace(made.recipe, **length))

@@ -44,9 +44,9 @@ AXES = {"width": (32, 64, 128, 256), "depth": (1, 2, 3, 4), "norm": ("none", "bn
 
 
 def space(shape: tuple[int, int, int], *, count: int = 0, seed: int = 0, **axes: Sequence) -> list[str]:
-    """The specs of the 720 ConvNets that images of `shape` are large enough for; `axes` replaces choices, as width=(32,).
+    """The specs of the 720 ConvNets that images of `shape` are large enough for, in the order of the space.
 
-    `count` draws that many of them by `seed`, in the order of the space; 0 is all.
+    `axes` replaces choices, as width=(32,); `count` draws that many by `seed`, 0 is all.
     """
     for name in axes:
         choose("axis of the search space", name, AXES)
@@ -82,7 +82,7 @@ def study(proxy: str, dataset: str, networks: Sequence[str], *, ipc: int = 50, p
             steps = -(-len(labels) // plain.batch)
             passes = whole_epochs if proxy == "whole" else max(1, round(epochs * batches / steps))
         else:
-            syn = distil(spec, data, progress).synthetic.to(data.device)
+            syn = distil(spec, data, progress)
             (images, labels), recipe, passes = syn.training_set(), syn.recipe, epochs
         recipe = replace(recipe, epochs=passes, drops=(), tests=())
         rows = []

@@ -57,8 +57,9 @@ def seen(data: Dataset, classes: Sequence[int], split: str) -> torch.Tensor:
 def memory(sets: Sequence[Synthetic], tasks: Sequence[Sequence[int]], data: Dataset) -> Synthetic:
     """The union of the tasks' sets, the labels of each moved to its classes' places among all of the dataset's.
 
-    Hard labels become class numbers; probabilities get zeros for the other tasks' classes; FRePo's labels, centred on
-    1 / (classes of the task), become centred on 1 / (all classes).
+    Hard labels become class numbers and probabilities get zeros for the other tasks' classes. FRePo's labels of k
+    classes began as (one-hot - 1/k) / sqrt(k/10); the same map that makes these (one-hot - 1/C) / sqrt(C/10), as they
+    begin among all C classes, moves the learned ones.
     """
     labels = []
     for syn, classes in zip(sets, tasks, strict=True):
@@ -66,10 +67,13 @@ def memory(sets: Sequence[Synthetic], tasks: Sequence[Sequence[int]], data: Data
         if not syn.labels.is_floating_point():
             labels.append(places[syn.labels])
             continue
-        centred = syn.recipe.loss == "mse"
-        wide = syn.labels.new_zeros(len(syn.labels), data.num_classes)
-        wide[:, places] = syn.labels + centred / len(places)
-        labels.append(wide - centred / data.num_classes)
+        wide, k, total = syn.labels.new_zeros(len(syn.labels), data.num_classes), len(places), data.num_classes
+        if syn.recipe.loss == "mse":
+            wide[:, places] = syn.labels * (k / 10) ** 0.5 + 1 / k
+            wide = (wide - 1 / total) / (total / 10) ** 0.5
+        else:
+            wide[:, places] = syn.labels
+        labels.append(wide)
     first = sets[0]
     return Synthetic.of(data, torch.cat([syn.images for syn in sets]), torch.cat(labels), first.recipe, first.backbone,
                         factor=first.factor)
@@ -90,9 +94,9 @@ def study(method: str, dataset: str, *, ipc: int = 20, steps: int = 5, order: in
         for count, classes in enumerate(tasks, 1):
             task = part(data, f"classes {','.join(map(str, classes))}",
                         {split: seen(data, classes, split) for split in ("train", "test")}, classes)
-            sets.append(distil(spec, task, progress).synthetic.to(data.device))
+            sets.append(distil(spec, task, progress))
             so_far = [c for group in tasks[:count] for c in group]
-            tested = part(data, f"{len(so_far)} classes", {s: seen(data, so_far, s) for s in ("train", "test")})
+            tested = part(data, f"{len(so_far)} classes seen", {s: seen(data, so_far, s) for s in ("train", "test")})
             found = evaluate(memory(sets, tasks[:count], data), tested, networks=networks, seed=order)
             rows.append({"method": method, "ipc": ipc, "protocol": spec.run.protocol, "steps": steps, "order": order,
                          "classes seen": len(so_far), "accuracy": found.mean, "std": found.std, "networks": list(found.accuracies)})

@@ -119,7 +119,7 @@ def study(arm: str, dataset: str, *, ipc: int, number: int = 0, per_class: int =
         if arm == "members":
             images, labels = victim.batch("train", slice(None)), victim.labels["train"]
         else:
-            images, labels = _set(distil(spec, victim, progress, snapshots=1).synthetic.to(data.device), bool(start))
+            images, labels = _set(distil(spec, victim, progress, snapshots=1), bool(start))
         net = build(backbone, data.shape, data.num_classes, generator(number, "membership", "weights")).to(data.device)
         passes = [math.ceil(n / math.ceil(len(labels) / recipe.batch)) for n in steps]
         rows: list[dict] = []

@@ -26,9 +26,9 @@ from ..augment import augment, draw
 from ..backbones import build, initialise
 from ..core import DDError, generator, option
 from ..data import Dataset
+from ..matching import class_gradients, matched
 from ..training import compiled
 from .dream import SAMPLINGS, Sampler, initial_rows
-from ..matching import class_gradients, matched
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ class Gradient:
                 self.net.to(memory_format=torch.channels_last)  # a tenth faster, compiled; no matter otherwise
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
         self.sampler = Sampler(data, self.batch, config.sampling, config.interval, config.subsample, pool=config.pool)
+        self._order: tuple = (None, None)  # (outer iteration, epoch) and its order of the real images
         self.labels = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
         self.raw = self._initial()
         self.velocity = torch.zeros_like(self.raw)
@@ -162,15 +163,13 @@ class Gradient:
             self._train_real(outer, k)
 
     def _train_real(self, outer: int, k: int) -> None:
-        """Step k of the network on real images, which come in shuffled epochs."""
+        """Step k of the network on real images, which come in shuffled epochs, begun anew with every network."""
         labels, size = self.data.labels["train"], self.config.net_batch
         epoch, place = divmod(k, -(-len(labels) // size))
         if self._order[0] != (outer, epoch):
             self._order = (outer, epoch), torch.randperm(len(labels), generator=self._rng("order", outer, epoch))
         rows = self._order[1][place * size:(place + 1) * size].to(labels.device)
         self._update(self.data.batch("train", rows), labels[rows], self._rng("train", outer, "real", k))
-
-    _order: tuple[object, Tensor | None] = (None, None)
 
     def _update(self, x: Tensor, y: Tensor, rng: torch.Generator) -> None:
         """One step of SGD of the network on augmented images x [n, ch, H, W]."""
@@ -179,7 +178,7 @@ class Gradient:
         x = augment(x, draw(strategy, len(x), self.data.shape[1:], rng, op_every=len(x)))
         if c.cutmix:
             x, y = cutmix(x, y, rng, c.cutmix, self.data.num_classes)
-        weights = list(self.net.requires_grad_(True).parameters())
+        weights = list(self.net.train().requires_grad_(True).parameters())
         gradients = grad(F.cross_entropy(self.forward(x), y), weights)
         self.net.requires_grad_(False)
         for w, v, g in zip(weights, self.net_velocity, gradients, strict=True):
@@ -193,15 +192,19 @@ class Gradient:
         if c.pixels:
             self.raw = self.raw.clamp(0, 1)
         for inner in range(c.inner):
-            loss, gradient = self.gradient(outer, inner)
-            self.velocity.mul_(self.momentum).add_(gradient)
-            self.raw = self.raw - self.lr * self.velocity
-            total = total + loss
+            total = total + self.move(outer, inner)
             if inner + 1 < c.inner:
                 self._train(outer, inner)
         self.sampler.rows = None
         self.steps += 1
         return {"loss": total / (c.inner * self.data.num_classes)}
+
+    def move(self, outer: int, inner: int) -> Tensor:
+        """One image step; returns L(X) before it."""
+        loss, gradient = self.gradient(outer, inner)
+        self.velocity.mul_(self.momentum).add_(gradient)
+        self.raw = self.raw - self.lr * self.velocity
+        return loss
 
     def gradient(self, outer: int, inner: int) -> tuple[Tensor, Tensor]:
         """L(X) and its gradient [C * IPC, ch, H, W] for the present network and the draws of this step."""
