@@ -24,7 +24,8 @@ def test_the_space_is_the_papers_720_convnets():
     for name in space((1, 8, 8), width=(32,), depth=(3, 4)):
         build(name, (1, 8, 8), 10)
     drawn = space((1, 8, 8), count=12, width=(32,))
-    assert len(set(drawn)) == 12 and drawn == space((1, 8, 8), count=12, width=(32,)) and all("width=32" in n for n in drawn)
+    assert len(set(drawn)) == 12 and all("width=32" in name for name in drawn)
+    assert drawn == space((1, 8, 8), count=12, width=(32,))
     assert drawn != space((1, 8, 8), count=12, seed=1, width=(32,))
     with pytest.raises(DDError, match="cannot draw 1000 of the 600"):
         space((1, 8, 8), count=1000)

@@ -266,3 +266,11 @@ def test_a_wrong_notebook_parameter_ends_in_one_sentence_and_papermill_fails(tmp
     (error,) = [o for o in outputs if o["output_type"] == "error"]
     assert error["ename"] == "DDError" and len(error["traceback"]) == 1
     assert error["traceback"][0].startswith("ddlib: no kept set of dm") and "\n" not in error["traceback"][0]
+
+
+def test_reproduce_refuses_a_parameter_that_no_notebook_has():
+    pytest.importorskip("papermill")
+    done = subprocess.run([sys.executable, "-m", "ddlib", "reproduce", "--only", "start_here", "--set", "ipx=1"],
+                          cwd=NOTEBOOKS[0].parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ddlib: unknown notebook parameter 'ipx' (did you mean 'ipc'?); allowed: ")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.kernel_ridge import KernelRidge
 
-from ddlib import load, resolve, run, studies
+from ddlib import Synthetic, load, plots, protocol, resolve, run, studies
 from ddlib.backbones import build
 from ddlib.core import DDError, generator, load_tensors, save_tensors
 from ddlib.data import from_arrays
@@ -256,6 +256,16 @@ def test_real_batches_are_epochs_in_random_order():
     assert not torch.equal(seen[0], seen[2])
 
 
+def test_real_images_are_whitened_once():
+    data = load("digits", device="cpu", zca="frepo")
+    work = method(data=data, ipc=1, batch_real=1000)
+    x, targets = work._batch()
+    rows = work.order[1][:1000]
+    torch.testing.assert_close(x, data.batch("train", rows), rtol=0, atol=1e-4)
+    assert targets.argmax(1).tolist() == data.labels["train"][rows].tolist()
+    assert len(work.real) == 1297 and method().real is None
+
+
 # Whole runs
 
 @pytest.mark.parametrize("lr", [1e-2, 3e-2])
@@ -377,7 +387,17 @@ def test_only_the_gradient_is_not_finite(monkeypatch):
         work.step()
 
 
-# What it costs
+# What it shows and costs
+
+def test_labels_as_a_heat_map():
+    for ipc, rows in ((2, 6), (40, 3)):  # every image, or the mean of each class
+        work = method(ipc=ipc, data=arrays(40))
+        syn = Synthetic.of(work.data, work.images, work.labels, protocol("frepo"), BACKBONE)
+        (picture,) = plots.labels(syn).axes[0].images
+        shown = torch.from_numpy(picture.get_array().data)
+        assert shown.shape == (rows, 3) and shown.argmax(1).tolist() == sorted(list(range(3)) * (rows // 3))
+    with pytest.raises(DDError, match="no learned labels"):
+        plots.labels(syn.hardened())
 
 def test_the_benchmark_puts_frepo_beside_dm_and_trajectory_matching():
     from bench import frepo as bench

@@ -116,12 +116,9 @@ def test_distances_by_hand():
 
 # IDC's loop
 
-@pytest.mark.parametrize("engine", ["joint", "vmap"])
-@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize(("factor", "engine"), [(1, "joint"), (2, "joint"), (3, "joint"), (2, "vmap"), (2, "loop")])
 def test_all_classes_at_once_are_the_loop_over_classes_with_its_momentum(factor, engine):
-    if (factor, engine) == (3, "vmap"):
-        pytest.skip("one engine is enough")
-    data = double(arrays())
+    data = double(arrays((18, 20, 18)))
     method = make(data, **IDC | {"inner": 5, "factor": factor, "engine": engine, "lr_img": 20.0})
     start = method.raw.clone()
     method._fresh(0)

@@ -85,7 +85,8 @@ def test_the_distilled_set_is_attacked_and_its_start_is_an_arm_of_its_own(result
 
 
 def test_pooled_intervals_by_hand():
-    rows = pd.DataFrame({"arm": "a", "steps": 1, "attack": "knn", "chunk": [0, 1], "auc": [0.6, 0.8], "accuracy": [90.0, 92.0],
+    rows = pd.DataFrame({"arm": "a", "steps": 1, "attack": "knn", "chunk": [0, 1], "auc": [0.6, 0.8],
+                         "accuracy": [90.0, 92.0],
                          "var members": [0.0015, 0.0017], "var others": [0.0001, 0.0009]})
     row = pooled(rows).iloc[0]
     assert (row.auc, row.accuracy, row.chunks) == (pytest.approx(0.7), 91, 2)

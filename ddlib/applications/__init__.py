@@ -49,7 +49,8 @@ def distil(like: Spec, data: Dataset, progress: bool = True, **overrides: Any) -
     Its record stands apart, in results/PROFILE/parts, and scores one network after one pass: the study is what is
     evaluated, not the part. The set that is returned carries the whole length of training again.
     """
-    values = like.values | {"subset": 0, "resolution": 0, "minival": 0.0, "networks": 1, "evaluations": 1, "eval_epochs": 1}
+    values = like.values | {"subset": 0, "resolution": 0, "minival": 0.0}  # which the part has had
+    values |= {"networks": 1, "evaluations": 1, "eval_epochs": 1}
     made = run(like.method, data.name, ipc=like.ipc, profile=like.profile, seed=like.seed, data=data, teach=True,
                device=str(data.device), results=results_folder() / like.profile / "parts", progress=progress,
                **(values | overrides)).synthetic.to(data.device)

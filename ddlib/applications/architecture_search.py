@@ -91,8 +91,8 @@ def study(proxy: str, dataset: str, networks: Sequence[str], *, ipc: int = 50, p
             start = perf_counter()
             with suppress(DDError):  # one that diverges is no reason to stop: its accuracy says it
                 train(net, images, labels, recipe, generator(seed, "search", "order", name))
-            rows.append({"proxy": proxy, "seed": seed, "network": name, "seconds": perf_counter() - start, "images": len(labels),
-                         "val": accuracy(net, data, "val"), "test": accuracy(net, data)})
+            rows.append({"proxy": proxy, "seed": seed, "network": name, "seconds": perf_counter() - start,
+                         "images": len(labels), "val": accuracy(net, data, "val"), "test": accuracy(net, data)})
         return rows
 
     facts = {"proxy": proxy, "epochs": whole_epochs if proxy == "whole" else epochs, "version": VERSION}

@@ -99,7 +99,8 @@ def study(method: str, dataset: str, *, ipc: int = 20, steps: int = 5, order: in
             tested = part(data, f"{len(so_far)} classes seen", {s: seen(data, so_far, s) for s in ("train", "test")})
             found = evaluate(memory(sets, tasks[:count], data), tested, networks=networks, seed=order)
             rows.append({"method": method, "ipc": ipc, "protocol": spec.run.protocol, "steps": steps, "order": order,
-                         "classes seen": len(so_far), "accuracy": found.mean, "std": found.std, "networks": list(found.accuracies)})
+                         "classes seen": len(so_far), "accuracy": found.mean, "std": found.std,
+                         "networks": list(found.accuracies)})
         return rows
 
     return cached("continual", spec, {"steps": steps, "networks": networks, "version": VERSION}, compute)
