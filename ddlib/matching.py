@@ -4,9 +4,9 @@
 
 `engine` "joint": one forward and one backward pass over the images of all classes give every layer's inputs and the
 gradients of its outputs; a weight's gradient is then one product a class. "vmap": vmap(grad) over classes. "loop": one
-class after another, the oracle. All three agree to rounding where no layer couples samples. On two CPU cores at width
-128, loop and joint take the same time and vmap 1.1 to 2 times that; traced and compiled (`Traced`), joint takes a
-third less than the loop.
+class after another, the oracle. All three agree to rounding where no layer couples samples. On a CPU, joint and loop
+take the same time and vmap more; only joint compiles (`Traced`) into one graph of moderate size, and that is faster
+(`python -m ddlib bench --only gradient`).
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ class Matching(nn.Module):
 
     def __init__(self, net: Backbone, kind: str, layers: str = "conv", match: str = "gradient", engine: str = "auto"):
         super().__init__()
-        self.net, self.kind, self.layers, self.match, self.engine = net, kind, layers, choose("match", match, MATCHES), engine
+        choose("match", match, MATCHES)
+        self.net, self.kind, self.layers, self.match, self.engine = net, kind, layers, match, engine
 
     def statistics(self, x: Tensor, y: Tensor, graph: bool = False) -> list[Tensor]:
         if self.match == "feature":

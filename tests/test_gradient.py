@@ -151,7 +151,7 @@ def test_a_class_with_many_tiles_is_matched_on_a_random_part_of_them():
     method.matching.forward = lambda x, y, target=None: (seen.append(x) if target else None, forward(x, y, target))[1]
     method.gradient(0, 0)
     (x,) = seen
-    tiles = method.normalise(decode(method.raw, 2)).unflatten(0, (4, CLASSES, IPC))
+    tiles = decode(method.images, 2).unflatten(0, (4, CLASSES, IPC))
     assert x.shape == (CLASSES, 3, 3, 8, 8)
     for k in range(CLASSES):
         own = tiles[:, k].flatten(0, 1)

@@ -77,7 +77,7 @@ class Config:
     subsample: int = option(1, least=1)  # images a cluster
     pool: int = option(0, least=0)  # images of a class to choose from, drawn anew each time; 0 is all
     engine: str = option("auto", allowed=ENGINES)
-    chunk: int = option(0, least=0)  # images in one pass, whole classes; 0: 256 on a CPU, 8,192 on a GPU
+    chunk: int = option(0, least=0)  # images in one pass, whole classes; 0: of 32 px, 256 on a CPU, 2,048 on a GPU
     compile: bool = False  # torch.compile matching and the network's training; same numbers to about 1e-5
 
 
@@ -108,7 +108,8 @@ class Gradient:
         self.momentum = m**n
         self.lr = config.lr_img * sum(m**k for k in range(n)) * (ipc / 10 if config.lr_by_ipc else 1)
         # On a CPU a larger chunk leaves the cache; on a GPU a smaller one leaves it idle.
-        self.chunk = config.chunk or (8192 if data.device.type == "cuda" else 256)
+        pixels = 2**21 if data.device.type == "cuda" else 2**18
+        self.chunk = config.chunk or pixels // (data.shape[1] * data.shape[2])
 
     def _initial(self) -> Tensor:
         """X [C * IPC, ch, H, W]: pixels in [0, 1], or normalised images."""
@@ -133,6 +134,10 @@ class Gradient:
     def normalise(self, x: Tensor) -> Tensor:
         return (x - self.data.mean.to(x)) / self.data.std.to(x) if self.config.pixels else x
 
+    def decoded(self, raw: Tensor) -> Tensor:
+        """The normalised images [n * factor^2, ch, H, W] that networks see of X [n, ch, H, W]."""
+        return decode(self.normalise(raw), self.factor, ((0.5 - self.data.mean) / self.data.std).to(raw))
+
     def recipe(self, recipe: Recipe) -> Recipe:
         """The evaluation protocol with this run's CutMix, where it has any."""
         return replace(recipe, cutmix=self.config.cutmix) if recipe.cutmix else recipe
@@ -152,7 +157,7 @@ class Gradient:
         """The network's steps after image step `inner`."""
         c = self.config
         if c.net_data == "synthetic":
-            x, rng = self.normalise(decode(self.raw, c.factor)), self._rng("train", outer, inner)
+            x, rng = self.decoded(self.raw), self._rng("train", outer, inner)
             y = self.labels.repeat(c.factor**2)
             for _ in range(c.net_epochs):
                 for index in torch.randperm(len(y), generator=rng).to(y.device).split(c.net_batch):
@@ -222,8 +227,7 @@ class Gradient:
         gradients, total = [], 0.0
         for part in self._parts(keep):
             raw = self.raw.unflatten(0, (-1, self.ipc))[part].requires_grad_()
-            x = self.normalise(decode(raw.flatten(0, 1), c.factor))
-            x = x.unflatten(0, (c.factor**2, len(part), self.ipc)).transpose(0, 1).flatten(1, 2)  # [c, each, ch, H, W]
+            x = self.decoded(raw.flatten(0, 1)).unflatten(0, (c.factor**2, len(part), self.ipc)).transpose(0, 1).flatten(1, 2)  # [c, each, ch, H, W]
             if kept is not None:
                 x = x[torch.arange(len(part), device=x.device)[:, None], kept[part]]
             loss, gradient = self._match(x, params.select(part), part, [layer[part] for layer in target], raw)
