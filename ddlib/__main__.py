@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -108,17 +109,26 @@ def _reproduce(args: argparse.Namespace) -> None:
         choose("notebook parameter", key, sorted({k for offered in known.values() for k in offered}))
         parameters[key] = value
     start = time.perf_counter()
-    for name in names:
-        print(f"{name}: {out / name}.ipynb", flush=True)
-        try:
-            taken = {key: value for key, value in parameters.items() if key in known[name]}
-            done = papermill.execute_notebook(str(notebooks[name]), target := str(out / f"{name}.ipynb"),
-                                              parameters=taken, cwd=str(SOURCE / "notebooks"),
-                                              progress_bar=sys.stderr.isatty(), kernel_name="python3")
-            done.metadata["papermill"] |= {"input_path": f"{name}.ipynb", "output_path": f"{name}.ipynb"}
-            papermill.iorw.write_ipynb(done, target)  # without this machine's paths
-        except papermill.PapermillExecutionError as error:
-            raise DDError(f"notebook {name} stopped: {error.ename}: {error.evalue}") from None
+    # Smoke networks keep one core busy, so notebooks run side by side; a larger profile has the machine to itself.
+    workers = min(2, os.cpu_count() or 1) if args.profile == "smoke" else 1
+
+    def execute(name: str) -> None:
+        taken = {key: value for key, value in parameters.items() if key in known[name]}
+        done = papermill.execute_notebook(str(notebooks[name]), target := str(out / f"{name}.ipynb"), parameters=taken,
+                                          cwd=str(SOURCE / "notebooks"), kernel_name="python3",
+                                          progress_bar=workers == 1 and sys.stderr.isatty())
+        done.metadata["papermill"] |= {"input_path": f"{name}.ipynb", "output_path": f"{name}.ipynb"}
+        papermill.iorw.write_ipynb(done, target)  # without this machine's paths
+        print(f"{name}: {target}, {time.perf_counter() - start:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(execute, name): name for name in names}
+        for job in as_completed(jobs):
+            try:
+                job.result()
+            except papermill.PapermillExecutionError as error:
+                pool.shutdown(cancel_futures=True)
+                raise DDError(f"notebook {jobs[job]} stopped: {error.ename}: {error.evalue}") from None
     table = tables.compare(tables.runs(tables.stored(args.results, args.profile)))
     print(f"\n{table.to_string(index=False)}\n\n{len(names)} notebooks in {time.perf_counter() - start:.0f} s; "
           f"figures in {figures / args.profile}")

@@ -81,8 +81,8 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
     folder = results_folder(results) / profile
     done, config = Run(folder / f"{spec.name}.json"), spec.run
-    if data and (data.name != dataset or data.zca or config.zca or config.subset or config.minival
-                 or config.resolution not in (0, data.shape[-1])):
+    if data and (data.name != dataset or (data.zca.kind if data.zca else "") != config.zca or config.subset
+                 or config.minival or config.resolution not in (0, data.shape[-1])):
         data = None
     if not fresh and done.path.is_file() and done.path.with_suffix(".safetensors").is_file():
         if data and data.checksum != done.record.get("dataset_checksum"):  # a damaged record is named here

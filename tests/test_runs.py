@@ -419,7 +419,7 @@ def test_a_machine_without_git(monkeypatch):
     (["--set", "init=zeros"], "unknown preset init 'zeros'; allowed: real, noise"),
     (["--set", "batch_real=0"], "'batch_real' must be at least 1"),
     (["--set", "protocol=mtx"], r"unknown preset protocol 'mtx'"),
-    (["--set", "augment=crop_blur"], "unknown DSA op 'blur'"),
+    (["--set", "augment=crop_blur"], "unknown augmentation 'blur'"),
     (["--set", "seed=1"], "--set takes the keys of a preset, and 'seed' is none"),
     (["--set", "data=1"], "--set takes the keys of a preset, and 'data' is none"),
     (["--ipc", "0"], "ipc must be an integer of at least 1, not 0"),

@@ -136,7 +136,8 @@ class Gradient:
 
     def decoded(self, raw: Tensor) -> Tensor:
         """The normalised images [n * factor^2, ch, H, W] that networks see of X [n, ch, H, W]."""
-        return decode(self.normalise(raw), self.factor, ((0.5 - self.data.mean) / self.data.std).to(raw))
+        grey = (0.5 - self.data.mean.to(raw)) / self.data.std.to(raw)
+        return decode(self.normalise(raw), self.factor, grey)
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """The evaluation protocol with this run's CutMix, where it has any."""
@@ -227,7 +228,8 @@ class Gradient:
         gradients, total = [], 0.0
         for part in self._parts(keep):
             raw = self.raw.unflatten(0, (-1, self.ipc))[part].requires_grad_()
-            x = self.decoded(raw.flatten(0, 1)).unflatten(0, (c.factor**2, len(part), self.ipc)).transpose(0, 1).flatten(1, 2)  # [c, each, ch, H, W]
+            x = self.decoded(raw.flatten(0, 1)).unflatten(0, (c.factor**2, len(part), self.ipc))
+            x = x.transpose(0, 1).flatten(1, 2)  # [c, each, ch, H, W]
             if kept is not None:
                 x = x[torch.arange(len(part), device=x.device)[:, None], kept[part]]
             loss, gradient = self._match(x, params.select(part), part, [layer[part] for layer in target], raw)
