@@ -22,7 +22,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from ddlib.backbones import build
 from ddlib.core import generator
-from ddlib.kmeans import kmeans
+from ddlib.kmeans import ITERATIONS, kmeans
 from ddlib.meter import machine
 
 FEWER = (4, 6, 8, 10, 12, 14, 16)  # iterations at which scikit-learn may have reached our inertia
@@ -56,7 +56,7 @@ def clustering(x: torch.Tensor, k: int, turns: int, defaults: bool = True) -> li
         settings = {"init": "random", "n_init": 1, **settings}
         return lambda: KMeans(k, random_state=seed, **settings).fit(points).inertia_
 
-    jobs = {"ours, 12 iterations": lambda seed: lambda: float(kmeans(x[None], k, generator(seed, "bench"))[2])}
+    jobs = {f"ours, {ITERATIONS} iterations": lambda seed: lambda: float(kmeans(x[None], k, generator(seed, "bench"))[2])}
     jobs |= {f"scikit-learn, {n} iterations": lambda seed, n=n: theirs(seed, max_iter=n) for n in (*FEWER, 20)}
     found = {name: [] for name in jobs}
     with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .core import DDError
 
-ITERATIONS, WHOLE = 12, 2  # all, and the last ones, which see every column
+ITERATIONS, WHOLE = 15, 2  # all, and the last ones, which see every column
 SKETCH = 256  # columns of the sketch
 LIMIT = 2**25  # numbers in one distance matrix: 128 MiB
 

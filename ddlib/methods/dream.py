@@ -10,7 +10,7 @@ epoch on real data first, and matches the mean features of the batch beside its 
 `dream_plus` are IDC with these settings (`ddlib.methods.gradient`), and `plug_in` has them for other hosts.
 
 Differences from the released code:
-1. K-means runs 12 iterations from different seeds, and an empty cluster keeps its centre; the released one runs to
+1. K-means runs 15 iterations from different seeds, and an empty cluster keeps its centre; the released one runs to
    convergence from seeds drawn with replacement, and an empty cluster becomes the zero vector (`ddlib.kmeans`).
 2. No image is picked twice: of two clusters with the same nearest image, the second takes its next nearest.
 3. `pool` may cluster a random part of each class, which saves most of the time; the default is the whole class.
