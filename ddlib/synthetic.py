@@ -124,6 +124,9 @@ class Synthetic:
             raise DDError(f"a set distilled from {self.dataset} ({len(self.classes)} classes, images "
                           f"{tuple(self.images.shape[1:])}) cannot be used with {data.name} "
                           f"({data.num_classes} classes, images {data.shape})")
+        if len(self.labels) != len(self.images) or self.labels.shape[1:] not in ((), (data.num_classes,)):
+            raise DDError(f"labels of shape {list(self.labels.shape)} do not fit {len(self.images)} images of "
+                          f"{data.num_classes} classes: [n] or [n, classes] is allowed")
         if self.zca != (data.zca.id if data.zca else None):
             raise DDError(f"the set's ZCA is {self.zca}, the data's is {data.zca.id if data.zca else None}: load the "
                           "data as the run did (its record names the zca)")

@@ -84,3 +84,12 @@ def test_a_decoded_set_trains_on_all_tiles_and_survives_the_disk(tmp_path):
     assert again.factor == 2 and torch.equal(again.training_set()[0], images)
     assert syn.hardened().labels.tolist() == [c for c in range(10) for _ in range(2)]
     assert torch.equal(replace(syn, factor=1).training_set()[0], syn.images)
+
+
+def test_labels_of_the_wrong_width_are_refused():
+    data = load("digits", device="cpu")
+    images = data.batch("train", range(10))
+    for labels in (torch.zeros(10, 9), torch.zeros(9), torch.zeros(10, 10, 1)):
+        with pytest.raises(DDError, match="do not fit 10 images of 10 classes"):
+            Synthetic.of(data, images, labels, Recipe(epochs=1), "convnet").check(data)
+    Synthetic.of(data, images, torch.zeros(10, 10), Recipe(epochs=1), "convnet").check(data)
