@@ -75,7 +75,7 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
 
     `overrides` are keys of the method's Config or of `RunConfig`. `data` spares the loading where a notebook already
     has it. `fresh` ignores an old record and checkpoint. A killed run resumes from its last checkpoint, written every
-    `checkpoint_every` steps and at every signal, and ends in the same bytes on the same CPU. `teach` first trains the
+    `checkpoint_every` steps, every five minutes and at every signal, and ends in the same bytes on the same CPU. `teach` first trains the
     experts that a run needs and lacks (`prepare`); a kept record needs none. Raises `DDError`.
     """
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
@@ -188,7 +188,7 @@ def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progre
                 bar.update()
                 if state.step in pictures:
                     state.snapshots[state.step] = state.method.images.detach().cpu().clone()
-                if state.step % every == 0 or state.step in tests:
+                if state.step % every == 0 or state.step in tests or time.perf_counter() - start > 300:
                     save()
                 flags["stepping"] = False
                 if flags["stop"]:
