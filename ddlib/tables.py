@@ -41,18 +41,14 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
         best = best.get("best", best)
         seconds = record["seconds"]
         rows.append({key: record[key] for key in COLUMNS if key in record} | {
-            "overrides": _overrides(record), "iterations": record["values"].get("iterations", 0),
+            "overrides": ", ".join(f"{key}={value}" for key, value in resolve_record(record).overrides.items()),
+            "iterations": record["values"].get("iterations", 0),
             "eval_epochs": record["values"]["eval_epochs"],
             "accuracy": last["mean"], "std": last["std"], "best": best["mean"], "best_std": best["std"],
             "selected": record["accuracy"].get("selected", {}).get("mean", math.nan),
             "krr": last.get("krr", {}).get("mean", math.nan),
             "networks": last["networks"], "seconds": round(sum(seconds.values()), 1), **seconds})
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _overrides(record: dict) -> str:
-    preset = resolve(*(record[key] for key in ("method", "dataset", "ipc", "profile"))).values
-    return ", ".join(f"{key}={value}" for key, value in record["values"].items() if preset.get(key) != value)
 
 
 def stored(results: str | Path | None = None, profile: str | None = None) -> list[Run]:
