@@ -10,7 +10,7 @@ SUM   := { pwd; cat pyproject.toml constraints.txt; } | cksum
 NEW   := 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce site test lab bench clean
+.PHONY: help env reproduce site test lab bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,16 +35,21 @@ reproduce: env ## the tables and figures of PROFILE (smoke), or only a part of t
 site: env ## static pages in site/ from what PROFILE has stored: notebooks, claims, methods, figures
 	$(VENV) -m ddlib site --profile $(PROFILE)
 
-# Records go to a scratch folder: the notebooks are run for real, and results/ stays as it was.
+# Records go to a scratch folder: the notebooks are run for real, and results/ stays as it was. Two files at a time, each
+# on one thread: on networks this small two threads wait for one another. The notebooks, which take longest, come first.
 test: env ## the tests, and every notebook from top to bottom
 	@scratch=$$(mktemp -d) || exit 1; trap 'rm -rf "$$scratch"' EXIT; trap 'exit 130' INT TERM; \
-	DDLIB_RESULTS="$$scratch" $(VENV) -m pytest -q --nbval-lax --nbval-current-env tests $(wildcard notebooks/*.ipynb)
+	DDLIB_RESULTS="$$scratch" OMP_NUM_THREADS=1 $(VENV) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		--nbval-lax --nbval-current-env $(wildcard notebooks/*.ipynb) tests
 
 lab: env ## JupyterLab on notebooks/
 	$(VENV) -m jupyterlab notebooks
 
 bench: env ## speed and memory against the plain loops
 	$(VENV) -m ddlib bench
+
+gpu: env ## MINUTES=30 on a CUDA GPU: its tests, speed, memory, and the paper's rows, cheapest first; goes on where it stopped
+	$(VENV) -m bench.gpu --minutes $(or $(MINUTES),30)
 
 clean: ## remove caches, site/ and smoke outputs; .venv and the kept results stay
 	rm -rf site results/smoke results/notebooks/smoke figures/smoke .pytest_cache .ruff_cache build dist *.egg-info

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import bench.dm as bench
+from bench import gpu
 from ddlib import evaluation
+from ddlib.__main__ import _key_values, parser
 from ddlib.methods import dm
+from ddlib.spec import resolve
 
 CPU = torch.device("cpu")
 
@@ -58,3 +61,20 @@ def test_the_plain_loop_is_dms_gradient():
         before = method.velocity.clone()
         method.step()
         torch.testing.assert_close(method.velocity - 0.5 * before, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_every_part_of_the_gpu_run_is_a_command_that_resolves(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDLIB_RESULTS", str(tmp_path))
+    parts = gpu.commands("cifar10", "cuda")
+    assert len(parts) > len(gpu.ROWS) and ["-m", "pytest"] == parts[0][:2]
+    for part in parts[1:]:
+        if part[0] == "-c":
+            compile(part[1], "study", "exec")
+            continue
+        args = parser().parse_args(part[2:])
+        if part[2] != "bench":
+            spec = resolve(args.method, args.dataset, args.ipc, args.profile, **_key_values(args.set))
+            assert spec.profile == "paper" and spec.run.backbone
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "dm_cuda.json").write_text("[]")
+    assert len(gpu.commands("cifar10", "cuda")) == len(parts) - 1  # what is measured is not measured again
