@@ -11,7 +11,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -39,13 +39,14 @@ def choose(what: str, value: object, allowed: Iterable[object]) -> object:
     raise DDError(f"unknown {what} {value!r}{hint}; allowed: {', '.join(map(str, allowed))}")
 
 
-def numbers(text: object, kind: type = int) -> list:
+def numbers(text: object, kind: type = int, least: float | None = None) -> list:
     """A notebook's scalar parameter as the list it means: "1,10" -> [1, 10], 1 -> [1]; `kind` is int or float."""
-    try:
-        return [kind(part) for part in str(text).split(",")]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise DDError(f"{text!r} is no list of {what}; write them with commas, as in '1,10'") from None
+    with suppress(ValueError):
+        found = [kind(part) for part in str(text).split(",")]
+        if least is None or all(number >= least for number in found):
+            return found
+    what = f"{'whole ' * (kind is int)}numbers{'' if least is None else f' of at least {least}'}"
+    raise DDError(f"{text!r} is no list of {what}; write them with commas, as in '1,10'")
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:

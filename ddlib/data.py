@@ -241,7 +241,7 @@ def _torchvision(name: str, root: Path) -> tuple[Sequence[str], Splits]:
         try:
             found = getattr(torchvision.datasets, kind)(str(root), download=True, **which)
         except Exception as error:  # URLError, RuntimeError, TarError, EOFError, ...: torchvision lets all through
-            raise DDError(f"cannot download {name} into {root} ({type(error).__name__}); "
+            raise DDError(f"cannot read {name} from {root} or download it ({type(error).__name__}); "
                           f"without internet, put {by_hand} into {root}") from error
         labels = found.labels if name == "svhn" else found.targets
         splits[split] = _as_pixels(name, torch.as_tensor(found.data)), torch.as_tensor(labels, dtype=torch.int64)

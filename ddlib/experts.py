@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .backbones import Backbone, build, initialise
-from .core import DDError, choose, generator, load_tensors, results_folder, save_tensors
+from .core import DDError, choose, generator, load_tensors, results_folder, save_tensors, write_atomically
 from .data import Dataset
 from .training import Recipe, accuracy, compiled, train
 from .unroll import FlatNet
@@ -69,6 +71,7 @@ class Experts:
 
     weights: list[torch.Tensor]
     recipe: ExpertRecipe
+    seconds: float = math.nan  # that training them took; NaN where one was not timed
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -128,6 +131,7 @@ def train_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int
     for seed, path in enumerate(tqdm(paths, desc=f"experts, {data.name}", disable=not progress, leave=False)):
         if path.is_file():
             continue
+        start = time.perf_counter()
         initialise(net, generator(seed, "expert", "weights"))
         weights = [flat.vector()]
 
@@ -144,6 +148,8 @@ def train_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int
         score = accuracy(net, data) if len(data.labels["test"]) else None
         save_tensors(path, {"weights": torch.stack(weights)},
                      _header(data, net, recipe) | {"seed": seed, "test_accuracy": score})
+        seconds = json.dumps({"seconds": round(time.perf_counter() - start, 3)})  # beside it: its bytes stay the same
+        write_atomically(path.with_suffix(".json"), lambda temporary, text=seconds: temporary.write_text(text))
     return paths
 
 
@@ -154,7 +160,7 @@ def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int)
     network or recipe.
     """
     net = build(backbone, data.shape, data.num_classes)
-    wanted, place, weights = _header(data, net, recipe), folder(data, backbone, recipe), []
+    wanted, place, weights, seconds = _header(data, net, recipe), folder(data, backbone, recipe), [], 0.0
     for seed in range(count):
         path = place / f"expert-{seed:03d}.safetensors"
         if not path.is_file():
@@ -172,7 +178,9 @@ def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int)
             raise ExpertsError(f"two epochs of the expert {path} hold the same weights, or weights that are not "
                                "finite; delete it and make it anew")
         weights.append(rows)
-    return Experts(weights, recipe)
+        timed = path.with_suffix(".json")
+        seconds += json.loads(timed.read_text())["seconds"] if timed.is_file() else math.nan
+    return Experts(weights, recipe, seconds)
 
 
 def sharpness(net: FlatNet, theta: torch.Tensor, data: Dataset, *, images: int = 1024, iterations: int = 20,

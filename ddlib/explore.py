@@ -165,7 +165,10 @@ def confusion(look: Look) -> torch.Tensor:
 
 
 def accuracy(look: Look) -> Figure:
-    """Accuracy by class and the confusion matrix of one network; a set with learned labels only after the last step."""
+    """Accuracy by class and the confusion matrix of one network; a set with learned labels only after the last step.
+
+    The bars carry Wilson's interval, up to 100 classes: of more, the intervals alone would blacken the picture.
+    """
     if look.syn.labels.is_floating_point():
         look = replace(look, step=steps(look.run)[-1])
     counts, classes = confusion(look).numpy(), look.syn.classes
@@ -176,8 +179,8 @@ def accuracy(look: Look) -> Figure:
     half = z * (p * (1 - p) / sizes + z**2 / (4 * sizes**2)) ** 0.5 / (1 + z**2 / sizes)
     total, chance = float(100 * counts.diagonal().sum() / counts.sum()), 100 / len(classes)
     figure, (bars, matrix) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", width_ratios=(1, 1.3))
-    bars.barh(range(len(classes)), 100 * p, color=plots.COLOURS.get(look.run.record["method"]),
-              xerr=100 * np.stack([p - middle + half, middle + half - p]).clip(0), capsize=2,
+    span = 100 * np.stack([p - middle + half, middle + half - p]).clip(0) if len(classes) <= 100 else None
+    bars.barh(range(len(classes)), 100 * p, color=plots.COLOURS.get(look.run.record["method"]), xerr=span, capsize=2,
               error_kw={"lw": 1})
     bars.axvline(total, color="black", lw=1, ls="--", label=f"all: {total:.1f} %")
     bars.axvline(chance, color="black", lw=1, ls=":", label=f"chance: {chance:.1f} %")
@@ -208,11 +211,11 @@ def embedding(look: Look, per_class: int = 60) -> Figure:
     axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()  # else any machine has its own
     share = 100 * strength[:2] ** 2 / (strength**2).sum()
     shots = [shot for k, shot in syn.snapshots.items() if k < look.step] + [syn.images]
-    sets = [replace(syn, images=shot).training_set()[0].flatten(1).cpu().double() for shot in shots]
+    sets = [replace(syn, images=shot[:many * syn.ipc]).training_set()[0].flatten(1).cpu().double() for shot in shots]
     paths = (torch.stack(sets) - centre) @ axes.T  # [shots, tiles * classes * ipc, 2]
-    paths = paths.unflatten(1, (-1, len(syn.classes), syn.ipc)).transpose(1, 2).flatten(2, 3)  # [shots, classes, n, 2]
+    paths = paths.unflatten(1, (-1, many, syn.ipc)).transpose(1, 2).flatten(2, 3)  # [shots, classes, n, 2]
     figure, axis = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    for k, (dots, path) in enumerate(zip((real - centre) @ axes.T, paths.unbind(1), strict=False)):
+    for k, (dots, path) in enumerate(zip((real - centre) @ axes.T, paths.unbind(1), strict=True)):
         axis.scatter(*dots.T, s=9, alpha=0.45, lw=0, color=CLASSES[k])
         axis.plot(*path.unbind(2), lw=1, color=CLASSES[k], zorder=2)
         axis.scatter(*path[-1].T, s=130 if path.shape[1] == 1 else 70, marker="*", color=CLASSES[k], ec="white", lw=0.6,

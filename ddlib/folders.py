@@ -74,7 +74,7 @@ def folder_tree(root: Path) -> Tree:
     top = _subfolders(root, _WANTED)
     below = _subfolders(root / "train", _WANTED) if "train" in top else ()
     train, classes = ("train", below) if below else (".", top)
-    if set(classes) <= {"train", "test", "val", "valid", "validation"}:
+    if {name.lower() for name in classes} <= {"train", "test", "val", "valid", "validation"}:
         raise DDError(f"{root} holds no class folders; {_WANTED}")
     if len(classes) < 2:
         raise DDError(f"{root / train} holds the one class folder {classes[0]!r}, and two are the least; {_WANTED}")
@@ -97,7 +97,7 @@ def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tre
     odd = sorted({*classes} ^ ({wnid for _, wnid in rows} if rows else {*_subfolders(root / test, want)}))
     if odd:
         raise DDError(f"{root}: train/ and {test}/ must hold the same class folders, but {len(odd)} are in one only: "
-                      f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}")
+                      f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; {want}")
     classes = tuple(classes[i] for i in subset) or classes
     splits = {"train": _samples(root, "train", classes)}
     label = {name: i for i, name in enumerate(classes)}

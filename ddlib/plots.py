@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from . import tables
-from .core import SOURCE, DDError, generator
+from .core import SOURCE, DDError, choose, generator
 from .data import Dataset, canonical
 from .records import Run
+from .spec import PROFILES
 from .synthetic import Synthetic
 
 COLOURS = {"random": "#999999", "herding": "#CC79A7", "kcenter": "#F0E442", "kmeans": "#56B4E9", "dm": "#0072B2",
@@ -113,30 +114,74 @@ def labels(syn: Synthetic, *, title: str | None = None) -> Figure:
     return figure
 
 
-def accuracy_vs_ipc(table: pd.DataFrame, *, papers: bool = True) -> Figure:
-    """Accuracy against IPC on a log axis: ours solid with the pooled spread, the paper's dashed, one panel a dataset."""
-    rows = tables.summary(table)
-    places = rows[["dataset", "profile"]].drop_duplicates()
-    figure, axes = plt.subplots(1, len(places), figsize=(4.6 * len(places) + 0.6, 3.6), squeeze=False,
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list]:
+    """A figure with `count` panels, three a row, and their axes."""
+    across, down = min(3, count), math.ceil(count / 3)
+    figure, axes = plt.subplots(down, across, figsize=(width * across + 0.6, height * down + 0.2), squeeze=False,
                                 layout="constrained")
-    for axis, (_, place) in zip(axes[0], places.iterrows(), strict=True):
-        here = rows[(rows.dataset == place.dataset) & (rows.profile == place.profile)]
-        ipcs = sorted(int(ipc) for ipc in here.ipc.unique())
-        for (method, overrides), line in here.groupby(["method", "overrides"], sort=False):
-            axis.errorbar(line.ipc, line.accuracy, line.pooled, marker="o", capsize=3, color=COLOURS.get(method),
-                          label=f"{method}, ours" + f" ({overrides})" * bool(overrides))
-        for method in dict.fromkeys(here.method) if papers else ():
-            known = {ipc: v for ipc in ipcs if (v := tables.paper_value(
-                method, place.dataset, ipc, "dsa" if method == "random" else None))}
-            if known:
-                axis.errorbar(list(known), *zip(*known.values(), strict=True), fmt="s--", capsize=3, alpha=0.6,
-                              mfc="white", color=COLOURS.get(method), label=f"{method}, paper")
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def accuracy_vs_ipc(table: pd.DataFrame, *, papers: bool = True, datasets: Sequence[str] = (),
+                    methods: Sequence[str] = (), full: dict[str, float] | None = None) -> Figure:
+    """Accuracy against IPC on a log axis: ours solid with the pooled spread, the papers' dashed, hollow from memory.
+
+    One panel a dataset and profile of `table`, with the papers' figures of its methods at its IPCs. With `datasets`,
+    one panel more for each other name in it, and all that the papers print of `methods`. `full` has our accuracy on
+    the whole training set by dataset: a line, beside the paper's. Ours stand a little apart, so that all are seen.
+    """
+    rows, every = tables.summary(table), bool(datasets)
+    rows = rows.sort_values("method", key=lambda names: names.map(list(COLOURS).index), kind="stable")
+    panels = [(*place, here) for place, here in rows.groupby(["dataset", "profile"], sort=False)]
+    panels += [(name, "", rows[:0]) for name in datasets if name not in {canonical(place) for place, *_ in panels}]
+    figure, axes = _panels(len(panels), 4.6, 3.6)
+    for axis, (place, profile, here) in zip(axes, panels, strict=True):
+        runs, ipcs = here.groupby(["method", "overrides"], sort=False), sorted(map(int, here.ipc.unique()))
+        for k, ((method, overrides), line) in enumerate(runs):
+            axis.errorbar(line.ipc * 1.02**(k - (len(runs) - 1) / 2), line.accuracy, line.pooled, marker="o", capsize=3,
+                          color=COLOURS.get(method), label=f"{method}, ours" + f" ({overrides})" * bool(overrides))
+        for method in (methods or dict.fromkeys(here.method)) if papers else ():
+            known = tables.curve(method, place)
+            if len(known := known[known.ipc.isin(ipcs) | every]):
+                axis.errorbar(known.ipc, known.value, known.spread, fmt="s--", capsize=3, ms=5, alpha=0.6, zorder=1.5,
+                              color=COLOURS.get(method), label=f"{method}, paper")
+                axis.plot("ipc", "value", "ws", data=known[known.mark == "*"], ms=3, label="")  # hollow
+        tops = [("ours", "-", (full or {}).get(place, math.nan)), ("paper", "--", tables.curve("full", place).value.mean())]
+        for whose, style, value in tops if full is not None else ():
+            if not math.isnan(value):
+                axis.axhline(value, color="black", ls=style, lw=1, label=f"whole set, {whose}")
         axis.set(xscale="log", xlabel="images per class (IPC)", ylabel="test accuracy (%), mean ± std",
-                 title=f"{place.dataset}, {place.profile} profile")
-        axis.set_xticks(ipcs, [str(ipc) for ipc in ipcs])
+                 title=short(place) + f", {profile} profile" * bool(profile))
+        ticks = [1, 10, 50, *[1000] * int(axis.dataLim.x1 >= 1000)] if every else ipcs
+        axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    named = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    host, where = (figure, "outside right upper") if len(panels) > 1 or len(named) > 6 else (axes[0], "best")
+    host.legend(named.values(), named, fontsize=8, loc=where)
+    return figure
+
+
+def heatmap(table: pd.DataFrame, title: str, *, label: str, text: pd.DataFrame | None = None,
+            centred: bool = False) -> Figure:
+    """Numbers as colours, each written in its cell, by `text` if given, e.g. with a spread; a missing one stays white.
+
+    `label` names them and their unit, the names of index and columns the axes; `centred` puts white at 0.
+    """
+    most = float(table.abs().max().max())
+    figure, axis = plt.subplots(figsize=(0.8 * table.shape[1] + 2.4, 0.42 * len(table) + 1.7), layout="constrained")
+    drawn = axis.imshow(table.to_numpy(float), aspect="auto", alpha=0.7, cmap="RdBu" if centred else "Blues",
+                        vmin=-most if centred else None, vmax=most)
+    text = table.map("{:.1f}".format) if text is None else text
+    for i, j in zip(*table.notna().to_numpy().nonzero(), strict=True):
+        axis.text(j, i, text.iat[i, j], ha="center", va="center", fontsize=7)
+    axis.set_xticks(range(table.shape[1]), table.columns, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(range(len(table)), table.index, fontsize=8)
+    axis.set(xlabel=table.columns.name, ylabel=table.index.name)
+    axis.set_title(title, fontsize=10)
+    figure.colorbar(drawn, label=label)
     return figure
 
 
@@ -184,12 +229,8 @@ def lines(table: pd.DataFrame, x: str, columns: dict[str, str], by: str, title: 
     One line a value of `by`; later ones are thinner and every other one is dashed, so that lines that coincide stay
     visible. `log` names the columns, `x` too, on a log axis.
     """
-    across, down = min(3, len(columns)), math.ceil(len(columns) / 3)
-    figure, axes = plt.subplots(down, across, figsize=(3.7 * across + 0.6, 3.1 * down + 0.4), squeeze=False,
-                                layout="constrained")
-    for axis in axes.flat[len(columns):]:
-        axis.set_axis_off()
-    for axis, (column, label) in zip(axes.flat, columns.items(), strict=False):
+    figure, axes = _panels(len(columns), 3.7, 3.1)
+    for axis, (column, label) in zip(axes, columns.items(), strict=True):
         for k, name in enumerate(dict.fromkeys(table[by])):
             rows = table[table[by] == name].groupby(x)[column]
             mean, spread = rows.mean(), rows.std(ddof=0)
@@ -206,17 +247,14 @@ def lines(table: pd.DataFrame, x: str, columns: dict[str, str], by: str, title: 
         if x in log:
             axis.set_xticks(sorted(table[x].unique()))
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
 def intervals(table: pd.DataFrame, x: str, y: str, by: str, title: str, *, ylabel: str, level: float | None = None,
               xlabel: str | None = None) -> Figure:
-    """`y` with its interval (columns low and high) at every value of `x`, the values of `by` side by side.
-
-    `level` draws a dashed line, e.g. at chance.
-    """
+    """`y` with its interval (columns low and high) by `x`, the values of `by` side by side; `level` is a dashed line."""
     places, names = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[by]))
     figure, axis = plt.subplots(figsize=(max(5.2, 1.3 * len(places)), 3.6), layout="constrained")
     for k, name in enumerate(names):
@@ -251,7 +289,7 @@ def scatter(table: pd.DataFrame, x: str, y: str, by: str, title: str, *, xlabel:
 
 def save(figure: Figure, name: str, profile: str, folder: str | Path | None = None) -> Path:
     """Write `figures/PROFILE/NAME.png` and `.svg`; DDLIB_FIGURES or `folder` moves the figures elsewhere."""
-    place = Path(folder or os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / profile
+    place = Path(folder or os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / choose("profile", profile, PROFILES)
     place.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"svg.hashsalt": "ddlib"}):  # else the ids, and so the bytes, differ every time
         for suffix in ("svg", "png"):

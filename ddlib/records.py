@@ -68,6 +68,8 @@ class Run:
                 name = protocol or spec.run.protocol
                 recipe = make_protocol(name, epochs=epochs or plain.eval_epochs, mirror=plain.mirror,
                                        augment=augment or (None if name in OWN_AUGMENT else plain.augment))
+            if augment == "none":
+                recipe = replace(recipe, cutmix=0.0)  # which augments too
             result = evaluate(syn, data, backbone=backbone, networks=networks, recipe=recipe,
                               seed=self.record["seed"] if seed is None else seed, compile=spec.run.compile)
             kept[key] = {**changes, "backbone": backbone, **summary(self.record["accuracy"]["last"]["step"], result),

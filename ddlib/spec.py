@@ -125,6 +125,8 @@ def resolve(method: str, dataset: str, ipc: int, profile: str = "smoke", seed: i
     """
     cls = METHODS[choose("method", method, METHODS)]
     choose("profile", profile, PROFILES)
+    if not isinstance(dataset, str):
+        raise DDError(f"dataset must be a name or folder:PATH, not {dataset!r}")
     for name, value, least in (("ipc", ipc, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise DDError(f"{name} must be an integer of at least {least}, not {value!r}")
@@ -142,6 +144,8 @@ def resolve(method: str, dataset: str, ipc: int, profile: str = "smoke", seed: i
     for key in values:
         choose(f"preset key for {method}", key, allowed)
     configs = [fields_from(c, _subset(c, values), "preset") for c in (cls.Config, RunConfig)]
+    if configs[1].minival >= 1:
+        raise DDError(f"preset key 'minival' is a share of the training images, below 1, not {configs[1].minival:g}")
     spec = Spec(method, dataset, ipc, profile, seed, asdict(configs[0]) | asdict(configs[1]))
     spec.recipe  # noqa: B018  an impossible protocol is an error here, not after the distillation
     return spec

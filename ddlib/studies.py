@@ -3,6 +3,7 @@
 `unrolling`: memory, time and fidelity of the matching gradient against unrolled steps (TESLA's claim, and ours).
 `flatness`: sharpness and test loss of plain and flat experts, epoch by epoch (FTD, section 3).
 `trajectory_error`: how far the student's test loss runs away from the expert's (FTD's accumulated error).
+`full`: accuracy of networks trained on the whole training set, the ceiling of every distilled set.
 `outer_steps`: time and memory of one update of the images by DM, trajectory matching and FRePo (FRePo's claim).
 """
 
@@ -14,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from statistics import fmean, pstdev
 from typing import Any
 
 import pandas as pd
@@ -29,6 +31,7 @@ from .meter import PeakMemory, SavedTensors, machine, seconds
 from .methods import METHODS
 from .records import Run, dataset_of, resolve_record
 from .spec import Spec, resolve
+from .training import accuracy, train_on
 from .unroll import FlatNet, Match, Segment, match
 
 VERSION = 1  # raise it when a change here changes the rows
@@ -124,6 +127,23 @@ def predicted_memory(backbone: str, shape: tuple[int, int, int], classes: int, b
               torch.empty(steps, device="meta"), engine)
     return {"engine": engine, "steps": steps, "batch": batch, "graph bytes": saved.peak,
             "vectors bytes": 0 if engine == "unroll" else 4 * net.size * steps}
+
+
+def full(spec: Spec, *, networks: int = 2, device: str = "auto") -> pd.DataFrame:
+    """Test accuracy (per cent) of networks trained on the whole training set under the protocol of `spec`: the ceiling.
+
+    One row: dataset, profile, backbone, accuracy, std, networks. As many passes as on a distilled set, which is the
+    same protocol and far more steps: on CIFAR-10 a GPU's work.
+    """
+    def compute() -> list[dict]:
+        data, scores = dataset_of(spec, pick_device(device)), []
+        for k in range(networks):
+            net = build(spec.run.backbone, data.shape, data.num_classes, generator(spec.seed, "full", k))
+            scores.append(accuracy(train_on(data, net.to(data.device), spec.recipe, spec.seed + k), data))
+        return [{"dataset": spec.dataset, "profile": spec.profile, "backbone": spec.run.backbone,
+                 "accuracy": fmean(scores), "std": pstdev(scores), "networks": scores}]
+
+    return cached("full", spec, {"networks": networks}, compute)
 
 
 @torch.no_grad()

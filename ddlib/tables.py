@@ -14,6 +14,7 @@ import pandas as pd
 
 from .core import DDError, results_folder
 from .data import canonical
+from .evaluation import VERSION
 from .methods import METHODS
 from .records import Run, resolve_record
 from .spec import resolve
@@ -25,6 +26,7 @@ COLUMNS = ["method", "dataset", "ipc", "profile", "backbone", "overrides", "seed
            "accuracy", "std", "best", "best_std", "selected", "krr", "networks", "seconds", "distill", "evaluate", "peak_bytes",
            "peak_method", "device", "name"]
 SETTING = ("dataset", "profile", "backbone", "ipc", "method", "overrides")  # what makes runs comparable
+REVIEWS = ("leaderboard", "second-hand")  # tables in which later papers evaluate a method again
 
 
 def runs(found: Iterable[Run]) -> pd.DataFrame:
@@ -85,6 +87,16 @@ def summary(table: pd.DataFrame, by: tuple[str, ...] = SETTING) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(list(by), ignore_index=True) if rows else pd.DataFrame(columns=[*by])
 
 
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """Of the rows of `runs`, all seeds of one setting a method, dataset, IPC and profile: the nearest to the preset.
+
+    Nearest is with the fewest overrides, then with the most iterations: ablations stay out where a main run is kept.
+    """
+    changes = table.overrides.map(lambda text: len(text.split(", ")) if text else 0)
+    nearest = table.assign(changes=changes, less=-table.iterations).sort_values(["changes", "less"], kind="stable")
+    return table.merge(nearest.drop_duplicates(["method", "dataset", "ipc", "profile"])[[*SETTING]])
+
+
 @cache
 def published() -> pd.DataFrame:
     """The papers' figures (`published.csv`): paper, table, method, dataset, IPC, networks, value, spread, evidence."""
@@ -94,6 +106,25 @@ def published() -> pd.DataFrame:
 def _own(table: pd.DataFrame) -> pd.DataFrame:
     """The rows on which a paper's method is tested on the network it was distilled on, in its plain form."""
     return table[(table.backbone == table.backbone_eval) & (table.metric == "accuracy") & table.variant.isna()]
+
+
+def _mark(table: pd.DataFrame) -> pd.Series:
+    """`*` for a figure that was quoted from memory and not yet seen in print, `~` for one that was read off a plot."""
+    return table.verified.fillna("").map(lambda text: "*" if text.startswith("RECALLED") else "~" * (text == "V-fig"))
+
+
+def curve(method: str, dataset: str) -> pd.DataFrame:
+    """What the papers print on a method by IPC, on its own backbone: columns ipc, value, spread, mark (as in `printed`).
+
+    Re-evaluations by later papers are left out. Random images are those under DSA's protocol where these are on file,
+    else those of the papers' tables. "full", the whole training set, has one row and no IPC.
+    """
+    rows = _own(published())
+    rows = rows[(rows.method == method) & (rows.dataset == canonical(dataset)) & ~rows.table.isin(REVIEWS)]
+    if method == "random" and (rows.protocol == "dsa").any():
+        rows = rows[rows.protocol == "dsa"]
+    rows = rows.assign(mark=_mark(rows)).drop_duplicates("ipc").sort_values("ipc", ignore_index=True)
+    return rows[["ipc", "value", "spread", "mark"]]
 
 
 def paper_value(method: str, dataset: str, ipc: int, protocol: str | None = None) -> tuple[float, float] | None:
@@ -111,10 +142,10 @@ def printed(methods: Iterable[str], datasets: Iterable[str], ipcs: Iterable[int]
     from memory and not yet seen in print, `~` one that was read off a plot. "full" stands in every row of its dataset.
     """
     table = _own(published())
-    table = table[~table.table.isin(["leaderboard", "second-hand"])]
+    table = table[~table.table.isin(REVIEWS)]
     table = pd.concat([table[table.method != "full"], *(table[table.method == "full"].assign(ipc=k) for k in ipcs)])
-    marks = table.verified.fillna("").map(lambda text: "*" if text.startswith("RECALLED") else "~" * (text == "V-fig"))
-    table = table.assign(cell=[_with_spread(v, s) for v, s in zip(table.value, table.spread, strict=True)] + marks)
+    cells = [_with_spread(v, s) for v, s in zip(table.value, table.spread, strict=True)]
+    table = table.assign(cell=cells + _mark(table))
     table = table[table.dataset.isin(list(datasets)) & table.ipc.isin(list(ipcs))].astype({"ipc": int})
     cells = table.pivot_table("cell", ["dataset", "ipc"], "method", aggfunc="first").fillna("")
     return cells.reindex(columns=list(methods)).rename_axis(columns=None).reset_index()
@@ -177,6 +208,40 @@ def across(scores: Iterable[dict[str, Any]]) -> pd.DataFrame:
     order = {axis: list(dict.fromkeys(table[axis])) for axis in ("backbone", "method")}
     cells = table.pivot_table("cell", "backbone", "method", aggfunc="first")
     return cells.reindex(order["backbone"])[order["method"]].rename_axis(columns=None).reset_index()
+
+
+def transfers(found: Iterable[Run]) -> pd.DataFrame:
+    """Every kept evaluation of the runs' sets under their own protocol, on their own backbone and on others.
+
+    One row each: method, dataset, ipc, seed, backbone, mean, std (per cent) and networks, each one's accuracy. Those on
+    other backbones are what `Run.transfer` has kept; of several on one backbone the one with the most networks stands.
+    """
+    rows = []
+    for run in found:
+        path = run.path.with_suffix(".transfer.json")
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        same = [score for key, score in kept.items() if key.split(" x ")[1].partition(", ")[2] == f"version {VERSION}"]
+        own = {"backbone": run.synthetic.backbone, **run.record["accuracy"]["last"]}
+        rows += [{key: run.record[key] for key in ("method", "dataset", "ipc", "seed")}
+                 | {key: score[key] for key in ("backbone", "mean", "std", "networks")}
+                 for score in sorted((own, *same), key=lambda score: -len(score["networks"]))]
+    columns = ["method", "dataset", "ipc", "seed", "backbone", "mean", "std", "networks"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(["method", "dataset", "ipc", "seed", "backbone"])
+
+
+def printed_across(dataset: str) -> pd.DataFrame:
+    """The papers' cross-architecture figures on a dataset: columns set, backbone, value, cell (value and mark).
+
+    `set` names the method, the IPC and the backbone that it was distilled on where that is not the plain ConvNet.
+    """
+    table = published()
+    table = table[(table.dataset == canonical(dataset)) & (table.metric == "accuracy") & table.variant.isna()
+                  & ~table.table.isin(REVIEWS)].fillna({"ipc": 0}).astype({"ipc": int})
+    table = table[table.groupby(["paper", "table", "method", "ipc", "backbone"]).backbone_eval.transform("nunique") > 1]
+    made = [f"{r.method}, IPC {r.ipc}" + f", on {r.backbone}" * (r.backbone.partition(":depth")[0] != "convnet")
+            for r in table.itertuples()]
+    return pd.DataFrame({"set": made, "backbone": table.backbone_eval, "value": table.value,
+                         "cell": table.value.map("{:.1f}".format) + _mark(table)})
 
 
 def titled(table: pd.DataFrame, caption: str) -> Styler:

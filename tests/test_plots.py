@@ -56,6 +56,48 @@ def test_accuracy_vs_ipc_without_a_published_figure(tmp_path):
     assert [bars.get_label() for bars in axis.containers] == ["dm, ours"]
 
 
+def test_accuracy_vs_ipc_by_dataset_has_all_that_the_papers_print_and_ours_on_top(tmp_path):
+    ours = record(tmp_path, dataset="folder:cifar10", ipc=10, profile="small", scores=(45.0, 47.0))
+    figure = plots.accuracy_vs_ipc(tables.runs([ours]), datasets=["mnist", "cifar10"], methods=["dm", "datm"],
+                                   full={"folder:cifar10": 90.0})
+    cifar, mnist = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["folder:cifar10, small profile", "mnist"]
+    mine, dm, datm = cifar.containers
+    assert [c.get_label() for c in cifar.containers] == ["dm, ours", "dm, paper", "datm, paper"]
+    assert list(mine[0].get_ydata()) == [46] and {1, 50, 1000} < set(dm[0].get_xdata())  # not at our IPC alone
+    assert datm[0].get_linestyle() == "--" and datm[0].get_color() == plots.COLOURS["datm"]
+    across = {line.get_label(): line for line in cifar.lines if "whole set" in str(line.get_label())}
+    assert {name: (line.get_ydata()[0], line.get_linestyle()) for name, line in across.items()} == {
+        "whole set, ours": (90, "-"), "whole set, paper": (84.8, "--")}
+    (paper,) = mnist.containers  # DATM prints none there
+    assert list(paper[0].get_xdata()) == [1, 10, 50]
+    hollow = [line.get_xdata().tolist() for axis in (mnist, cifar) for line in axis.lines
+              if line.get_markerfacecolor() == "w" and len(line.get_xdata())]
+    assert hollow == [[1, 10, 50]]  # all of MNIST's are from memory, none of CIFAR-10's
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"dm, ours", "dm, paper", "datm, paper", *across}
+
+
+def test_accuracy_vs_ipc_draws_no_ceiling_unasked_and_none_where_none_is_known(tmp_path):
+    table = tables.runs([record(tmp_path, dataset="cifar10", profile="small")])
+    lines = [str(line.get_label()) for full, place in ((None, table), ({}, table.assign(dataset="digits")))
+             for line in plots.accuracy_vs_ipc(place, full=full).axes[0].lines]
+    assert lines and not [name for name in lines if "whole" in name]
+
+
+def test_heatmap_writes_every_number_but_the_missing_one():
+    table = pd.DataFrame({"mlp": [50.0, 62.25], "vgg11": [40.0, None]}, index=["random", "dm"])
+    axis, bar = plots.heatmap(table.rename_axis("images").rename_axis(columns="network"), "digits", label="points",
+                              centred=True).axes
+    assert {t.get_position(): t.get_text() for t in axis.texts} == {(0, 0): "50.0", (1, 0): "40.0", (0, 1): "62.2"}
+    assert axis.images[0].get_clim() == (-62.25, 62.25) and axis.images[0].get_cmap().name == "RdBu"
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["mlp", "vgg11"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["random", "dm"]
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title(), bar.get_ylabel()) == (
+        "network", "images", "digits", "points")
+    axis, _ = plots.heatmap(table, "", label="", text=table.map("{:.0f}!".format)).axes
+    assert [t.get_text() for t in axis.texts] == ["50!", "40!", "62!"] and axis.images[0].get_clim()[0] == 40
+
+
 def test_grid_places_the_images_row_by_row():
     pixels = torch.tensor([0.2, 0.4, 0.6])[:, None, None, None].expand(-1, 1, 10, 10)
     (axis,) = plots.grid(pixels, 2, titles=["x", "y"], rows=["one", "two"]).axes

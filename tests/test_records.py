@@ -47,5 +47,5 @@ def test_the_validation_split_chooses_a_checkpoint_and_distillation_never_sees_i
 
 
 def test_a_share_that_leaves_nothing(results):
-    with pytest.raises(DDError, match="must lie between 0 and 1, not 1.0"):
+    with pytest.raises(DDError, match="below 1, not 1"):
         dd.run("dm", "digits", ipc=1, minival=1.0, **SHORT)

@@ -11,6 +11,7 @@ from ddlib.backbones import build
 from ddlib.core import DDError, generator
 from ddlib.meter import SavedTensors
 from ddlib.methods.trajectory import soft_cross_entropy
+from ddlib.training import accuracy, train_on
 from ddlib.unroll import FlatNet, Segment, match
 
 TINY = {"experts": 1, "expert_total": 4, "iterations": 2, "syn_steps": 3, "backbone": "convnet:width=8",
@@ -102,3 +103,16 @@ def test_a_run_teaches_the_experts_that_it_lacks_and_a_kept_one_needs_none(resul
     shutil.rmtree(results / "experts")
     monkeypatch.setattr("ddlib.runs.dataset_of", None)
     assert dd.sweep("mtt", "digits", ipcs=(1,), progress=False, teach=True, **TINY).equals(table)
+
+
+def test_full_is_the_whole_training_set_under_the_same_protocol(results, monkeypatch):
+    spec = dd.resolve("random", "digits", 1, backbone="convnet:width=8", eval_epochs=4)
+    (row,) = studies.full(spec).to_dict("records")
+    few = dd.run("random", "digits", ipc=1, backbone="convnet:width=8", eval_epochs=4, networks=2, progress=False)
+    assert row["accuracy"] > few.accuracy + 20 and len(row["networks"]) == 2 and row["networks"][0] != row["networks"][1]
+    assert row["accuracy"] == pytest.approx(sum(row["networks"]) / 2)
+    data, net = dd.load("digits"), build("convnet:width=8", (1, 8, 8), 10, generator(0, "full", 1))
+    assert row["networks"][1] == accuracy(train_on(data, net, spec.recipe, 1), data)
+    monkeypatch.setattr(studies, "dataset_of", None)  # a second call must not need the data
+    assert studies.full(spec).to_dict("records") == [row]
+    assert studies.kept("full", "digits").accuracy[0] == row["accuracy"]

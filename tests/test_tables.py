@@ -1,12 +1,14 @@
 """Tables from hand-made records: spreads worked out by hand, the rule of the verdict, stale records left out."""
 
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 import ddlib as dd
 from ddlib import tables
+from ddlib.evaluation import VERSION
 from ddlib.records import Run
 
 
@@ -109,6 +111,54 @@ def test_across_keeps_the_order_and_shows_no_spread_of_one_network():
     assert list(table.columns) == ["backbone", "random", "dm"] and list(table.backbone) == ["resnet18", "mlp"]
     assert list(table.dm) == ["50.0", "50.0 ± 2.0"]
     assert tables.across([]).empty
+
+
+def test_curve_has_a_papers_own_figures_alone():
+    dm = tables.curve("dm", "folder:/home/me/cifar10").set_index("ipc")
+    assert (dm.value[1], dm.spread[1], dm.mark[1]) == (26.0, 0.8, "") and dm.index.is_monotonic_increasing
+    assert 50 not in set(tables.curve("dc", "cifar100").ipc)  # DC-BENCH has one, the paper has none
+    assert list(tables.curve("random", "cifar10").value[:3]) == [16.5, 32.2, 49.7]  # under DSA's protocol
+    assert list(tables.curve("random", "mnist").value) == [64.9, 95.1, 97.9]  # where nothing else is on file
+    assert set(tables.curve("random", "mnist").mark) == {"*"}
+    assert list(tables.curve("full", "cifar10").value) == [84.8]
+    assert tables.curve("dm", "digits").empty
+
+
+def test_headline_keeps_all_seeds_of_the_setting_nearest_to_the_preset(tmp_path):
+    main = [record(tmp_path, seed=seed) for seed in (0, 1)]
+    others = [record(tmp_path, seed=2, lr_img=5.0), record(tmp_path, "dsa", iterations=3),
+              record(tmp_path, "dsa", iterations=5), record(tmp_path, "dsa", iterations=9, eval_epochs=2)]
+    kept = tables.headline(tables.runs([*others, *main]))
+    assert sorted(zip(kept.method, kept.overrides, kept.seed, strict=True)) == [
+        ("dm", "", 0), ("dm", "", 1), ("dsa", "iterations=5", 0)]
+    assert tables.headline(tables.runs([])).empty
+
+
+def test_transfers_are_the_own_network_and_the_kept_others_under_the_same_protocol(tmp_path):
+    run = record(tmp_path, scores=(50.0, 52.0, 54.0))
+    run.__dict__["synthetic"] = SimpleNamespace(backbone="convnet:width=32")  # else read from the file of the set
+    assert list(tables.transfers([run]).backbone) == ["convnet:width=32"]
+    score = {"std": 1.0, "step": 3}
+    kept = {f"mlp x 1, version {VERSION}": {**score, "backbone": "mlp", "mean": 60.0, "networks": [60.0]},
+            f"mlp x 2, version {VERSION}": {**score, "backbone": "mlp", "mean": 61.0, "networks": [60.0, 62.0]},
+            f"mlp x 9, version {VERSION}, protocol=dc": {**score, "backbone": "mlp", "mean": 1.0, "networks": [1.0] * 9},
+            "lenet x 1, version 0": {**score, "backbone": "lenet", "mean": 1.0, "networks": [1.0]},
+            f"convnet:width=32 x 2, version {VERSION}": {**score, "backbone": "convnet:width=32", "mean": 1.0,
+                                                         "networks": [1.0] * 2}}
+    run.path.with_suffix(".transfer.json").write_text(json.dumps(kept))
+    table = tables.transfers([run]).set_index("backbone")
+    assert dict(table["mean"]) == {"convnet:width=32": 52.0, "mlp": 61.0}
+    assert list(table.loc["mlp", ["method", "dataset", "ipc", "seed"]]) == ["dm", "digits", 1, 0]
+    assert tables.transfers([]).empty
+
+
+def test_printed_across_names_the_sets_and_marks_what_is_from_memory():
+    cells = tables.printed_across("folder:/home/me/cifar10").pivot(index="set", columns="backbone", values="cell")
+    assert cells.loc["ftd, IPC 50", "resnet18"] == "65.7" and cells.loc["mtt, IPC 10", "vgg11"] == "50.3*"
+    assert cells.loc["dm, IPC 50, on vgg11:norm=bn", "convnet:norm=bn"] == "54.2*"
+    assert "random, IPC 10" not in cells.index  # tested on its own network alone
+    assert {"lenet", "mlp"} < set(tables.printed_across("mnist").backbone)  # DC's second table
+    assert tables.printed_across("digits").empty
 
 
 def test_rows_as_json(tmp_path):

@@ -53,8 +53,8 @@ def space(shape: tuple[int, int, int], *, count: int = 0, seed: int = 0, **axes:
     every = [dict(zip(AXES, values, strict=True)) for values in product(*(AXES | axes).values())]
     side = 32 if shape == (1, 28, 28) else min(shape[1:])  # MNIST's images are padded
     fit = [net for net in every if net["pool"] == "none" or 2 ** net["depth"] <= side]
-    if count > len(fit):
-        raise DDError(f"cannot draw {count} of the {len(fit)} networks of the search space")
+    if type(count) is not int or not 0 <= count <= len(fit):
+        raise DDError(f"cannot draw {count!r} of the {len(fit)} networks of the search space")
     drawn = torch.randperm(len(fit), generator=generator(seed, "architecture search"))[:count or len(fit)]
     return [f"convnet:{','.join(f'{k}={v}' for k, v in fit[i].items())}" for i in sorted(drawn.tolist())]
 

@@ -75,6 +75,7 @@ class Config:
     alpha: float = option(1.0, least=0)  # weight of flatness
 
     def __post_init__(self) -> None:
+        parse_engine(self.gradient)  # here, so that a wrong one is named before experts are trained
         if self.flat == "plain":  # where rho and alpha do nothing, and so must not make another run of it
             for name in ("rho", "alpha"):
                 object.__setattr__(self, name, getattr(ExpertRecipe, name))
@@ -96,7 +97,6 @@ class Trajectory:
     Config, version, preset = Config, 1, "trajectory"
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
-        parse_engine(config.gradient)
         self.config, self.data, self.ipc, self.seed, self.steps, self.skipped = config, data, ipc, seed, 0, 0
         last = config.max_start - 1 + config.expert_epochs
         if config.min_start >= config.max_start:
@@ -211,14 +211,16 @@ class Trajectory:
 
     @property
     def record(self) -> dict[str, float]:
-        """Mean matching loss before and after, the learned step size, and how many updates were skipped."""
+        """Mean matching loss before and after, the learned step size, how many updates were skipped, and the seconds
+        that the experts took, where they were timed."""
         kept, self.raw = (self.raw, self.logits, self.rate), self.images  # of the result, which is the EMA if there is one
         after = self.mean_loss()
         (self.raw, self.logits), self.rate = self._initial(), torch.full_like(self.rate, self.config.lr_teacher)
         before = self.mean_loss()
         self.raw, self.logits, self.rate = kept
+        timed = {} if math.isnan(self.experts.seconds) else {"expert seconds": round(self.experts.seconds, 3)}
         return {"mean loss before": before, "mean loss after": after, "beta": float(self.rate),
-                "skipped": self.skipped}
+                "skipped": self.skipped, **timed}
 
     def step(self) -> dict[str, float]:
         """One update of images, step size and labels; returns the matching loss and beta.
