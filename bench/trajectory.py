@@ -62,8 +62,8 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
 
 def main(device: torch.device, out: Path | None = None) -> list[dict]:
     """Print the rows and write them to `out` as JSON."""
-    rows = outer_step(20, 1, device, 9)
-    print(f"trajectory matching on {machine(device)}, medians of 9 repeats that take turns")
+    rows = outer_step(20, 1, device, 21)
+    print(f"trajectory matching on {machine(device)}, medians of 21 repeats that take turns")
     for row in rows:
         print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     if out:
