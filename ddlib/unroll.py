@@ -149,31 +149,22 @@ def _adjoint(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rat
              criterion: Callable, micro: int, name: str, window: int | None) -> Match:
     steps, tesla, soft = len(rates), name.startswith("tesla"), labels.is_floating_point()
 
-    def gradient(i: int, theta: Tensor, direction: Tensor | None = None, hessian: bool = False):
-        """g_i; with a direction a also the products (H_i a, or None), added to dx and dy where they belong."""
-        theta = theta.detach().requires_grad_()
-        total, product = torch.zeros_like(theta), torch.zeros_like(theta) if hessian else None
+    def pieces(i: int, theta: Tensor, graph: bool):
+        """g_i piece by piece: (rows, images, labels, their part of g_i), with a `graph` to differentiate once more."""
         for at, x, y, params, share in _pieces(images, labels, segment.batches[i], segment.params[i], micro):
-            x, y = (x.requires_grad_(), y.requires_grad_() if soft else y) if direction is not None else (x, y)
+            x, y = (x.requires_grad_(), y.requires_grad_() if soft else y) if graph else (x, y)
             loss = share * criterion(net(theta, x if params is None else augment(x, params)), y)
-            g, = grad(loss, theta, create_graph=direction is not None)
-            total += g.detach()
-            if direction is not None:
-                wanted = [x] + ([y] if soft else []) + ([theta] if hessian else [])
-                found = list(grad(g @ direction, wanted))
-                if hessian:
-                    product += found.pop()
-                dx.index_add_(0, at, found[0])
-                if soft:
-                    dy.index_add_(0, at, found[1])
-        return total, product
+            yield at, x, y, grad(loss, theta, create_graph=graph)[0]
 
     theta, thetas, velocities = segment.start.detach(), [], []
-    velocity = torch.zeros_like(theta)
+    velocity, kept = torch.zeros_like(theta), None
     for i in range(steps):
-        g, _ = gradient(i, theta)
+        thetas.append(theta.detach().requires_grad_())
+        found = pieces(i, thetas[-1], graph=i == steps - 1 and not micro)
+        if i == steps - 1 and not micro:  # the way back begins with this graph: no need to build it again
+            found = kept = list(found)
+        g = sum(part.detach() for *_, part in found)
         velocity = momentum * velocity + g if momentum else g
-        thetas.append(theta)
         if momentum:
             velocities.append(velocity)
         theta = theta - rates[i] * velocity
@@ -185,10 +176,19 @@ def _adjoint(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rat
     adjoint, carried = last, torch.zeros_like(last)  # lambda_{i+1} of theta and of the velocity
     first = max(0, steps - (window or steps))
     for i in reversed(range(first, steps)):
-        direction = carried - rates[i] * adjoint
-        g, product = gradient(i, thetas.pop(), direction, hessian=not tesla and i > first)
+        direction, at_theta = carried - rates[i] * adjoint, thetas.pop()
+        hessian, g, product = not tesla and i > first, torch.zeros_like(last), torch.zeros_like(last)
+        for at, x, y, part in kept or pieces(i, at_theta, graph=True):
+            g += part.detach()
+            found = list(grad(part @ direction, [x] + ([y] if soft else []) + ([at_theta] if hessian else [])))
+            if hessian:
+                product += found.pop()
+            dx.index_add_(0, at, found[0])
+            if soft:
+                dy.index_add_(0, at, found[1])
+        kept = None
         drates[i] = -adjoint @ (velocities.pop() if momentum else g)
-        if product is not None:
+        if hessian:
             adjoint, carried = adjoint + product, momentum * direction
     if name == "tesla_repo":
         dx /= 2
