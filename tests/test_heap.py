@@ -31,15 +31,21 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def faults_alone(**changes: str) -> int:
+    """`faults` in a process of its own: in this one other tests' blocks may lie in the way."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("DDLIB_HEAP", "MALLOC_"))}
+    done = subprocess.run([sys.executable, "-c", "import tests.test_heap as t; print(t.faults())"], text=True, check=True,
+                          capture_output=True, cwd=Path(__file__).parents[1], env=own | changes)
+    return int(done.stdout)
+
+
 def test_a_freed_block_is_there_again():
-    assert faults() < 0.1 * PAGES
+    assert faults_alone() < 0.1 * PAGES
 
 
 @pytest.mark.parametrize("off", [{"DDLIB_HEAP": "0"}, {"MALLOC_MMAP_THRESHOLD_": "1000000"}])
 def test_it_can_be_left_to_the_c_library(off):
-    done = subprocess.run([sys.executable, "-c", "import tests.test_heap as t; print(t.faults())"], text=True, check=True,
-                          capture_output=True, cwd=Path(__file__).parents[1], env=os.environ | off)
-    assert int(done.stdout) > 0.9 * PAGES
+    assert faults_alone(**off) > 0.9 * PAGES
 
 
 def test_what_is_free_can_be_handed_back():
