@@ -2,7 +2,8 @@
 
 glibc hands large freed blocks back to the kernel, which gives them out again page by page, each zeroed at its first
 touch, and a training step allocates and frees the same activations again and again. `python -m ddlib bench --only dm`
-has the plain loop with and without. Only glibc is told so; DDLIB_HEAP=0 and glibc's own MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ leave it alone.
+has the plain loop with and without. Only glibc is told so; DDLIB_HEAP=0 and glibc's own MALLOC_TRIM_THRESHOLD_ or
+MALLOC_MMAP_THRESHOLD_ leave it alone.
 """
 
 from __future__ import annotations

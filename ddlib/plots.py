@@ -140,10 +140,10 @@ def accuracy_vs_ipc(table: pd.DataFrame, *, papers: bool = True, datasets: Seque
     figure, axes = _panels(len(panels), 4.6, 3.6)
     for axis, (place, profile, here) in zip(axes, panels, strict=True):
         runs, ipcs = here.groupby(["method", "overrides"], sort=False), sorted(map(int, here.ipc.unique()))
-        several = {method for method, own in here.groupby("method") if own.overrides.nunique() > 1}  # to be told apart
         for k, ((method, overrides), line) in enumerate(runs):
+            told = f" ({overrides})" * (bool(overrides) and here.overrides[here.method == method].nunique() > 1)
             axis.errorbar(line.ipc * 1.02**(k - (len(runs) - 1) / 2), line.accuracy, line.pooled, marker="o", capsize=3,
-                          color=COLOURS.get(method), label=f"{method}, ours" + fill(f" ({overrides})" * (bool(overrides) and method in several), 40))
+                          color=COLOURS.get(method), label=fill(f"{method}, ours{told}", 40))
         for method in (methods or dict.fromkeys(here.method)) if papers else ():
             known = tables.curve(method, place)
             if len(known := known[known.ipc.isin(ipcs) | every]):

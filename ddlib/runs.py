@@ -93,7 +93,8 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
     if checkpoint_every < 1:
         raise DDError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
     at = pick_device(device)
-    write_atomically(folder / f".{spec.name}.try", lambda path: None).unlink(missing_ok=True)  # an unwritable folder fails now
+    # An unwritable folder fails now.
+    write_atomically(folder / f".{spec.name}.try", lambda path: None).unlink(missing_ok=True)
     data = data.to(at) if data else dataset_of(spec, at)
     smallest = int(data.class_sizes().min())
     if ipc > smallest:

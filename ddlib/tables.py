@@ -33,8 +33,9 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
     """One row a run: last and best accuracy (per cent) with the spread over networks, seconds, peak bytes, device.
 
     `best` is over checkpoints, and over the epochs that IDC's protocol looks at; `selected` the checkpoint that the
-    validation split chooses; `krr` FRePo's second predictor; both are NaN where a run has none. `overrides` names the values that are not the profile's preset, "" for none; `networks` lists every accuracy;
-    `seconds` is `distill` and `evaluate` together.
+    validation split chooses; `krr` FRePo's second predictor; both are NaN where a run has none. `overrides` names the
+    values that are not the profile's preset, "" for none; `networks` lists every accuracy; `seconds` is `distill` and
+    `evaluate` together.
     """
     rows = []
     for run in found:

@@ -51,6 +51,16 @@ def test_accuracy_vs_ipc_draws_ours_solid_and_the_paper_dashed(tmp_path):
     assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "10"]
 
 
+def test_a_legend_names_overrides_only_where_a_method_has_several_settings(tmp_path):
+    plain, other = record(tmp_path), record(tmp_path, lr_img=0.3)
+
+    def names(*found) -> list[str]:
+        return plots.accuracy_vs_ipc(tables.runs(found), papers=False).axes[0].get_legend_handles_labels()[1]
+
+    assert names(other) == ["dm, ours"]
+    assert names(plain, other) == ["dm, ours", "dm, ours (lr_img=0.3)"]
+
+
 def test_accuracy_vs_ipc_without_a_published_figure(tmp_path):
     (axis,) = plots.accuracy_vs_ipc(tables.runs([record(tmp_path)])).axes
     assert [bars.get_label() for bars in axis.containers] == ["dm, ours"]
