@@ -20,10 +20,15 @@ from .synthetic import Synthetic
 __version__ = "0.1.0"
 __all__ = ["METHODS", "PROFILES", "DDError", "Dataset", "Evaluation", "Run", "Spec", "Synthetic", "evaluate",
            "from_arrays", "load", "numbers", "plots", "prepare", "protocol", "resolve", "run", "sweep", "tables"]
+LAZY = ("claims", "explore", "fairness", "plots", "studies", "tables")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})
 
 
 def __getattr__(name: str):
-    """`dd.tables` and `dd.plots` load pandas and matplotlib only when they are asked for."""
-    if name in ("explore", "plots", "studies", "tables"):
+    """`dd.tables`, `dd.plots` and their like load pandas and matplotlib only when they are asked for."""
+    if name in LAZY:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module 'ddlib' has no attribute {name!r}")

@@ -15,8 +15,9 @@ from typing import NoReturn
 
 import yaml
 
+from . import __version__
 from .core import SOURCE, DDError, Interrupted, choose, pick_device, results_folder, write_atomically
-from .data import NAMES, load
+from .data import NAMES, canonical, load
 from .evaluation import evaluate
 from .methods import METHODS
 from .runs import prepare, run
@@ -66,15 +67,24 @@ def _experts(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     syn = Synthetic.load(args.file)
     made = syn.spec.get("values", {})
-    data = load(args.dataset or syn.dataset, device=args.device, resolution=made.get("resolution") or None,
-                zca=made.get("zca") or None)
+    try:
+        data = load(args.dataset or syn.dataset, device=args.device, resolution=made.get("resolution") or None,
+                    zca=made.get("zca") or None)
+    except DDError as error:
+        if args.dataset:
+            raise
+        raise DDError(f"{error}; or say where its images are, e.g. --dataset {canonical(syn.dataset)}") from None
     print(evaluate(syn, data, backbone=args.backbone, networks=args.networks, seed=args.seed))
 
 
 def _list(args: argparse.Namespace) -> None:
     from . import tables
 
-    table = tables.runs(tables.stored(args.results, args.profile))
+    found = tables.stored(args.results, args.profile)
+    if args.method:
+        choose("method", args.method, METHODS)
+        found = [run for run in found if run.record["method"] == args.method]
+    table = tables.runs(found)
     if args.json:
         print(tables.to_json(table))
     elif args.markdown:
@@ -82,7 +92,7 @@ def _list(args: argparse.Namespace) -> None:
     elif table.empty:
         print(f"no records in {results_folder(args.results)}; make one: python -m ddlib run dm --dataset digits --ipc 1")
     else:
-        print(table.drop(columns=["networks", "device"]).round(1).to_string(index=False))
+        print(table.drop(columns=["networks", "device", "protocol", "changed"]).round(1).to_string(index=False))
 
 
 def _reproduce(args: argparse.Namespace) -> None:
@@ -167,6 +177,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="ddlib", description="Dataset distillation, reproduced.")
+    top.add_argument("--version", action="version", version=f"ddlib {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
 
     def command(name: str, call, summary: str) -> argparse.ArgumentParser:
@@ -183,28 +194,29 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("method", help=", ".join(METHODS))
         sub.add_argument("--dataset", required=True, help=f"{', '.join(NAMES)}, or folder:PATH")
         sub.add_argument("--ipc", type=int, required=True, help="images per class")
-        sub.add_argument("--profile", default="smoke", help=", ".join(PROFILES))
+        sub.add_argument("--profile", default="smoke", help=f"{', '.join(PROFILES)} (default: smoke)")
         sub.add_argument("--backbone", help="e.g. convnet:width=32; default: the preset's")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset key")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS")
+    one.add_argument("--seed", type=int, default=0, help="of the distillation and its evaluation (default: 0)")
+    one.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS", help="default: 50; also every five minutes")
     one.add_argument("--fresh", action="store_true", help="ignore an old record and checkpoint")
 
     score = command("evaluate", _evaluate, "train fresh networks on a distilled set and test them")
     score.add_argument("file", help="a .safetensors file that a run wrote")
     score.add_argument("--dataset", help="where the real test images are; default: the set's own dataset")
     score.add_argument("--backbone", help="another network than the set's own")
-    score.add_argument("--networks", type=int, default=5)
-    score.add_argument("--seed", type=int, default=0)
+    score.add_argument("--networks", type=int, default=5, help="default: 5")
+    score.add_argument("--seed", type=int, default=0, help="of the networks (default: 0)")
 
     show = command("list", _list, "every record as a table")
     show.add_argument("--profile", choices=PROFILES)
+    show.add_argument("--method", help=f"only this one: {', '.join(METHODS)}")
     show.add_argument("--markdown", action="store_true", help="paper | ours | difference, as README.md has it")
     show.add_argument("--json", action="store_true", help="one JSON list, for machines")
 
     again = command("reproduce", _reproduce, "execute the notebooks, write tables and figures")
     again.add_argument("--profile", default="smoke", choices=PROFILES)
-    again.add_argument("--dataset", help=f"default by profile: {DATASETS}")
+    again.add_argument("--dataset", help=f"default: {', '.join(f'{d} for {p}' for p, d in DATASETS.items())}")
     again.add_argument("--only", nargs="+", default=[], help="notebooks by name, e.g. dm")
     again.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a notebook parameter")
 

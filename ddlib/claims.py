@@ -129,9 +129,10 @@ def _answer(claim: pd.Series, table: pd.DataFrame, paths: dict[str, Path], folde
     rows = _scored(claim, _runs_of(claim, table), paths)
     if rows.empty:
         return none
-    order = tables.summary(rows).assign(rank=lambda t: t.profile.map(KEPT.index)).sort_values(["rank", "networks"])
+    order = tables.summary(rows).assign(rank=lambda t: -t.profile.map(KEPT.index))
+    order = order.sort_values(["rank", "iterations", "networks"], ascending=False)
     best = next(order.iterrows())[1].copy()
-    rows = rows[(rows.profile == best.profile) & (rows.dataset == best.dataset)]
+    rows = rows[(rows[["profile", "dataset", "overrides"]] == best[["profile", "dataset", "overrides"]]).all(axis=1)]
     if best.backbone == claim.network:  # the claim's own network falls short of nothing
         best["backbone"] = resolve(claim.method, claim.dataset, int(claim.ipc), "paper").values["backbone"]
     less = tables.shortfall(best)
@@ -142,7 +143,7 @@ def _answer(claim: pd.Series, table: pd.DataFrame, paths: dict[str, Path], folde
 
 
 def _runs_of(claim: pd.Series, table: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the claim's method, dataset and IPC that change nothing but what the claim changes.
+    """The runs of the claim's method, dataset and IPC that change nothing but the budget and what the claim changes.
 
     A variant whose `overrides` are not given, and that no iteration or `extra` names, has no runs.
     """
@@ -156,8 +157,9 @@ def _runs_of(claim: pd.Series, table: pd.DataFrame) -> pd.DataFrame:
         wanted["backbone"] = claim.network
     if claim.method in KINDS and claim.protocol != preset["protocol"]:
         wanted["protocol"] = claim.protocol
-    return rows[rows.overrides.map(lambda text: set(filter(None, text.split(", "))))
-                == frozenset(f"{key}={value}" for key, value in wanted.items())]
+    wanted, free = {f"{key}={value}" for key, value in wanted.items()}, (*tables.BUDGET, "evaluations")
+    return rows[[{part for part in text.split(", ") if part.partition("=")[0] not in (*free, "")} == wanted
+                 for text in rows.overrides]]
 
 
 def _scored(claim: pd.Series, rows: pd.DataFrame, paths: dict[str, Path]) -> pd.DataFrame:
@@ -203,11 +205,13 @@ def _measured(how: dict[str, Any], table: pd.DataFrame, folder: Path) -> tuple[f
 
 
 def _figure_of(how: dict[str, Any], rows: pd.DataFrame) -> float:
+    fields = [how["field"]] if isinstance(how["field"], str) else how["field"]  # of several, the sum
+
     def mean(conditions: dict[str, Any]) -> float:
         keep = rows
         for key, value in conditions.items():
             keep = keep[keep[key] == value] if key in keep else keep.iloc[:0]
-        return float(keep[how["field"]].mean()) if len(keep) else float("nan")
+        return float(keep[fields].sum(axis=1, skipna=False).mean()) if len(keep) else float("nan")
 
     ours = mean(how["of"])
     return ours / mean(how["over"]) if "over" in how else ours - mean(how["minus"]) if "minus" in how else ours

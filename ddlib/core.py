@@ -36,7 +36,7 @@ def choose(what: str, value: object, allowed: Iterable[object]) -> object:
         return value
     near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise DDError(f"unknown {what} {value!r}{hint}; allowed: {', '.join(map(str, allowed))}")
+    raise DDError(f"unknown {what} {value!r}{hint}; allowed: {', '.join(str(a) or '(empty)' for a in allowed)}")
 
 
 def numbers(text: object, kind: type = int, least: float | None = None) -> list:
@@ -162,7 +162,7 @@ def fields_from(cls: type, values: dict, what: str) -> object:
     """Build the frozen dataclass `cls` from `values`; an unknown key or a wrong type is a `DDError` naming it.
 
     Types are those of the annotations: bool, int, float (an int will do), str, tuple. A field's metadata may carry
-    `allowed` (a tuple of choices) or `least` (a lower bound).
+    `allowed` (a tuple of choices), `least` (a lower bound) or `below` (a bound that is not reached).
     """
     kinds = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (list, tuple)}
     known = {field.name: field for field in dataclasses.fields(cls)}
@@ -176,11 +176,12 @@ def fields_from(cls: type, values: dict, what: str) -> object:
             choose(f"{what} {key}", value, field.metadata["allowed"])
         if "least" in field.metadata and not value >= field.metadata["least"]:
             raise DDError(f"{what} key {key!r} must be at least {field.metadata['least']}, not {value!r}")
+        if "below" in field.metadata and not value < field.metadata["below"]:
+            raise DDError(f"{what} key {key!r} must be below {field.metadata['below']}, not {value!r}")
         clean[key] = {"tuple": tuple, "float": float}.get(kind, lambda v: v)(value)
     return cls(**clean)
 
 
-def option(default: object, *, allowed: tuple | None = None, least: float | None = None) -> object:
-    """A dataclass field with a default and the bounds that `fields_from` checks."""
-    bounds = {name: bound for name, bound in (("allowed", allowed), ("least", least)) if bound is not None}
+def option(default: object, **bounds: object) -> object:
+    """A dataclass field with a default and the bounds `allowed`, `least` and `below` that `fields_from` checks."""
     return dataclasses.field(default=default, metadata=bounds)

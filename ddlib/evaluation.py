@@ -104,6 +104,8 @@ def evaluate(syn: Synthetic, data: Dataset, *, backbone: str | None = None, netw
     syn.check(data)
     if networks < 1:
         raise DDError(f"networks must be at least 1, not {networks}")
+    if seed < 0:
+        raise DDError(f"seed must be at least 0, not {seed}")
     choose("split", split, data.labels)
     if len(data.labels[split]) == 0:
         raise DDError(f"{data.name} has no {split} images: nothing to evaluate on")

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from . import tables
 from .core import SOURCE, DDError, choose, generator
@@ -129,9 +129,9 @@ def accuracy_vs_ipc(table: pd.DataFrame, *, papers: bool = True, datasets: Seque
                     methods: Sequence[str] = (), full: dict[str, float] | None = None) -> Figure:
     """Accuracy against IPC on a log axis: ours solid with the pooled spread, the papers' dashed, hollow from memory.
 
-    One panel a dataset and profile of `table`, with the papers' figures of its methods at its IPCs. With `datasets`,
-    one panel more for each other name in it, and all that the papers print of `methods`. `full` has our accuracy on
-    the whole training set by dataset: a line, beside the paper's. Ours stand a little apart, so that all are seen.
+    One panel a dataset and profile of `table`, with the papers' figures of its methods at its IPCs; with `datasets`,
+    one more for each other name in it, and all that the papers print of `methods`. `full`: our accuracy on the whole
+    training set by dataset, a line. Ours stand a little apart, so that all are seen.
     """
     rows, every = tables.summary(table), bool(datasets)
     rows = rows.sort_values("method", key=lambda names: names.map(list(COLOURS).index), kind="stable")
@@ -155,7 +155,8 @@ def accuracy_vs_ipc(table: pd.DataFrame, *, papers: bool = True, datasets: Seque
             if not math.isnan(value):
                 axis.axhline(value, color="black", ls=style, lw=1, label=f"whole set, {whose}")
         axis.set(xscale="log", xlabel="images per class (IPC)", ylabel="test accuracy (%), mean ± std",
-                 title=short(place) + f", {profile} profile" * bool(profile))
+                 title=short(place) + f", {profile} profile" * bool(profile),
+                 xlim=None if every else (ipcs[0] / 1.6, ipcs[-1] * 1.6))
         ticks = [1, 10, 50, *[1000] * int(axis.dataLim.x1 >= 1000)] if every else ipcs
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
@@ -243,11 +244,9 @@ def lines(table: pd.DataFrame, x: str, columns: dict[str, str], by: str, title: 
         for line, name in ((axis.xaxis, x), (axis.yaxis, column)):
             if name in log:
                 axis.set(**{f"{line.axis_name}scale": "log"})
-                line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                line.set_major_locator(FixedLocator(sorted(table[x].unique())) if name == x else LogLocator(subs=(1, 2, 5)))
                 line.set_major_formatter(lambda value, _: f"{value:g}")
                 line.set_minor_locator(NullLocator())
-        if x in log:
-            axis.set_xticks(sorted(table[x].unique()))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)

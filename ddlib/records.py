@@ -16,7 +16,7 @@ from .data import Dataset, load
 from .evaluation import OWN_AUGMENT, VERSION, Evaluation, evaluate
 from .evaluation import protocol as make_protocol
 from .meter import machine
-from .spec import Spec, resolve
+from .spec import Spec, defaults, resolve
 from .synthetic import Synthetic
 
 
@@ -83,8 +83,9 @@ class Run:
 
 
 def resolve_record(record: dict[str, Any]) -> Spec:
-    """The spec of a stored record, as `spec.name` was computed from."""
-    return Spec(**{key: record[key] for key in ("method", "dataset", "ipc", "profile", "seed", "values")})
+    """The spec of a stored record, as `spec.name` was computed from; a key younger than the record has its default."""
+    facts = {key: record[key] for key in ("method", "dataset", "ipc", "profile", "seed")}
+    return Spec(**facts, values=defaults(record["method"]) | record["values"])
 
 
 def dataset_of(spec: Spec, device: torch.device) -> Dataset:

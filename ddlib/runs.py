@@ -14,6 +14,7 @@ import numpy
 import torch
 from tqdm.auto import tqdm
 
+from .backbones import build
 from .core import DDError, Interrupted, guard, load_tensors, pick_device, results_folder, save_tensors, write_atomically
 from .data import Dataset
 from .evaluation import evaluate
@@ -103,6 +104,7 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
                       f"allowed: 1 to {smallest}")
     if teach and hasattr(spec.config, "expert_recipe"):
         _teach(spec, data, progress)
+    build(config.eval_backbone or config.backbone, data.shape, data.num_classes)  # or it fails after hours of distillation
     try:
         work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
     except ExpertsError as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from .augment import check_strategy
 from .core import DDError, choose, fields_from, option
 from .data import canonical
 from .evaluation import OWN_AUGMENT, PROTOCOLS, VERSION, protocol
@@ -41,7 +42,7 @@ class RunConfig:
     snapshots: int = option(0, least=0)  # copies of the images kept on the way, to look at
     zca: str = option("", allowed=("", *KINDS))  # whitening in place of mean and standard deviation
     resolution: int = option(0, least=0)  # pixels a side; 0 is the dataset's own
-    minival: float = option(0.0, least=0)  # share of train kept from distillation, to select a checkpoint on; 0 is off
+    minival: float = option(0.0, least=0, below=1)  # share of train kept from distillation, to select a checkpoint on; 0 is off
     subset: int = option(0, least=0)  # training images a class to use, drawn once by seed 0; 0 is all of them
     compile: bool = False  # torch.compile networks where there is a compiler
 
@@ -92,13 +93,17 @@ class Spec:
     @property
     def name(self) -> str:
         # Values at their defaults stay out, so that a new key leaves the names of old records alone.
-        cls = METHODS[self.method].Config
-        plain = {field.name: field.default for c in (RunConfig, cls) for field in fields(c)}
+        plain = defaults(self.method)
         chosen = {key: value for key, value in self.values.items() if value != plain.get(key)}
         facts = json.dumps([asdict(self) | {"values": chosen}, METHODS[self.method].version, VERSION], sort_keys=True)
         place = re.sub(r"[^A-Za-z0-9]+", "_", self.dataset).strip("_")
         return (f"{self.method}-{place}-ipc{self.ipc}-{self.profile}-seed{self.seed}-"
                 f"{hashlib.sha256(facts.encode()).hexdigest()[:8]}")
+
+
+def defaults(method: str) -> dict[str, Any]:
+    """Every key of the method's Config and of `RunConfig` with its default."""
+    return {field.name: field.default for cls in (RunConfig, METHODS[method].Config) for field in fields(cls)}
 
 
 def _subset(cls: type, values: dict) -> dict:
@@ -140,12 +145,14 @@ def resolve(method: str, dataset: str, ipc: int, profile: str = "smoke", seed: i
                   lambda s: s.get("profiles", {}).get(profile), lambda s: own(s).get("profiles", {}).get(profile)):
         for source in sources:
             values |= _flat(level(source), place, ipc)
-    values |= {key: value for key, value in overrides.items() if value is not None}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values |= given
     for key in values:
         choose(f"preset key for {method}", key, allowed)
+    if given.get("kind", method) != method:
+        raise DDError(f"kind {given['kind']!r} is another method: ask for that one, not for {method}")
     configs = [fields_from(c, _subset(c, values), "preset") for c in (cls.Config, RunConfig)]
-    if configs[1].minival >= 1:
-        raise DDError(f"preset key 'minival' is a share of the training images, below 1, not {configs[1].minival:g}")
     spec = Spec(method, dataset, ipc, profile, seed, asdict(configs[0]) | asdict(configs[1]))
     spec.recipe  # noqa: B018  an impossible protocol is an error here, not after the distillation
+    check_strategy(spec.run.augment)
     return spec

@@ -22,10 +22,12 @@ from .spec import resolve
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
-COLUMNS = ["method", "dataset", "ipc", "profile", "backbone", "overrides", "seed", "iterations", "eval_epochs",
+COLUMNS = ["method", "dataset", "ipc", "profile", "backbone", "overrides", "protocol", "changed", "seed", "iterations", "eval_epochs",
            "accuracy", "std", "best", "best_std", "selected", "krr", "networks", "seconds", "distill", "evaluate", "peak_bytes",
            "peak_method", "device", "name"]
 SETTING = ("dataset", "profile", "backbone", "ipc", "method", "overrides")  # what makes runs comparable
+BUDGET = ("iterations", "eval_epochs", "networks")  # what a shortened run has less of
+NEUTRAL = ("compile", "evaluations", "snapshots", "chunk", "backbone")  # the backbone stands in a column of its own
 REVIEWS = ("leaderboard", "second-hand")  # tables in which later papers evaluate a method again
 
 
@@ -34,19 +36,24 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
 
     `best` is over checkpoints, and over the epochs that IDC's protocol looks at; `selected` the checkpoint that the
     validation split chooses; `krr` FRePo's second predictor; both are NaN where a run has none. `overrides` names the
-    values that are not the profile's preset, "" for none; `networks` lists every accuracy; `seconds` is `distill` and
-    `evaluate` together.
+    values that are not the profile's preset, "" for none; `changed` has those of the profile itself that are not the
+    paper's; `networks` lists every accuracy; `seconds` is `distill` and `evaluate` together.
     """
     rows = []
     for run in found:
         record, last = run.record, run.record["accuracy"]["last"]
         best = record["accuracy"]["best"]
         best = best.get("best", best)
-        seconds = record["seconds"]
+        spec, seconds = resolve_record(record), record["seconds"]
+        values, overrides = spec.values, spec.overrides
+        paper = resolve(record["method"], record["dataset"], record["ipc"], "paper").values
         rows.append({key: record[key] for key in COLUMNS if key in record} | {
-            "overrides": ", ".join(f"{key}={value}" for key, value in resolve_record(record).overrides.items()),
-            "iterations": record["values"].get("iterations", 0),
-            "eval_epochs": record["values"]["eval_epochs"],
+            "overrides": ", ".join(f"{key}={value}" for key, value in overrides.items()),
+            "protocol": values["protocol"],
+            "changed": tuple(f"{key} {_short(values[key])} for {_short(paper[key])}" for key in values
+                             if values[key] != paper[key] and key not in (*BUDGET, *NEUTRAL, *overrides)),
+            "iterations": values.get("iterations", 0),
+            "eval_epochs": values["eval_epochs"],
             "accuracy": last["mean"], "std": last["std"], "best": best["mean"], "best_std": best["std"],
             "selected": record["accuracy"].get("selected", {}).get("mean", math.nan),
             "krr": last.get("krr", {}).get("mean", math.nan),
@@ -80,7 +87,8 @@ def summary(table: pd.DataFrame, by: tuple[str, ...] = SETTING) -> pd.DataFrame:
             "accuracy": fmean(group["accuracy"]), "over seeds": pstdev(group["accuracy"]),
             "over networks": fmean(group["std"]), "pooled": pstdev(pooled), "best": fmean(group["best"]),
             "selected": fmean(group["selected"]), "krr": fmean(group["krr"]),
-            "seeds": len(group), "networks": len(pooled), "iterations": group["iterations"].min(),
+            "seeds": len(group), "networks": len(pooled), "protocol": group["protocol"].iloc[0],
+            "changed": group["changed"].iloc[0], "iterations": group["iterations"].min(),
             "eval_epochs": group["eval_epochs"].min(), "seconds": fmean(group["seconds"]),
             "distill": fmean(group["distill"]), "evaluate": fmean(group["evaluate"]),
             "peak MiB": round(group["peak_bytes"].max() / 2**20), "memory": group["peak_method"].iloc[0],
@@ -128,12 +136,16 @@ def curve(method: str, dataset: str) -> pd.DataFrame:
     return rows[["ipc", "value", "spread", "mark"]]
 
 
-def paper_value(method: str, dataset: str, ipc: int, protocol: str | None = None) -> tuple[float, float] | None:
-    """The (value, spread) that a paper prints for a method on its own backbone, or None where none is on file."""
-    table = _own(published())
-    rows = table[(table.method == method) & (table.dataset == canonical(dataset)) & (table.ipc == ipc)]
+def paper_value(method: str, dataset: str, ipc: int, protocol: str | None = None,
+                iteration: int | None = None) -> tuple[float, float, str] | None:
+    """The (value, spread, mark as in `printed`) that a paper prints for a method on its own backbone, or None where none
+    is on file; at an `iteration` of its curve if that is on file."""
+    table = published()
+    table = table[(table.method == method) & (table.dataset == canonical(dataset)) & (table.ipc == ipc)]
+    rows = table[table.variant == f"iteration={iteration}"]
+    rows = _own(table) if rows.empty else rows
     rows = rows[rows.protocol == protocol] if protocol else rows
-    return None if rows.empty else (float(rows.iloc[0].value), float(rows.iloc[0].spread))
+    return None if rows.empty else (float(rows.iloc[0].value), float(rows.iloc[0].spread), _mark(rows).iloc[0])
 
 
 def printed(methods: Iterable[str], datasets: Iterable[str], ipcs: Iterable[int] = (1, 10, 50)) -> pd.DataFrame:
@@ -153,22 +165,25 @@ def printed(methods: Iterable[str], datasets: Iterable[str], ipcs: Iterable[int]
 
 
 def shortfall(row: pd.Series) -> str:
-    """In what a row of `summary` falls short of the paper's setting, e.g. "iterations 800 of 20000"; "" in nothing."""
+    """In what a row of `summary` is not the paper's setting, e.g. "iterations 800 of 20000, lr_img 10 for 1"; "" in
+    nothing. More than two other settings are counted; `Spec.overrides` are not among them."""
     paper = resolve(row.method, row.dataset, row.ipc, "paper").values
     ours = {"iterations": row.iterations, "eval_epochs": row.eval_epochs, "networks": row.networks / row.seeds}
     less = [f"{key} {value:.0f} of {paper[key]}" for key, value in ours.items() if value < paper[key]]
-    return ", ".join(less + [row.backbone] * (row.backbone != paper["backbone"]))
+    less += [row.backbone] * (row.backbone != paper["backbone"])
+    return ", ".join(less + ([f"{len(row.changed)} more settings"] if len(row.changed) > 2 else [*row.changed]))
 
 
-def verdict(profile: str, ours: float, spread: float, paper: tuple[float, float] | None, less: str = "") -> str:
+def verdict(profile: str, ours: float, spread: float, paper: tuple | None, less: str = "") -> str:
     """The rule fixed in advance: *reproduced* needs the paper's setting and 1 point, or the two intervals to meet.
 
-    `less` says what falls short of the paper's setting (`shortfall`) and stands in the verdict.
+    `paper` is (value, spread, ...); `less` says what is not the paper's setting (`shortfall`) and stands in the verdict.
     """
+    reduced = "reduced budget" + (f": {less}" if less else "")
     if paper is None:
-        return "no published figure"
+        return "no published figure" + (f"; {reduced}" if less else "")
     if profile != "paper" or less:
-        return f"reduced budget: {less}" if less else "reduced budget"
+        return reduced
     near = max(1.0, spread + (0.0 if math.isnan(paper[1]) else paper[1]))
     return "reproduced" if abs(ours - paper[0]) <= near else "not reproduced"
 
@@ -176,19 +191,22 @@ def verdict(profile: str, ours: float, spread: float, paper: tuple[float, float]
 def compare(table: pd.DataFrame) -> pd.DataFrame:
     """The table of a paper's notebook: paper | ours | difference | verdict, one row a method, dataset and IPC.
 
-    Random images are held against the figure under the distilled sets' own protocol (DSA augmentation).
+    Random images are held against the figure under their protocol, a run of fewer iterations against the paper's curve
+    at that iteration where there is one. The spread of ours is over all networks of all seeds, as the papers' is.
     """
     rows = []
     for _, row in summary(table).iterrows():
-        paper = paper_value(row.method, row.dataset, row.ipc, "dsa" if row.method == "random" else None)
+        early = row.iterations if "iterations=" in row.overrides else None
+        paper = paper_value(row.method, row.dataset, row.ipc, row.protocol if row.method == "random" else None, early)
+        less = "" if row.profile == "smoke" else shortfall(row) or "the overrides" * bool(row.overrides)
         rows.append({"dataset": row.dataset, "profile": row.profile, "ipc": row.ipc, "method": row.method,
-                     "overrides": row.overrides, "paper": _with_spread(*paper) if paper else "none",
-                     "ours": _with_spread(row.accuracy, row.pooled),
+                     "overrides": row.overrides, "paper": _with_spread(*paper[:2]) + paper[2] if paper else "none",
+                     "ours": _with_spread(row.accuracy, row.pooled, row.networks),
                      "Δ": f"{row.accuracy - paper[0]:+.1f}" if paper else "",
                      "over seeds": row["over seeds"], "over networks": row["over networks"], "best": row.best,
                      "validation-selected": row.selected, "KRR": row.krr,
-                     "networks": row.networks,
-                     "verdict": verdict(row.profile, row.accuracy, row.pooled, paper, shortfall(row) if paper else "")})
+                     "seeds": row.seeds, "networks": row.networks,
+                     "verdict": verdict(row.profile, row.accuracy, row.pooled, paper, less)})
     found = pd.DataFrame(rows).round(1).dropna(axis=1, how="all")
     return found if any(found.get("overrides", ())) else found.drop(columns="overrides", errors="ignore")
 
@@ -250,6 +268,10 @@ def titled(table: pd.DataFrame, caption: str) -> Styler:
     return table.style.hide(axis="index").format(precision=1, na_rep="").set_caption(caption)
 
 
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
+
+
 def _with_spread(value: float, spread: float, count: int = 2) -> str:
     return f"{value:.1f}" if math.isnan(spread) or count < 2 else f"{value:.1f} ± {spread:.1f}"
 
@@ -265,8 +287,8 @@ def markdown(table: pd.DataFrame) -> str:
         return "No record yet."
     rows = compare(table).join(cost(table)[["distillation (s)", "evaluation (s)", "peak MiB"]])  # both in summary's order
     shown = {"dataset": "dataset", "ipc": "IPC", "method": "method", "overrides": "overrides", "paper": "paper",
-             "ours": "ours", "Δ": "Δ", "networks": "networks", "verdict": "verdict",
-             "distillation (s)": "distillation (s)", "evaluation (s)": "evaluation (s)", "peak MiB": "peak MiB"}
+             "ours": "ours", "Δ": "Δ", "seeds": "seeds", "networks": "networks", "verdict": "verdict",
+             "distillation (s)": "distillation (s)", "evaluation (s)": "evaluation (s)", "peak MiB": "process peak (MiB)"}
     names = [name for name in shown if name in rows]
     lines = [[shown[name] for name in names], ["---"] * len(names)]
     lines += [[f"{v:.0f}" if isinstance(v, float) else str(v) for v in row] for row in rows[names].itertuples(index=False)]

@@ -91,6 +91,14 @@ def test_the_paper_profile_wins_and_smoke_never_counts(tmp_path):
     assert judged(tmp_path, **TABLE1).ours == 49
 
 
+def test_a_shortened_run_answers_and_the_longest_counts(tmp_path):
+    record(tmp_path, "dm", "cifar10", 10, "small", scores=[20.0] * 3, iterations=5)
+    longer = record(tmp_path, "dm", "cifar10", 10, "small", scores=[25.0] * 3, iterations=9)
+    found = judged(tmp_path, **TABLE1)
+    assert (found.kind, found.ours, found.records) == ("reduced budget", 25, (longer.path.stem,))
+    assert found.verdict.startswith("reduced budget: iterations 9 of 20000")
+
+
 def test_variants_protocols_and_backbones_take_their_own_runs_alone(tmp_path):
     record(tmp_path, "ftd", "cifar100", 10, "paper", scores=[43.2] * 5)
     record(tmp_path, "random", "cifar10", 10, "paper", scores=[32.0] * 5)

@@ -129,6 +129,20 @@ def test_steps_differ_and_a_restored_method_goes_on_with_the_next_one():
     assert frozen.step()["loss"] != frozen.step()["loss"]  # another network, batch and augmentation on the same images
 
 
+def test_the_average_is_the_result_and_leaves_the_path_alone():
+    data = double(arrays())
+    method, without = dm(data, ema=0.75, lr_img=0.7), dm(data, lr_img=0.7)
+    expected = without.images
+    for _ in range(3):
+        method.step(), without.step()
+        expected = 0.75 * expected + 0.25 * without.images
+        torch.testing.assert_close(method.images, expected, rtol=0, atol=1e-12)
+    assert torch.equal(method.raw, without.images) and not torch.equal(method.images, method.raw)
+    other = dm(data, ema=0.75, lr_img=0.7)
+    other.load_state_dict({key: value.clone() for key, value in method.state_dict().items()})
+    assert torch.equal(after(other, 2), after(method, 2))
+
+
 def test_the_loss_falls():
     method = dm(arrays(), init="noise", lr_img=1.0, augment="none")
     losses = [float(method.step()["loss"]) for _ in range(30)]

@@ -1,6 +1,7 @@
 """CIFAR-10 itself, where its folder is at hand, and the committed records at the small profile, which always are."""
 
 import os
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -51,10 +52,10 @@ def test_random_images_are_the_papers():
     assert all(run.record["recipe"]["epochs"] == 1001 for run in runs)
 
 
-@pytest.mark.parametrize(("ipc", "least"), [(1, 26.0 - 0.8), (10, 45)])  # IPC 1: the paper's figure less its spread
+@pytest.mark.parametrize(("ipc", "least"), [(1, 27), (10, 45)])
 def test_dm_reaches_its_figure(ipc, least):
-    runs = found("dm", ipc)
-    assert fmean(run.accuracy for run in runs) >= least
+    runs = [run for run in found("dm", ipc) if not resolve_record(run.record).overrides]
+    assert runs and fmean(run.accuracy for run in runs) >= least
     for run in runs:
         last = run.record["accuracy"]["last"]
         assert len(last["networks"]) >= 3 and last["step"] == run.record["values"]["iterations"]
@@ -90,6 +91,13 @@ def test_idcs_first_images_before_any_step():
         {"init": "mix"}, {"init": "kmeans", "warm_epochs": 0}, {"init": "kmeans", "warm_epochs": 1}))
     assert mix == pytest.approx(49.0, abs=1.5) and warm == pytest.approx(54.5, abs=1.5)  # the figure at iteration 0
     assert mix + 3 < untrained < warm  # K-means on the features of an untrained network, as DREAM begins: in between
+
+
+def test_the_executed_notebooks_name_records_that_are_kept():
+    kept = {path.stem for path in SMALL.rglob("*.json")}
+    for path in sorted((SMALL.parent / "notebooks" / "small").glob("*.ipynb")):
+        named = set(re.findall(r"[a-z_]+-[a-z0-9_]+-ipc\d+-(?:small-seed\d+-)?[0-9a-f]{8}\b", path.read_text()))
+        assert named <= kept, f"{path.name}: run it again"
 
 
 @pytest.mark.parametrize("run", RECORDS, ids=lambda run: run.path.stem)

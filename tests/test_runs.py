@@ -306,7 +306,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(tmp_path):
     at, kept, path = re.search(r"at step (\d+): .*state, step (\d+), is kept in (\S+);", str(caught.value)).groups()
     assert int(kept) < int(at) and Path(path) == checkpoint(tmp_path)
     tensors, header = load_tensors(checkpoint(tmp_path), "checkpoint", "")
-    assert header["step"] == int(kept) and torch.isfinite(tensors["method.images"]).all()
+    assert header["step"] == int(kept) and torch.isfinite(tensors["method.raw"]).all()
     assert not files(tmp_path, "*.json")
     with pytest.raises(DDError, match="diverged at step 2: .*nothing is kept"):
         run(tmp_path / "b", lr_img=1e30)
@@ -417,7 +417,13 @@ def test_a_machine_without_git(monkeypatch):
     (["--set", "iterations=1.5"], "'iterations' must be int, not 1.5"),
     (["--set", "iterations=true"], "'iterations' must be int, not True"),
     (["--set", "init=zeros"], "unknown preset init 'zeros'; allowed: real, noise"),
+    (["--set", "ema=1"], "'ema' must be below 1, not 1"),
+    (["--set", "momentum=.nan"], "'momentum' must be at least 0, not nan"),
     (["--set", "batch_real=0"], "'batch_real' must be at least 1"),
+    (["--set", "zca=foo"], r"unknown preset zca 'foo'; allowed: \(empty\), mtt"),
+    (["--set", "eval_backbone=convnett"], r"unknown backbone 'convnett' \(did you mean 'convnet'\?\)"),
+    (["run", "random", "--set", "kind=herding"], "kind 'herding' is another method: ask for that one, not for random"),
+    (["run", "frepo", "--set", "augment=colour"], r"unknown augmentation 'colour' \(did you mean 'color'\?\)"),
     (["--set", "protocol=mtx"], r"unknown preset protocol 'mtx'"),
     (["--set", "augment=crop_blur"], "unknown augmentation 'blur'"),
     (["--set", "seed=1"], "--set takes the keys of a preset, and 'seed' is none"),
@@ -488,6 +494,10 @@ def test_run_evaluate_and_list(ddlib, whole, tmp_path):
 
     code, out, _ = ddlib("list", "--results", whole.path.parents[1])
     assert code == 0 and "dm" in out and "digits" in out
+    assert whole.path.stem not in ddlib("list", "--method", "random", "--results", whole.path.parents[1])[1]
+    assert ddlib("list", "--method", "dmm")[:2] == (2, "")
+    assert ddlib("evaluate", whole.path.with_suffix(".safetensors"), "--seed", "-1")[2] == (
+        "ddlib: seed must be at least 0, not -1\n")
     code, out, _ = ddlib("list", "--results", tmp_path)
     assert code == 0 and out.startswith(f"no records in {tmp_path}")
     assert ddlib("list", "--json", "--results", tmp_path)[:2] == (0, "[]\n")

@@ -1,6 +1,7 @@
 """Tables from hand-made records: spreads worked out by hand, the rule of the verdict, stale records left out."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -70,13 +71,36 @@ def test_compare_puts_the_published_figure_beside_ours(tmp_path):
     full = table.loc["folder:cifar10", "paper", "dm", ""]
     assert (full.paper, full.ours, full["Δ"], full.verdict) == ("48.9 ± 0.6", "48.3 ± 0.2", "-0.6", "reproduced")
     assert table.loc["folder:cifar10", "small", "dm", ""].verdict == (
-        "reduced budget: iterations 800 of 20000, networks 3 of 5")
+        "reduced budget: iterations 800 of 20000, networks 3 of 5, lr_img 10 for 1")
     assert table.loc["folder:cifar10", "paper", "dm", "iterations=10"].verdict == (
         "reduced budget: iterations 10 of 20000")
     real = table.loc["folder:cifar10", "paper", "random", ""]
-    assert (real.paper, real.verdict) == ("32.2", "not reproduced")  # with DSA augmentation; 26.0 is without
+    assert (real.paper, real.verdict) == ("32.2~", "not reproduced")  # with DSA augmentation; 26.0 is without
     toy = table.loc["digits", "smoke", "dm", ""]
     assert (toy.paper, toy["Δ"], toy.verdict) == ("none", "", "no published figure")
+
+
+def test_a_shortened_run_says_so_and_a_changed_one_is_no_reproduction(tmp_path):
+    place = {"dataset": "folder:cifar10", "ipc": 10}
+    found = [record(tmp_path, **place, profile="paper", scores=(48.9,) * 5, augment="none"),
+             record(tmp_path, "ftd", **place, profile="small"),
+             record(tmp_path, "dream_plus", **place, profile="small"),
+             record(tmp_path, "idc", **place, profile="small", iterations=0),
+             record(tmp_path, "random", **place, profile="paper", scores=(30.0,) * 5, protocol="idc")]
+    table = tables.compare(tables.runs(found)).set_index("method")
+    assert table.verdict["dm"] == "reduced budget: the overrides"
+    assert re.search(r"networks 2 of 5, convnet:width=32, \d+ more settings$", table.verdict["ftd"])
+    assert table.verdict["dream_plus"].startswith("no published figure; reduced budget: iterations ")
+    assert table.paper["idc"] == "49.0~"  # the paper's curve at iteration 0, read off its figure
+    assert table.paper["random"] == "none"  # no paper prints random images under IDC's protocol
+    assert {"seeds", "networks"} <= set(table) and table.networks["dm"] == 5
+
+
+def test_a_key_younger_than_a_record_has_its_default(tmp_path):
+    run = record(tmp_path, dataset="folder:cifar10", profile="small", ema=0.0)
+    run.path.write_text(json.dumps(run.record | {"values": {k: v for k, v in run.record["values"].items() if k != "ema"}}))
+    (old,) = tables.stored(tmp_path)
+    assert tables.runs([old]).overrides[0] == "ema=0.0"  # the small profile has another now
 
 
 def test_stored_leaves_out_what_is_not_current(tmp_path, monkeypatch):

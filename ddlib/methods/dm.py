@@ -12,7 +12,9 @@ Differences from the released code:
 2. One pass of `iterations` updates and the set after the last one is scored; the released loop makes 20,001 updates
    and scores the set before the last.
 3. Networks, batches and augmentation come from (seed, step), not from the clock: a run can be repeated and resumed.
-4. DREAM and DREAM+ plug in (`ddlib.methods.dream`, ours for this host): representative real batches, chosen every
+4. `ema` scores the moving average of the images (ours, off by default): at IPC 1 it stands for the many small steps
+   that a shortened run does not have.
+5. DREAM and DREAM+ plug in (`ddlib.methods.dream`, ours for this host): representative real batches, chosen every
    `interval` steps with that step's network, and the convolutions' gradients matched beside the features (`match`).
 """
 
@@ -37,7 +39,8 @@ class Config:
 
     iterations: int = option(20000, least=0)  # image updates; every one uses a fresh network
     lr_img: float = option(1.0, least=0)  # step size of the images; the gradient shrinks as 1/IPC
-    momentum: float = option(0.5, least=0)  # of the image optimiser, plain SGD
+    momentum: float = option(0.5, least=0, below=1)  # of the image optimiser, plain SGD
+    ema: float = option(0.0, least=0, below=1)  # decay of the images' moving average, then the result; 0 is off
     batch_real: int = option(256, least=1)  # real images a class and step; all of a smaller class
     init: str = option("real", allowed=("real", "noise", "kmeans"))  # IPC real images a class, or N(0, 1) pixels
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA, one operation a class and step
@@ -68,16 +71,20 @@ class DM:
         else:
             chosen = data.sample(ipc, generator(seed, "dm", "init"))
         if config.init != "noise":
-            self.images = data.batch("train", chosen.flatten())
+            self.raw = data.batch("train", chosen.flatten())
         else:
             shape = (chosen.numel(), *data.shape)
-            self.images = torch.randn(shape, generator=generator(seed, "dm", "noise")).to(data.device)
+            self.raw = torch.randn(shape, generator=generator(seed, "dm", "noise")).to(data.device)
         self.labels = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
-        self.velocity = torch.zeros_like(self.images)
+        self.average, self.velocity = self.raw, torch.zeros_like(self.raw)
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
         self.sampler = Sampler(data, self.batch, config.sampling, config.interval, config.subsample, pool=config.pool)
         # On a CPU a larger chunk leaves the cache and is half as fast; on a GPU a smaller one leaves it idle.
         self.chunk = config.chunk or (8192 if data.device.type == "cuda" else 256)
+
+    @property
+    def images(self) -> torch.Tensor:
+        return self.average if self.config.ema else self.raw
 
     def parts(self, each: int) -> list[torch.Tensor]:
         """The classes in groups that go through the network together, `each` images of every class."""
@@ -106,7 +113,7 @@ class DM:
                              graph=False) for part in self.parts(self.batch)]
         target = [torch.cat(values) for values in zip(*target, strict=True)]
         gradient, total = [], 0.0
-        images = self.images.unflatten(0, (-1, self.ipc))
+        images = self.raw.unflatten(0, (-1, self.ipc))
         for part in self.parts(self.ipc):
             x = images[part].flatten(0, 1).requires_grad_()
             found = self.means(x, params.select(part), self.ipc, part, graph=True)
@@ -114,15 +121,16 @@ class DM:
             gradient += torch.autograd.grad(loss, x)
             total = total + loss.detach()
         self.velocity.mul_(self.config.momentum).add_(torch.cat(gradient))
-        self.images = self.images.detach().sub(self.velocity, alpha=self.config.lr_img)
+        self.raw = self.raw.detach().sub(self.velocity, alpha=self.config.lr_img)
+        self.average = torch.lerp(self.raw, self.average, self.config.ema)
         self.steps += 1
         return {"loss": total / self.data.num_classes}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        state = {"images": self.images, "velocity": self.velocity, "steps": torch.tensor(self.steps)}
+        state = {"raw": self.raw, "average": self.average, "velocity": self.velocity, "steps": torch.tensor(self.steps)}
         return state | ({} if self.sampler.rows is None else {"rows": self.sampler.rows})
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.images, self.velocity = (state[k].to(self.images.device) for k in ("images", "velocity"))
+        self.raw, self.average, self.velocity = (state[k].to(self.raw.device) for k in ("raw", "average", "velocity"))
         self.steps = int(state["steps"])
-        self.sampler.rows = state["rows"].to(self.images.device) if "rows" in state else None
+        self.sampler.rows = state["rows"].to(self.raw.device) if "rows" in state else None

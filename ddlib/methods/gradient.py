@@ -50,7 +50,7 @@ class Config:
     inner: int = option(100, least=1)  # image steps a network
     lr_img: float = option(5e-3, least=0)  # step size of the images
     lr_by_ipc: bool = True  # the step size is lr_img * IPC / 10
-    momentum: float = option(0.5, least=0)  # of the image optimiser, plain SGD
+    momentum: float = option(0.5, least=0, below=1)  # of the image optimiser, plain SGD
     class_steps: bool = True  # as if that optimiser stepped once a class (difference 2)
     batch_real: int = option(64, least=1)  # real images a class and image step; all of a smaller class
     batch_syn: int = option(128, least=1)  # most decoded images a class and image step
@@ -68,7 +68,7 @@ class Config:
     net_epochs: int = option(0, least=0)  # or passes over the synthetic set
     net_batch: int = option(64, least=1)
     net_lr: float = option(0.01, least=0)
-    net_momentum: float = option(0.9, least=0)
+    net_momentum: float = option(0.9, least=0, below=1)
     net_decay: float = option(5e-4, least=0)
     cutmix: float = option(0.5, least=0)  # share of mixed batches in the training of networks, also in evaluation
     warm_epochs: int = option(0, least=0)  # real epochs of each network before its first image step

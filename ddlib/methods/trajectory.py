@@ -55,11 +55,11 @@ class Config:
     lr_lr: float = option(1e-7, least=0)  # step size of beta
     lr_teacher: float = option(0.01, least=0)  # beta at the start
     lr_label: float = option(0.0, least=0)  # step size of learned label logits, momentum 0.9
-    momentum: float = option(0.5, least=0)  # of images and beta
+    momentum: float = option(0.5, least=0, below=1)  # of images and beta
     labels: str = option("hard", allowed=("hard", "assigned", "learned"))  # one-hot, TESLA's teacher, DATM's logits
     init: str = option("real", allowed=("real", "correct", "noise", "kmeans"))  # correct: images an expert gets right
     init_epoch: int = option(0, least=0)  # kmeans: clusters features of an expert after so many epochs
-    ema: float = option(0.0, least=0)  # FTD: decay of the images' moving average, which is then the result; 0 is off
+    ema: float = option(0.0, least=0, below=1)  # FTD: decay of the images' moving average, then the result; 0: off
     threshold: float = option(0.0, least=0)  # DATM: skip an update whose loss is above it; 0 is off
     segments: int = option(1, least=1)  # segments an iteration, their gradients averaged
     clip_rate: float = option(0.05, least=0)  # largest relative change of beta an iteration; 0 is off
