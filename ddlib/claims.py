@@ -39,7 +39,7 @@ COLUMNS = ["paper", "where", "quantity", "unit", "method", "variant", "dataset",
            "protocol", "labels", "value", "printed", "spread", "spread_means", "evidence", "note", "measured",
            "overrides", "extra", "reason"]
 NEUTRAL = {"times": 1.0, "AUC": 0.5}  # "no difference"; 0 in any other unit
-CHANGES = {"protocol", "epochs", "augment", "hard", "seed"}  # what a transfer may change besides the backbone
+CHANGES = {"protocol", "epochs", "augment", "hard"}  # what a transfer may change besides the backbone
 
 
 @cache

@@ -139,7 +139,7 @@ def evaluate(syn: Synthetic, data: Dataset, *, backbone: str | None = None, netw
 @torch.no_grad()
 def _krr(net: Backbone, syn: Synthetic, data: Dataset, split: str) -> float:
     """Accuracy (per cent) of ridge regression from the network's features of the set to its labels (FRePo, eq. 3)."""
-    from .methods.frepo import krr_predict
+    from .methods.frepo import krr
 
     images, labels = syn.training_set()
     if syn.spec.get("values", {}).get("flip") == "on":  # mirrored copies stand beside the images, as in distillation
@@ -147,5 +147,5 @@ def _krr(net: Backbone, syn: Synthetic, data: Dataset, split: str) -> float:
     targets = labels if labels.is_floating_point() else F.one_hot(labels, data.num_classes).float()
     net.eval()
     support = torch.cat([net.features(x) for x in images.split(500)])
-    answers = krr_predict(embed(net, data, split), support, targets)
+    answers, _ = krr(embed(net, data, split), support, targets)
     return 100 * (answers.argmax(1) == data.labels[split]).float().mean().item()

@@ -30,12 +30,10 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .backbones import Backbone, build, initialise
-from .core import DDError, choose, generator, load_tensors, results_folder, save_tensors, write_atomically
+from .core import DDError, generator, load_tensors, results_folder, save_tensors, write_atomically
 from .data import Dataset
 from .training import Recipe, accuracy, compiled, train
 from .unroll import FlatNet
-
-FLATNESS = ("plain", "sam", "agsam")
 
 
 class ExpertsError(DDError):
@@ -55,10 +53,6 @@ class ExpertRecipe:
     alpha: float = 1.0  # weight of the flatness term; 1 makes `sam` SAM
     sampling: str = "random"  # or dream: each image of a batch gives way to a representative of its class (ours)
 
-    def __post_init__(self) -> None:
-        choose("flat", self.flat, FLATNESS)
-        choose("expert_sampling", self.sampling, ("random", "dream"))
-
     @property
     def facts(self) -> dict:
         """What names a set of experts: random sampling, the only one there once was, is left out."""
@@ -67,10 +61,9 @@ class ExpertRecipe:
 
 @dataclass(frozen=True)
 class Experts:
-    """A set of expert trajectories: weights [E, epochs + 1, P] on the CPU, one recipe for all."""
+    """A set of expert trajectories: weights [E, epochs + 1, P] on the CPU."""
 
     weights: list[torch.Tensor]
-    recipe: ExpertRecipe
     seconds: float = math.nan  # that training them took; NaN where one was not timed
 
     def __len__(self) -> int:
@@ -180,7 +173,7 @@ def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int)
         weights.append(rows)
         timed = path.with_suffix(".json")
         seconds += json.loads(timed.read_text())["seconds"] if timed.is_file() else math.nan
-    return Experts(weights, recipe, seconds)
+    return Experts(weights, seconds)
 
 
 def sharpness(net: FlatNet, theta: torch.Tensor, data: Dataset, *, images: int = 1024, iterations: int = 20,

@@ -125,9 +125,9 @@ def neighbours(look: Look, count: int = 6) -> Figure:
 
 
 def labels(look: Look) -> Figure:
-    """The labels as a heat map, one row an image, or a class's mean beyond 50 images; hard ones are 0 and 1."""
+    """The labels as a heat map, one row an image, or a class's mean beyond 100 images; hard ones are 0 and 1."""
     syn = look.syn
-    soft, each = syn.labels.is_floating_point(), syn.ipc if len(syn.labels) <= 50 else 1
+    soft, each = syn.labels.is_floating_point(), syn.ipc if len(syn.labels) <= 100 else 1
     table = (syn.labels if soft else F.one_hot(syn.labels, len(syn.classes))).cpu().float()
     table = table.unflatten(0, (len(syn.classes) * each, -1)).mean(1).numpy()
     signed, high = bool((table < 0).any()), float(abs(table).max())  # FRePo's are no probabilities

@@ -27,8 +27,8 @@ LIMIT = 2**25  # numbers in one distance matrix: 128 MiB
 
 
 @torch.no_grad()
-def kmeans(x: Tensor, k: int, generator: torch.Generator, sizes: Sequence[int] | Tensor | None = None,
-           iterations: int = ITERATIONS, sketch: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def kmeans(x: Tensor, k: int, generator: torch.Generator, sizes: Sequence[int] | Tensor | None = None
+           ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster every class's rows into `k`: centres [C, k, D], assignment int64 [C, N] and inertia [C].
 
     x: floats [C, N, D]; where classes differ in size, `sizes` [C] says how many of the N rows count, and the others are
@@ -41,22 +41,20 @@ def kmeans(x: Tensor, k: int, generator: torch.Generator, sizes: Sequence[int] |
     if not 1 <= k <= least:
         raise DDError(f"cannot make {k} clusters of the {least} samples of class {int(sizes.argmin())}; "
                       f"allowed: 1 to {least}")
-    if iterations < 1:
-        raise DDError(f"k-means needs at least 1 iteration, not {iterations}")
     padding = torch.arange(rows) >= sizes[:, None]
     keys = torch.rand(classes, rows, generator=generator).masked_fill_(padding, 2)
     seeds = keys.topk(k, dim=1, largest=False).indices.to(x.device)
     signs = 2 * torch.randint(2, (columns,), generator=generator).to(x) - 1
-    padding, coarse = padding.to(x.device), iterations - WHOLE if sketch and columns >= 4 * SKETCH else 0
+    padding, coarse = padding.to(x.device), ITERATIONS - WHOLE if columns >= 4 * SKETCH else 0
     found = []
     for part in torch.arange(classes).split(max(1, LIMIT // (rows * k))):
         here, pad, begin = x[part[0]:part[-1] + 1], padding[part], seeds[part]
         centres = _take(here, begin)
-        if coarse > 0:
+        if coarse:
             small = _sketched(here, signs)
             assignment = _lloyd(small, _take(small, begin), coarse, pad)[1]
             centres = _means(here, assignment, centres)[0]
-        found.append(_lloyd(here, centres, iterations - max(0, coarse), pad))
+        found.append(_lloyd(here, centres, ITERATIONS - coarse, pad))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 

@@ -97,24 +97,6 @@ def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None 
     return figure
 
 
-def labels(syn: Synthetic, *, title: str | None = None) -> Figure:
-    """Learned labels [n, classes] as a heat map, one row an image; of more than 100 images, the mean of each class."""
-    if syn.labels.ndim < 2:
-        raise DDError("this set has one class an image and no learned labels to look at")
-    rows, each = syn.labels.detach().cpu().float(), "image"
-    if len(rows) > 100:
-        rows, each = rows.unflatten(0, (len(syn.classes), -1)).mean(1), "class, mean over its images"
-    most = float(rows.abs().max())
-    figure, axis = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
-    drawn = axis.imshow(rows.numpy(), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
-    if len(syn.classes) <= 10:
-        axis.set_xticks(range(len(syn.classes)), [name[:12] for name in syn.classes], fontsize=8, rotation=45)
-    axis.set(xlabel="label of class", ylabel=f"distilled {each}")
-    axis.set_title(title or title_of(syn), fontsize=9)
-    figure.colorbar(drawn, label="value of the label")
-    return figure
-
-
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list]:
     """A figure with `count` panels, three a row, and their axes."""
     across, down = min(3, count), math.ceil(count / 3)

@@ -46,8 +46,8 @@ class Run:
         return self.record["accuracy"]["last"]["mean"]
 
     def transfer(self, backbone: str | None = None, *, networks: int = 3, protocol: str | None = None,
-                 epochs: int | None = None, augment: str | None = None, hard: bool = False, seed: int | None = None,
-                 data: Dataset | None = None, device: str = "auto") -> dict[str, Any]:
+                 epochs: int | None = None, augment: str | None = None, hard: bool = False,
+                 device: str = "auto") -> dict[str, Any]:
         """The set under other conditions, as {backbone, mean, std, networks, ...} in per cent: another backbone
         (cross-architecture), another protocol or augmentation, or the images' classes as labels (`hard`).
 
@@ -55,13 +55,13 @@ class Run:
         """
         path = self.path.with_suffix(".transfer.json")
         kept = json.loads(path.read_text()) if path.is_file() else {}
-        changes = {"protocol": protocol, "epochs": epochs, "augment": augment, "hard": hard or None, "seed": seed}
-        changes = {name: value for name, value in changes.items() if value is not None}
+        changes = {"protocol": protocol, "epochs": epochs, "augment": augment, "hard": hard}
+        changes = {name: value for name, value in changes.items() if value}
         backbone = backbone or self.synthetic.backbone
         key = ", ".join([f"{backbone} x {networks}", f"version {VERSION}", *(f"{k}={v}" for k, v in changes.items())])
         if key not in kept:
             spec, syn = resolve_record(self.record), self.synthetic.hardened() if hard else self.synthetic
-            data = data or dataset_of(spec, pick_device(device))
+            data = dataset_of(spec, pick_device(device))
             recipe = replace(syn.recipe, augment=augment) if augment else syn.recipe
             if protocol or epochs:
                 plain = resolve("random", spec.dataset, spec.ipc, spec.profile).run  # as the baselines are evaluated
@@ -71,7 +71,7 @@ class Run:
             if augment == "none":
                 recipe = replace(recipe, cutmix=0.0)  # which augments too
             result = evaluate(syn, data, backbone=backbone, networks=networks, recipe=recipe,
-                              seed=self.record["seed"] if seed is None else seed, compile=spec.run.compile)
+                              seed=spec.seed, compile=spec.run.compile)
             kept[key] = {**changes, "backbone": backbone, **summary(self.record["accuracy"]["last"]["step"], result),
                          "seconds": round(result.seconds, 3), "device": machine(data.device)}
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1)))

@@ -34,7 +34,7 @@ img { max-width: 100%; } div.tex { text-align: center; margin: 1em; }
 caption { text-align: left; padding: .4em 0; }
 figure { display: inline-block; margin: 1em 1em 0 0; max-width: 46%; vertical-align: top; }
 figcaption { font-size: 13px; }
-td.kind { border-left: 6px solid; }
+.kind { border-left: 6px solid; padding-left: .6em; }
 """
 
 
@@ -195,20 +195,15 @@ def _claims(results: str | Path | None) -> str:
         for where, rows in judged[judged.paper == paper].groupby("where", sort=False):
             (group,) = claims.groups(rows).to_dict("records")
             why = f"; not attempted: {group['why not attempted']}" if group["why not attempted"] else ""
-            table = claims.shown(rows).drop(columns="where")
-            lines = ["".join(f"<th>{html.escape(column)}</th>" for column in table.columns)]
-            for row, kind in zip(table.values.tolist(), rows.kind, strict=True):
-                lines.append("".join(f"<td{_mark(kind) if column == 'verdict' else ''}>{_cell(cell)}</td>"
-                                     for column, cell in zip(table.columns, row, strict=True)))
+            table = claims.shown(rows).drop(columns="where").map(_cell)
+            table["verdict"] = [f'<span class="kind" style="border-color: {claims.VERDICTS[kind]}">{text}</span>'
+                                for kind, text in zip(rows.kind, table.verdict, strict=True)]
+            with pd.option_context("display.max_colwidth", None):  # else long cells are cut
+                cells = table.to_html(index=False, border=0, escape=False)
             parts.append(f"<h3>{html.escape(where)}</h3><p>labels: {group['labels']}; ± of the paper: "
-                         f'{html.escape(group["± of the paper"] + why)}</p><div class="scroll"><table>'
-                         + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>")
+                         f'{html.escape(group["± of the paper"] + why)}</p><div class="scroll">{cells}</div>')
     return "\n".join(parts)
 
 
 def _cell(text: object) -> str:
     return html.escape(str(text)).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
-
-
-def _mark(kind: str) -> str:
-    return f' class="kind" style="border-left-color: {claims.VERDICTS[kind]}"'

@@ -32,7 +32,7 @@ from .methods import METHODS
 from .records import Run, dataset_of, resolve_record
 from .spec import Spec, resolve
 from .training import accuracy, train_on
-from .unroll import FlatNet, Match, Segment, match
+from .unroll import FlatNet, Segment, match
 
 VERSION = 1  # raise it when a change here changes the rows
 
@@ -82,12 +82,12 @@ def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: s
             here = Spec(**{**vars(spec), "values": spec.values | {"syn_steps": n}})
             method = METHODS[spec.method](here.config, data, spec.ipc, spec.run.backbone, spec.seed)
             problem = partial(method.match, *method.segment(generator(spec.seed, "unrolling")))
-            measured = {"adjoint": _measure(problem, "adjoint", at)}
+            measured = {"adjoint": _measure(partial(problem, "adjoint"), at)}
             exact = measured["adjoint"][0]
             for engine in engines:
                 if engine == "unroll" and last and last["graph bytes"] * n / last["steps"] > largest:
                     continue
-                found, row = measured.get(engine) or _measure(problem, engine, at)
+                found, row = measured.get(engine) or _measure(partial(problem, engine), at)
                 a, b = found.images.double().flatten(), exact.images.double().flatten()
                 rows.append({"engine": engine, "steps": n, **row, "vectors bytes": 4 * method.net.size * n,
                              "device": machine(at), "cosine": float(F.cosine_similarity(a, b, dim=0)),
@@ -100,14 +100,13 @@ def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: s
     return cached("unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute)
 
 
-def _measure(problem: Callable[[str], Match], engine: str, device: torch.device, slow: float = 30.0
-             ) -> tuple[Match, dict[str, Any]]:
-    """One gradient and its cost; from `slow` seconds on the metered pass is the timed one too."""
+def _measure(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> tuple[Any, dict[str, Any]]:
+    """What `work()` gives and its cost; from 30 seconds on the metered pass is the timed one too."""
     with SavedTensors() as saved, PeakMemory(device) as peak:
         start = time.perf_counter()
-        found = problem(engine)
+        found = work()
         once = time.perf_counter() - start
-    again = once if once > slow else seconds(lambda: problem(engine), warm=0, device=device)
+    again = once if once > 30 else seconds(work, repeats=repeats, warm=0, device=device)
     return found, {"seconds": again, "graph bytes": saved.peak, "peak bytes": peak.bytes, "peak method": peak.method}
 
 
@@ -221,11 +220,8 @@ def outer_steps(dataset: str, ipc: int, profile: str, *, device: str = "auto", r
         for name, spec in specs.items():
             step = one_step(spec, data)
             step()  # workspaces, and the optimiser's state
-            with SavedTensors() as saved, PeakMemory(at) as peak:
-                step()
             rows.append({"method": name, "network": spec.run.backbone, "ipc": ipc, "device": machine(at),
-                         "seconds": seconds(step, repeats=repeats, warm=0, device=at), "graph bytes": saved.peak,
-                         "peak bytes": peak.bytes, "peak method": peak.method})
+                         **_measure(step, at, repeats)[1]})
         return rows
 
     names = [spec.name for spec in specs.values()]

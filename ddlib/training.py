@@ -69,11 +69,6 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "ce": F.cross_entropy, "mse": lambda logits, y: 0.5 * (logits - y).square().sum(1).mean()}
-OPTIMISERS = ("sgd", "adam")
-
-
 def _targets(labels: torch.Tensor, recipe: Recipe, classes: int) -> torch.Tensor:
     """Labels as the loss takes them: for mse, a class becomes its one-hot row less 1 / classes (FRePo, section 3)."""
     if recipe.loss == "mse" and not labels.is_floating_point():
@@ -88,7 +83,8 @@ def _optimiser(net: Backbone, recipe: Recipe, lr: float) -> torch.optim.Optimize
 
 
 def _loss(forward: Callable, x: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
-    return LOSSES[kind](forward(x), y)
+    logits = forward(x)
+    return F.cross_entropy(logits, y) if kind == "ce" else 0.5 * (logits - y).square().sum(1).mean()
 
 
 def _share(recipe: Recipe, step: int, total: int) -> float:
@@ -153,12 +149,9 @@ def predict(net: Backbone, data: Dataset, split: str = "test", *, batch: int = 1
     return torch.cat([(forward or net)(data.batch(split, index)) for index in rows.split(batch)])
 
 
-@torch.no_grad()
-def embed(net: Backbone, data: Dataset, split: str = "train", *, batch: int = 1000) -> torch.Tensor:
+def embed(net: Backbone, data: Dataset, split: str = "train") -> torch.Tensor:
     """Features float32 [N, d] of a split's un-augmented images, the network in eval mode."""
-    net.eval()
-    rows = torch.arange(len(data.labels[split]), device=data.device)
-    return torch.cat([net.features(data.batch(split, index)).float() for index in rows.split(batch)])
+    return predict(net, data, split, forward=lambda x: net.features(x).float())
 
 
 def accuracy(net: Backbone, data: Dataset, split: str = "test", **options) -> float:

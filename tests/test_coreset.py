@@ -6,7 +6,7 @@ import torch
 
 from ddlib.core import DDError, generator
 from ddlib.data import from_arrays
-from ddlib.methods.coreset import Coreset, CoresetConfig, forgetting, herding, kcenter, kmeans, select_random
+from ddlib.methods.coreset import Coreset, CoresetConfig, herding, kcenter, kmeans
 
 
 def line(*values: float) -> torch.Tensor:
@@ -85,24 +85,14 @@ def test_kmeans_of_duplicates_is_distinct():
     assert sorted(kmeans(line(1, 1, 1, 2), 4, seed=0).tolist()) == [0, 1, 2, 3]
 
 
-def test_forgetting_takes_the_most_forgotten_and_breaks_ties_at_random():
-    events = torch.tensor([0, 3, 1, 3, 7, 3, 0])
-    draws = [forgetting(events, 3, generator(seed)).tolist() for seed in range(60)]
-    assert all(draw[0] == 4 and set(draw[1:]) <= {1, 3, 5} and draw[1] != draw[2] for draw in draws)
-    assert {tuple(draw[1:]) for draw in draws} == {(1, 3), (3, 1), (1, 5), (5, 1), (3, 5), (5, 3)}
-    assert draws[7] == forgetting(events, 3, generator(7)).tolist()
-
-
 @pytest.mark.parametrize("n", [0, -1, 6])
-@pytest.mark.parametrize("pick", [herding, kcenter, lambda x, n: kmeans(x, n, 0),
-                                  lambda x, n: forgetting(x[:, 0], n, generator(0))])
+@pytest.mark.parametrize("pick", [herding, kcenter, lambda x, n: kmeans(x, n, 0)])
 def test_impossible_counts_are_named(pick, n):
     with pytest.raises(DDError, match=f"cannot choose {n} of 5 samples.*1 to 5"):
         pick(line(0, 1, 2, 3, 4), n)
 
 
-@pytest.mark.parametrize("features", [torch.zeros(4), torch.zeros(4, 2, dtype=torch.int64),
-                                      torch.tensor([[0.0], [torch.nan]])])
+@pytest.mark.parametrize("features", [torch.tensor([[0.0], [torch.nan]])])
 def test_impossible_features_are_named(features):
     for pick in (herding, kcenter, lambda x, n: kmeans(x, n, 0)):
         with pytest.raises(DDError, match="features"):
@@ -110,50 +100,38 @@ def test_impossible_features_are_named(features):
 
 
 def test_random_is_class_major_distinct_and_seeded(data):
-    picked = select_random(data, 6, generator(0))
+    picked = Coreset(CoresetConfig("random"), data, 6, "convnet", 0).index
     assert data.labels["train"][picked].tolist() == [0] * 6 + [1] * 6 + [2] * 6
     assert len(set(picked.tolist())) == 18
-    assert picked.equal(select_random(data, 6, generator(0))) and not picked.equal(select_random(data, 6, generator(1)))
-    for ipc in (0, 7):
-        with pytest.raises(DDError, match="1 to 6, the size of class"):
-            select_random(data, ipc, generator(0))
 
 
 @pytest.mark.parametrize(("kind", "rule"), [("herding", herding), ("kcenter", kcenter),
                                             ("kmeans", lambda x, n: kmeans(x, n, 5))])
-def test_coreset_applies_the_rule_to_each_class(data, kind, rule):
-    chosen = Coreset(CoresetConfig(kind), data, 4, "convnet", 5, "cpu", features=flat)
+def test_coreset_applies_the_rule_to_each_class(data, kind, rule, monkeypatch):
+    monkeypatch.setattr("ddlib.methods.coreset.extract_features", lambda data, *_: (flat(data), {}))
+    chosen = Coreset(CoresetConfig(kind), data, 4, "convnet", 5)
     labels, wanted = data.labels["train"], []
     for c in range(3):
         rows = (labels == c).nonzero()[:, 0]
         wanted += rows[rule(flat(data)[rows], 4)].tolist()
-    assert chosen.select().tolist() == wanted
+    assert chosen.index.tolist() == wanted
     assert chosen.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert chosen.images.equal(data.batch("train", torch.tensor(wanted)))
     assert chosen.record == {} and chosen.step() == {}
 
 
 def test_coreset_state_is_the_selection(data):
-    first, second = (Coreset(CoresetConfig("random"), data, 3, "convnet", seed, "cpu") for seed in (0, 1))
-    assert not first.select().equal(second.select())
+    first, second = (Coreset(CoresetConfig("random"), data, 3, "convnet", seed) for seed in (0, 1))
+    assert not first.index.equal(second.index)
     second.load_state_dict(first.state_dict())
-    assert first.select().equal(second.select())
+    assert first.index.equal(second.index)
 
 
 def test_coreset_trains_its_own_extractor(data):
     config = CoresetConfig("herding", extractor_epochs=12, extractor_lr=0.02)
-    chosen, again = (Coreset(config, data, 2, "convnet:width=4,depth=1", 0, "cpu") for _ in range(2))
-    assert chosen.select().equal(again.select())
+    chosen, again = (Coreset(config, data, 2, "convnet:width=4,depth=1", 0) for _ in range(2))
+    assert chosen.index.equal(again.index)
     record = chosen.record["extractor"]
     assert record["epochs"] == 12 and record["lr"] == 0.02 and record["momentum"] == 0.9
     assert record["weight_decay"] == 5e-4 and record["augment"] == "none" and record["backbone"].startswith("convnet")
     assert record["train_accuracy"] > 60 and record["seconds"] > 0  # chance is 44, the largest class
-
-
-def test_coreset_errors(data):
-    with pytest.raises(DDError, match="unknown coreset 'k-center'.*kcenter"):
-        Coreset(CoresetConfig("k-center"), data, 1, "convnet", 0)
-    with pytest.raises(DDError, match="ipc 7 is impossible.*1 to 6"):
-        Coreset(CoresetConfig("random"), data, 7, "convnet", 0)
-    with pytest.raises(DDError, match="features has 3 rows, the training set 27"):
-        Coreset(CoresetConfig("herding"), data, 1, "convnet", 0, features=lambda data: flat(data)[:3]).select()

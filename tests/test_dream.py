@@ -224,8 +224,6 @@ def test_mtt_with_dream(results, monkeypatch):
     recipe = ExpertRecipe(epochs=2, batch=12)
     assert "sampling" not in recipe.facts and folder(data, NET, recipe) != folder(
         data, NET, ExpertRecipe(epochs=2, batch=12, sampling="dream"))
-    with pytest.raises(DDError, match="unknown expert_sampling"):
-        ExpertRecipe(sampling="central")
     options = {"iterations": 2, "experts": 1, "expert_total": 3, "max_start": 1, "syn_steps": 2, "networks": 1,
                "eval_epochs": 1, "expert_batch": 12, "backbone": NET, "progress": False}
     run = dd.run("mtt", "arrays", ipc=2, data=data, teach=True, **plug_in("mtt", True), **options)

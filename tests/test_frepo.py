@@ -10,12 +10,12 @@ import pytest
 import torch
 from sklearn.kernel_ridge import KernelRidge
 
-from ddlib import Synthetic, load, plots, protocol, resolve, run, studies
+from ddlib import load, resolve, run, studies
 from ddlib.backbones import build
 from ddlib.core import DDError, generator, load_tensors, save_tensors
 from ddlib.data import from_arrays
 from ddlib.methods import frepo
-from ddlib.methods.frepo import Config, FRePo, krr, krr_predict
+from ddlib.methods.frepo import Config, FRePo, krr
 from ddlib.training import _can_compile
 
 BACKBONE = "convnet:width=4,norm=bn,grow=2,order=pre,init=lecun"  # 8 x 2 x 2 = 32 features
@@ -51,17 +51,17 @@ def test_predictions_are_those_of_scikit_learn():
     labels = torch.randn(12, 4, generator=generator(2), dtype=torch.float64)
     ridge = 1e-6 * float((train @ train.T).trace()) / 12  # relative to the mean diagonal
     expected = KernelRidge(alpha=ridge, kernel="linear").fit(train.numpy(), labels.numpy()).predict(test.numpy())
-    found = krr_predict(test, train, labels)
+    found = krr(test, train, labels)[0]
     assert found.dtype == torch.float64
     assert (found - torch.from_numpy(expected)).abs().max() < 1e-8
-    loose = krr_predict(test, train, labels, lam=0.1)
+    loose = krr(test, train, labels, lam=0.1)[0]
     assert (loose - found).abs().max() > 1e-2
 
 
 def test_gradient_to_features_and_labels():
     test, train = features(5, 8, 1).requires_grad_(), (features(4, 8) + 0.1).requires_grad_()
     labels = torch.randn(4, 3, generator=generator(2), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *inputs: krr_predict(*inputs, lam=1e-2), (test, train, labels))
+    assert torch.autograd.gradcheck(lambda *inputs: krr(*inputs, lam=1e-2)[0], (test, train, labels))
 
 
 def test_gradient_of_the_loss_to_images_and_labels_against_finite_differences():
@@ -125,10 +125,10 @@ def test_features_that_cannot_be_used():
     good, labels = features(4, 6), torch.eye(4)
     for bad in (good * math.nan, good * 0, good * math.inf):
         with pytest.raises(DDError, match="not finite or all zero"):
-            krr_predict(good, bad, labels)
+            krr(good, bad, labels)
     for arguments in ((good, good, labels[:3]), (good, good[:, :5], labels), (good, good, labels[0])):
         with pytest.raises(DDError, match=r"labels \[n, C\]"):
-            krr_predict(*arguments)
+            krr(*arguments)
 
 
 # One step
@@ -388,16 +388,6 @@ def test_only_the_gradient_is_not_finite(monkeypatch):
 
 
 # What it shows and costs
-
-def test_labels_as_a_heat_map():
-    for ipc, rows in ((2, 6), (40, 3)):  # every image, or the mean of each class
-        work = method(ipc=ipc, data=arrays(40))
-        syn = Synthetic.of(work.data, work.images, work.labels, protocol("frepo"), BACKBONE)
-        (picture,) = plots.labels(syn).axes[0].images
-        shown = torch.from_numpy(picture.get_array().data)
-        assert shown.shape == (rows, 3) and shown.argmax(1).tolist() == sorted(list(range(3)) * (rows // 3))
-    with pytest.raises(DDError, match="no learned labels"):
-        plots.labels(syn.hardened())
 
 def test_the_benchmark_puts_frepo_beside_dm_and_trajectory_matching():
     from bench import frepo as bench

@@ -14,7 +14,7 @@ from ddlib.__main__ import parser
 from ddlib.backbones import build
 from ddlib.core import DDError, generator, load_tensors, save_tensors
 from ddlib.data import from_arrays
-from ddlib.experts import ExpertRecipe, Experts, train_experts
+from ddlib.experts import Experts, train_experts
 from ddlib.methods import trajectory
 from ddlib.methods.trajectory import Config, Trajectory, soft_cross_entropy
 from ddlib.spec import PRESETS
@@ -174,7 +174,7 @@ def made_up(monkeypatch, biases, epochs=4, noise=0.0):
     weights = noise * torch.randn(len(biases), epochs + 1, net.size, generator=generator(1))
     weights[:, -1] = 0
     weights[:, -1, -3:] = torch.tensor(biases)
-    monkeypatch.setattr(trajectory, "load_experts", lambda *_: Experts(list(weights), ExpertRecipe()))
+    monkeypatch.setattr(trajectory, "load_experts", lambda *_: Experts(list(weights)))
     return weights
 
 

@@ -12,15 +12,15 @@ Differences from what the distillation papers report:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
 from ..backbones import build
-from ..core import DDError, choose, generator, option
+from ..core import DDError, generator, option
 from ..data import Dataset
+from ..kmeans import nearest
 from ..training import Recipe, accuracy, embed, train_on
 
 KINDS = ("random", "herding", "kcenter", "kmeans")
@@ -35,12 +35,6 @@ class CoresetConfig:
     extractor_epochs: int = option(20, least=1)  # passes over the whole training set that train the extractor
     extractor_lr: float = option(0.01, least=0)  # its SGD step size; momentum 0.9, weight decay 5e-4 as in evaluation
     restarts: int = option(10, least=1)  # k-means runs from new seeds; the one with the least inertia is kept
-
-
-def select_random(dataset: Dataset, ipc: int, rng: torch.Generator) -> torch.Tensor:
-    """Training indices int64 [C * ipc], class by class, `ipc` of each class without replacement."""
-    _check_ipc(dataset, ipc)
-    return dataset.sample(ipc, rng).flatten()
 
 
 def herding(features: torch.Tensor, n: int) -> torch.Tensor:
@@ -87,11 +81,7 @@ def kmeans(features: torch.Tensor, n: int, seed: int, restarts: int = 10) -> tor
 
     x = _points(features, n).cpu()
     fit = KMeans(n, init="k-means++", n_init=restarts, random_state=seed % 2**32).fit(x.numpy())
-    distance, picked = torch.cdist(torch.from_numpy(fit.cluster_centers_), x), []
-    for to_centre in distance:
-        picked.append(to_centre.argmin(keepdim=True))
-        distance[:, picked[-1]] = torch.inf
-    return torch.cat(picked).to(features.device)
+    return nearest(x[None], torch.from_numpy(fit.cluster_centers_)[None])[0].to(features.device)
 
 
 def forgetting(events: torch.Tensor, n: int, rng: torch.Generator) -> torch.Tensor:
@@ -122,13 +112,6 @@ def _check_n(n: int, available: int) -> None:
         raise DDError(f"cannot choose {n} of {available} samples of a class; allowed: 1 to {available}")
 
 
-def _check_ipc(data: Dataset, ipc: int) -> None:
-    sizes = data.class_sizes("train").tolist()
-    if not 1 <= ipc <= min(sizes):
-        name = data.classes[sizes.index(min(sizes))]
-        raise DDError(f"ipc {ipc} is impossible on {data.name}; allowed: 1 to {min(sizes)}, the size of class {name!r}")
-
-
 def extract_features(data: Dataset, backbone: str, config: CoresetConfig, seed: int) -> tuple[torch.Tensor, dict]:
     """Features [N, d] of the training images from a network trained on all of them, and how it was trained."""
     # No augmentation: the one choice that suits digits and photographs alike (a flipped digit is another sign).
@@ -144,41 +127,39 @@ def extract_features(data: Dataset, backbone: str, config: CoresetConfig, seed: 
 class Coreset:
     """A coreset as a method, chosen when its images are first asked for; see the module's docstring.
 
-    `seed` enters through the draw (random), the extractor and the k-means restarts. `features` (dataset -> float
-    [N, d] of the training images) replaces the trained extractor. `extractor_record` says how the extractor was
-    trained and is empty where none was. Raises `DDError` where a class has fewer than `ipc` images.
+    `seed` enters through the draw (random), the extractor and the k-means restarts. `extractor_record` says how the
+    extractor was trained and is empty where none was.
     """
 
     Config, version, preset = CoresetConfig, 1, "coreset"
 
-    def __init__(self, config: CoresetConfig, data: Dataset, ipc: int, backbone: str, seed: int,
-                 device: str | torch.device | None = None,
-                 features: Callable[[Dataset], torch.Tensor] | None = None) -> None:
-        choose("coreset", config.kind, KINDS)
-        _check_ipc(data, ipc)
-        self.config, self.ipc, self.backbone, self.seed = config, ipc, backbone, seed
-        self.data = data if device is None else data.to(device)
-        self.features, self.extractor_record = features, {}
-        self.index: torch.Tensor | None = None
+    def __init__(self, config: CoresetConfig, data: Dataset, ipc: int, backbone: str, seed: int) -> None:
+        self.config, self.data, self.ipc, self.backbone, self.seed = config, data, ipc, backbone, seed
+        self.extractor_record: dict = {}
 
-    def select(self) -> torch.Tensor:
-        """Indices int64 [C * ipc] into the training images, class by class; chosen at the first call."""
-        if self.index is None:
-            self.index = self._select()
-        return self.index
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """Indices int64 [C * ipc] into the training images, class by class."""
+        if self.config.kind == "random":
+            return self.data.sample(self.ipc, generator(self.seed, "coreset", "random")).flatten()
+        features, self.extractor_record = extract_features(self.data, self.backbone, self.config, self.seed)
+        pick = {"herding": herding, "kcenter": kcenter,
+                "kmeans": partial(kmeans, seed=self.seed, restarts=self.config.restarts)}[self.config.kind]
+        order = self.data.labels["train"].argsort(stable=True)
+        table = order.split(self.data.class_sizes("train").tolist())  # class -> its indices
+        return torch.cat([rows[pick(features[rows], self.ipc)] for rows in table])
 
     @property
     def images(self) -> torch.Tensor:
         """The chosen images, normalised, float32 [C * ipc, C, H, W]."""
-        return self.data.batch("train", self.select())
+        return self.data.batch("train", self.index)
 
     @property
     def labels(self) -> torch.Tensor:
-        return self.data.labels["train"][self.select()]
+        return self.data.labels["train"][self.index]
 
     @property
     def record(self) -> dict:
-        self.select()
         return {"extractor": self.extractor_record} if self.extractor_record else {}
 
     def step(self) -> dict[str, float]:
@@ -186,22 +167,7 @@ class Coreset:
         return {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"index": self.select()}
+        return {"index": self.index}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.index = state["index"].to(self.data.device)
-
-    def _select(self) -> torch.Tensor:
-        if self.config.kind == "random":
-            return select_random(self.data, self.ipc, generator(self.seed, "coreset", "random"))
-        if self.features:
-            features = self.features(self.data)
-        else:
-            features, self.extractor_record = extract_features(self.data, self.backbone, self.config, self.seed)
-        labels = self.data.labels["train"]
-        if len(features) != len(labels):
-            raise DDError(f"features has {len(features)} rows, the training set {len(labels)}: one row an image")
-        pick = {"herding": herding, "kcenter": kcenter,
-                "kmeans": partial(kmeans, seed=self.seed, restarts=self.config.restarts)}[self.config.kind]
-        table = labels.argsort(stable=True).split(self.data.class_sizes("train").tolist())  # class -> its indices
-        return torch.cat([rows[pick(features[rows], self.ipc)] for rows in table])

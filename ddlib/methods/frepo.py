@@ -94,11 +94,6 @@ def krr(f_test: Tensor, f_train: Tensor, labels: Tensor, lam: float = 1e-6) -> t
                   "the features are not finite or all zero")
 
 
-def krr_predict(f_test: Tensor, f_train: Tensor, labels: Tensor, lam: float = 1e-6) -> Tensor:
-    """Predictions float64 [N, C] of `krr`: the paper's second predictor, beside the trained network."""
-    return krr(f_test, f_train, labels, lam)[0]
-
-
 class FRePo:
     """Feature regression of `ipc` images a class on `data`, with learned labels [n, C]; `backbone` is the pool's."""
 
