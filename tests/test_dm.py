@@ -86,6 +86,14 @@ def test_chunks_of_classes_leave_the_result_alone(chunk):
     torch.testing.assert_close(after(parts, 3), after(whole, 3), rtol=0, atol=1e-12)
 
 
+def test_pieces_of_the_real_images_leave_the_result_alone():
+    data = double(arrays())
+    whole, parts = dm(data), dm(data)
+    assert whole.piece == 2**15 // 64 and dm(data, "bn").piece == 0  # BatchNorm sees all at once
+    parts.piece = 4
+    torch.testing.assert_close(after(parts, 3), after(whole, 3), rtol=0, atol=1e-12)
+
+
 def test_a_class_smaller_than_the_real_batch():
     data = double(arrays((4, 9, 9)))
     method = dm(data, batch_real=256)
