@@ -66,12 +66,12 @@ def _experts(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     syn = Synthetic.load(args.file)
-    made = syn.spec.get("values", {})
+    made, device = syn.spec.get("values", {}), pick_device(args.device)
     try:
-        data = load(args.dataset or syn.dataset, device=args.device, resolution=made.get("resolution") or None,
+        data = load(args.dataset or syn.dataset, device=device, resolution=made.get("resolution") or None,
                     zca=made.get("zca") or None)
     except DDError as error:
-        if args.dataset:
+        if args.dataset or canonical(syn.dataset) == syn.dataset:
             raise
         raise DDError(f"{error}; or say where its images are, e.g. --dataset {canonical(syn.dataset)}") from None
     print(evaluate(syn, data, backbone=args.backbone, networks=args.networks, seed=args.seed))
@@ -86,11 +86,12 @@ def _list(args: argparse.Namespace) -> None:
         found = [run for run in found if run.record["method"] == args.method]
     table = tables.runs(found)
     if args.json:
-        print(tables.to_json(table))
+        print(json.dumps(json.loads(table.to_json(orient="records")), indent=1))
     elif args.markdown:
         print(tables.markdown(table))
     elif table.empty:
-        print(f"no records in {results_folder(args.results)}; make one: python -m ddlib run dm --dataset digits --ipc 1")
+        print(f"no records{f' of {args.method}' if args.method else ''} in {results_folder(args.results)}; make one: "
+              f"python -m ddlib run {args.method or 'dm'} --dataset digits --ipc 1")
     else:
         print(table.drop(columns=["networks", "device", "protocol", "changed"]).round(1).to_string(index=False))
 

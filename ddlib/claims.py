@@ -130,12 +130,14 @@ def _answer(claim: pd.Series, table: pd.DataFrame, paths: dict[str, Path], folde
     if rows.empty:
         return none
     order = tables.summary(rows).assign(rank=lambda t: -t.profile.map(KEPT.index))
-    order = order.sort_values(["rank", "iterations", "networks"], ascending=False)
+    order["plain"] = [tables.overriding(text) == set(filter(None, text.split(", "))) for text in order.overrides]
+    order = order.sort_values(["rank", "plain", "iterations", "eval_epochs", "networks"], ascending=False)
     best = next(order.iterrows())[1].copy()
     rows = rows[(rows[["profile", "dataset", "overrides"]] == best[["profile", "dataset", "overrides"]]).all(axis=1)]
     if best.backbone == claim.network:  # the claim's own network falls short of nothing
         best["backbone"] = resolve(claim.method, claim.dataset, int(claim.ipc), "paper").values["backbone"]
-    less = tables.shortfall(best)
+    best["overrides"] = ", ".join(tables.overriding(best.overrides) - _wanted(claim))
+    less = tables.shortfall(best, "iteration=" in claim.variant)
     verdict = tables.verdict(best.profile, best.accuracy, best.pooled, (claim.value, claim.spread), less)
     return {"ours": best.accuracy, "pooled": best.pooled, "records": tuple(rows.name), "verdict": verdict,
             "kind": verdict.partition(":")[0], "cost": f"{best.distill:.0f} s distillation and {best.evaluate:.0f} s "
@@ -152,14 +154,17 @@ def _runs_of(claim: pd.Series, table: pd.DataFrame) -> pd.DataFrame:
     unnamed = claim.variant and claim.overrides is None and not claim.extra and "iteration=" not in claim.variant
     if rows.empty or unnamed:
         return rows.iloc[:0]
+    return rows[[tables.overriding(text) == _wanted(claim) for text in rows.overrides]]
+
+
+def _wanted(claim: pd.Series) -> set[str]:
+    """The overrides of a run that answers the claim, "key=value" each."""
     preset, wanted = resolve(claim.method, claim.dataset, int(claim.ipc), "paper").values, dict(claim.overrides or {})
     if claim.network.partition(":depth=")[0] not in (preset["backbone"], claim.method):  # "frepo" is FRePo's own
         wanted["backbone"] = claim.network
     if claim.method in KINDS and claim.protocol != preset["protocol"]:
         wanted["protocol"] = claim.protocol
-    wanted, free = {f"{key}={value}" for key, value in wanted.items()}, (*tables.BUDGET, "evaluations")
-    return rows[[{part for part in text.split(", ") if part.partition("=")[0] not in (*free, "")} == wanted
-                 for text in rows.overrides]]
+    return {f"{key}={value}" for key, value in wanted.items()}
 
 
 def _scored(claim: pd.Series, rows: pd.DataFrame, paths: dict[str, Path]) -> pd.DataFrame:
@@ -194,13 +199,16 @@ def _measured(how: dict[str, Any], table: pd.DataFrame, folder: Path) -> tuple[f
         asked = [row.method for row in rows.itertuples()]
         return None if pd.isna(ours) else (ours, tuple(rows.name[[m in str(how) for m in asked]]), True)
     for place in [""] if how["from"].startswith("bench/") else KEPT:
-        files = sorted((folder / place).glob(how["from"]))
-        kept = [json.loads(path.read_text()) for path in files]
-        rows = pd.DataFrame([row for rows in kept for row in (rows if isinstance(rows, list) else rows["rows"])])
+        kept = {path: json.loads(path.read_text()) for path in sorted((folder / place).glob(how["from"]))}
+        rows = [row | {"file": str(path.relative_to(folder))} for path, record in kept.items()
+                for row in (record if isinstance(record, list) else record["rows"])]
+        asked = [how[key].items() for key in ("of", "over", "minus") if key in how]
+        files = {row["file"] for row in rows if how.get("ranks") or any(each <= row.items() for each in asked)}
+        rows = pd.DataFrame(rows)
         if len(rows) and how.get("ranks"):
             rows = correlations(rows) if {"whole", how["of"]["proxy"]} <= set(rows.proxy) else rows.iloc[:0]
         if not pd.isna(ours := _figure_of(how, rows)):
-            return ours, tuple(str(path.relative_to(folder)) for path in files), place == "paper"
+            return ours, tuple(sorted(files)), place == "paper"
     return None
 
 

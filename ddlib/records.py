@@ -47,7 +47,7 @@ class Run:
 
     def transfer(self, backbone: str | None = None, *, networks: int = 3, protocol: str | None = None,
                  epochs: int | None = None, augment: str | None = None, hard: bool = False,
-                 device: str = "auto") -> dict[str, Any]:
+                 data: Dataset | None = None, device: str = "auto") -> dict[str, Any]:
         """The set under other conditions, as {backbone, mean, std, networks, ...} in per cent: another backbone
         (cross-architecture), another protocol or augmentation, or the images' classes as labels (`hard`).
 
@@ -61,7 +61,7 @@ class Run:
         key = ", ".join([f"{backbone} x {networks}", f"version {VERSION}", *(f"{k}={v}" for k, v in changes.items())])
         if key not in kept:
             spec, syn = resolve_record(self.record), self.synthetic.hardened() if hard else self.synthetic
-            data = dataset_of(spec, pick_device(device))
+            data = data or dataset_of(spec, pick_device(device))
             recipe = replace(syn.recipe, augment=augment) if augment else syn.recipe
             if protocol or epochs:
                 plain = resolve("random", spec.dataset, spec.ipc, spec.profile).run  # as the baselines are evaluated

@@ -57,8 +57,12 @@ class _Progress:
         for key in self.KEPT:
             setattr(self, key, header[key])
         self.snapshots = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("snapshot.")}
-        self.method.load_state_dict({k.removeprefix("method."): v for k, v in tensors.items()
-                                     if k.startswith("method.")})
+        state = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
+        try:
+            self.method.load_state_dict(state)
+        except KeyError as error:
+            raise DDError(f"the checkpoint {self.path} is of an older ddlib and lacks {error}; delete it to start anew"
+                          ) from None
 
     def kept(self, step: int) -> str:
         return f"the last good state, step {step}, is kept in {self.path}" if self.path.is_file() else "nothing is kept"
@@ -102,9 +106,9 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
         name = data.classes[int(data.class_sizes().argmin())]
         raise DDError(f"ipc {ipc} is more than the {smallest} training images of class {name!r} of {dataset}; "
                       f"allowed: 1 to {smallest}")
+    build(config.eval_backbone or config.backbone, data.shape, data.num_classes)  # or it fails after hours of distillation
     if teach and hasattr(spec.config, "expert_recipe"):
         _teach(spec, data, progress)
-    build(config.eval_backbone or config.backbone, data.shape, data.num_classes)  # or it fails after hours of distillation
     try:
         work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
     except ExpertsError as error:

@@ -105,6 +105,8 @@ def _measure(work: Callable[[], Any], device: torch.device, repeats: int = 3) ->
     with SavedTensors() as saved, PeakMemory(device) as peak:
         start = time.perf_counter()
         found = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         once = time.perf_counter() - start
     again = once if once > 30 else seconds(work, repeats=repeats, warm=0, device=device)
     return found, {"seconds": again, "graph bytes": saved.peak, "peak bytes": peak.bytes, "peak method": peak.method}

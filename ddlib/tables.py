@@ -27,7 +27,7 @@ COLUMNS = ["method", "dataset", "ipc", "profile", "backbone", "overrides", "prot
            "peak_method", "device", "name"]
 SETTING = ("dataset", "profile", "backbone", "ipc", "method", "overrides")  # what makes runs comparable
 BUDGET = ("iterations", "eval_epochs", "networks")  # what a shortened run has less of
-NEUTRAL = ("compile", "evaluations", "snapshots", "chunk", "backbone")  # the backbone stands in a column of its own
+NEUTRAL = ("compile", "evaluations", "snapshots", "chunk")  # what leaves the result alone
 REVIEWS = ("leaderboard", "second-hand")  # tables in which later papers evaluate a method again
 
 
@@ -50,8 +50,8 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
         rows.append({key: record[key] for key in COLUMNS if key in record} | {
             "overrides": ", ".join(f"{key}={value}" for key, value in overrides.items()),
             "protocol": values["protocol"],
-            "changed": tuple(f"{key} {_short(values[key])} for {_short(paper[key])}" for key in values
-                             if values[key] != paper[key] and key not in (*BUDGET, *NEUTRAL, *overrides)),
+            "changed": tuple(f"{key} {_short(values[key])} for {_short(paper[key])}" for key in paper
+                             if values[key] != paper[key] and key not in (*BUDGET, *NEUTRAL, "backbone", *overrides)),
             "iterations": values.get("iterations", 0),
             "eval_epochs": values["eval_epochs"],
             "accuracy": last["mean"], "std": last["std"], "best": best["mean"], "best_std": best["std"],
@@ -137,13 +137,12 @@ def curve(method: str, dataset: str) -> pd.DataFrame:
 
 
 def paper_value(method: str, dataset: str, ipc: int, protocol: str | None = None,
-                iteration: int | None = None) -> tuple[float, float, str] | None:
-    """The (value, spread, mark as in `printed`) that a paper prints for a method on its own backbone, or None where none
-    is on file; at an `iteration` of its curve if that is on file."""
-    table = published()
-    table = table[(table.method == method) & (table.dataset == canonical(dataset)) & (table.ipc == ipc)]
-    rows = table[table.variant == f"iteration={iteration}"]
-    rows = _own(table) if rows.empty else rows
+                variant: str = "") -> tuple[float, float, str] | None:
+    """The (value, spread, mark as in `printed`) that a paper prints for a method, or a variant of it such as
+    "iteration=40", on its own backbone; None where none is on file."""
+    rows = published()
+    rows = rows[(rows.method == method) & (rows.dataset == canonical(dataset)) & (rows.ipc == ipc)]
+    rows = rows[rows.variant == variant] if variant else _own(rows)
     rows = rows[rows.protocol == protocol] if protocol else rows
     return None if rows.empty else (float(rows.iloc[0].value), float(rows.iloc[0].spread), _mark(rows).iloc[0])
 
@@ -164,14 +163,23 @@ def printed(methods: Iterable[str], datasets: Iterable[str], ipcs: Iterable[int]
     return cells.reindex(columns=list(methods)).rename_axis(columns=None).reset_index()
 
 
-def shortfall(row: pd.Series) -> str:
+def shortfall(row: pd.Series, early: bool = False) -> str:
     """In what a row of `summary` is not the paper's setting, e.g. "iterations 800 of 20000, lr_img 10 for 1"; "" in
-    nothing. More than two other settings are counted; `Spec.overrides` are not among them."""
+    nothing. More than two other settings are counted; overrides, which tables show, are "the overrides" where nothing
+    else is said. `early`: the paper's figure is one of the same iteration."""
     paper = resolve(row.method, row.dataset, row.ipc, "paper").values
-    ours = {"iterations": row.iterations, "eval_epochs": row.eval_epochs, "networks": row.networks / row.seeds}
-    less = [f"{key} {value:.0f} of {paper[key]}" for key, value in ours.items() if value < paper[key]]
+    ours = {"iterations": paper["iterations"] if early else row.iterations, "eval_epochs": row.eval_epochs,
+            "networks": min(row.networks / row.seeds, paper["networks"])}  # more networks are only more certain
+    less = [f"{key} {value:.0f} of {paper[key]}" for key, value in ours.items() if value != paper[key]]
     less += [row.backbone] * (row.backbone != paper["backbone"])
-    return ", ".join(less + ([f"{len(row.changed)} more settings"] if len(row.changed) > 2 else [*row.changed]))
+    less += [f"{len(row.changed)} more settings"] if len(row.changed) > 2 else [*row.changed]
+    return ", ".join(less) or "the overrides" * bool(overriding(row.overrides))
+
+
+def overriding(overrides: str) -> set[str]:
+    """Of the `overrides` of a row, "key=value" each, those that are neither budget nor neutral."""
+    parts = filter(None, overrides.split(", "))
+    return {part for part in parts if part.partition("=")[0] not in (*BUDGET, *NEUTRAL)}
 
 
 def verdict(profile: str, ours: float, spread: float, paper: tuple | None, less: str = "") -> str:
@@ -196,9 +204,10 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for _, row in summary(table).iterrows():
-        early = row.iterations if "iterations=" in row.overrides else None
-        paper = paper_value(row.method, row.dataset, row.ipc, row.protocol if row.method == "random" else None, early)
-        less = "" if row.profile == "smoke" else shortfall(row) or "the overrides" * bool(row.overrides)
+        place = (row.method, row.dataset, row.ipc, row.protocol if row.method == "random" else None)
+        early = paper_value(*place, variant=f"iteration={row.iterations}") if "iterations=" in row.overrides else None
+        paper = early or paper_value(*place)
+        less = "" if row.profile == "smoke" else shortfall(row, early is not None)
         rows.append({"dataset": row.dataset, "profile": row.profile, "ipc": row.ipc, "method": row.method,
                      "overrides": row.overrides, "paper": _with_spread(*paper[:2]) + paper[2] if paper else "none",
                      "ours": _with_spread(row.accuracy, row.pooled, row.networks),
@@ -274,11 +283,6 @@ def _short(value: Any) -> str:
 
 def _with_spread(value: float, spread: float, count: int = 2) -> str:
     return f"{value:.1f}" if math.isnan(spread) or count < 2 else f"{value:.1f} ± {spread:.1f}"
-
-
-def to_json(table: pd.DataFrame) -> str:
-    """The rows as a JSON list, for machines."""
-    return json.dumps(json.loads(table.to_json(orient="records")), indent=1)
 
 
 def markdown(table: pd.DataFrame) -> str:

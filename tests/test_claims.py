@@ -97,6 +97,11 @@ def test_a_shortened_run_answers_and_the_longest_counts(tmp_path):
     found = judged(tmp_path, **TABLE1)
     assert (found.kind, found.ours, found.records) == ("reduced budget", 25, (longer.path.stem,))
     assert found.verdict.startswith("reduced budget: iterations 9 of 20000")
+    preset = record(tmp_path, "dm", "cifar10", 10, "paper", scores=[48.0] * 5)
+    record(tmp_path, "dm", "cifar10", 10, "paper", scores=[48.9] * 5, iterations=40000)
+    record(tmp_path, "dm", "cifar10", 10, "paper", scores=[15.0] * 10, networks=10, eval_epochs=2)
+    found = judged(tmp_path, **TABLE1)  # the preset's own run, where there is one
+    assert (found.kind, found.records) == ("reproduced", (preset.path.stem,))
 
 
 def test_variants_protocols_and_backbones_take_their_own_runs_alone(tmp_path):

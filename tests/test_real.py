@@ -97,7 +97,7 @@ def test_the_executed_notebooks_name_records_that_are_kept():
     kept = {path.stem for path in SMALL.rglob("*.json")}
     for path in sorted((SMALL.parent / "notebooks" / "small").glob("*.ipynb")):
         named = set(re.findall(r"[a-z_]+(?:-[a-z0-9_]+)+-ipc\d+-(?:small-seed\d+-)?[0-9a-f]{8}\b", path.read_text()))
-        assert named <= kept, f"{path.name}: run it again"
+        assert named <= kept and (named or path.stem != "claims"), f"{path.name}: run it again"
 
 
 @pytest.mark.parametrize("run", RECORDS, ids=lambda run: run.path.stem)

@@ -351,6 +351,14 @@ def test_a_checkpoint_of_other_images_is_refused(tmp_path, monkeypatch):
         run(tmp_path, data=data.minival())
 
 
+def test_a_checkpoint_that_lacks_a_tensor_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(DDError, match="diverged"):
+        run(tmp_path, lr_img=1e30, checkpoint_every=1)
+    monkeypatch.setattr(DM, "load_state_dict", lambda self, state: state["younger"])
+    with pytest.raises(DDError, match="is of an older ddlib and lacks 'younger'; delete it to start anew"):
+        run(tmp_path, lr_img=1e30)
+
+
 def test_a_damaged_set_is_one_sentence(ddlib, whole, tmp_path):
     done = run(tmp_path)
     path = done.path.with_suffix(".safetensors")

@@ -89,6 +89,10 @@ def test_a_shortened_run_says_so_and_a_changed_one_is_no_reproduction(tmp_path):
              record(tmp_path, "random", **place, profile="paper", scores=(30.0,) * 5, protocol="idc")]
     table = tables.compare(tables.runs(found)).set_index("method")
     assert table.verdict["dm"] == "reduced budget: the overrides"
+    longer = [record(tmp_path, **place, profile="paper", scores=(48.9,) * n, seed=7, **changes) for n, changes in (
+        (5, {"iterations": 40000}), (10, {"networks": 10}), (5, {"evaluations": 3, "compile": False}))]
+    assert list(tables.compare(tables.runs(longer)).verdict) == [
+        "reproduced", "reduced budget: iterations 40000 of 20000", "reproduced"]
     assert re.search(r"networks 2 of 5, convnet:width=32, \d+ more settings$", table.verdict["ftd"])
     assert table.verdict["dream_plus"].startswith("no published figure; reduced budget: iterations ")
     assert table.paper["idc"] == "49.0~"  # the paper's curve at iteration 0, read off its figure
@@ -186,7 +190,7 @@ def test_printed_across_names_the_sets_and_marks_what_is_from_memory():
 
 
 def test_rows_as_json(tmp_path):
-    (row,) = json.loads(tables.to_json(tables.runs([record(tmp_path)])))
+    (row,) = json.loads(tables.runs([record(tmp_path)]).to_json(orient="records"))
     assert row["method"] == "dm" and row["networks"] == [50.0, 52.0]
 
 

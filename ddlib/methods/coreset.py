@@ -20,7 +20,6 @@ import torch
 from ..backbones import build
 from ..core import DDError, generator, option
 from ..data import Dataset
-from ..kmeans import nearest
 from ..training import Recipe, accuracy, embed, train_on
 
 KINDS = ("random", "herding", "kcenter", "kmeans")
@@ -81,7 +80,11 @@ def kmeans(features: torch.Tensor, n: int, seed: int, restarts: int = 10) -> tor
 
     x = _points(features, n).cpu()
     fit = KMeans(n, init="k-means++", n_init=restarts, random_state=seed % 2**32).fit(x.numpy())
-    return nearest(x[None], torch.from_numpy(fit.cluster_centers_)[None])[0].to(features.device)
+    distance, picked = torch.cdist(torch.from_numpy(fit.cluster_centers_), x), []
+    for to_centre in distance:
+        picked.append(to_centre.argmin(keepdim=True))
+        distance[:, picked[-1]] = torch.inf
+    return torch.cat(picked).to(features.device)
 
 
 def forgetting(events: torch.Tensor, n: int, rng: torch.Generator) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Config:
     batch_real: int = option(256, least=1)  # real images a class and step; all of a smaller class
     init: str = option("real", allowed=("real", "noise", "kmeans"))  # IPC real images a class, or N(0, 1) pixels
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA, one operation a class and step
-    chunk: int = option(0, least=0)  # images in one forward pass, whole classes; 0: 256 on a CPU, 8,192 on a GPU
+    chunk: int = option(0, least=0)  # images at a time, whole classes; 0: 256 on a CPU, 8,192 on a GPU
     compile: bool = False  # torch.compile the network; same numbers to about 1e-5
     sampling: str = option("random", allowed=SAMPLINGS)  # of the real images; all but random look at features
     interval: int = option(10, least=1)  # steps between two choices of them
