@@ -55,18 +55,18 @@ class Run:
         """
         path = self.path.with_suffix(".transfer.json")
         kept = json.loads(path.read_text()) if path.is_file() else {}
-        changes = {"protocol": protocol, "epochs": epochs, "augment": augment, "hard": hard}
-        changes = {name: value for name, value in changes.items() if value}
+        changes = {"protocol": protocol, "epochs": epochs, "augment": augment, "hard": hard or None}
+        changes = {name: value for name, value in changes.items() if value is not None}
         backbone = backbone or self.synthetic.backbone
         key = ", ".join([f"{backbone} x {networks}", f"version {VERSION}", *(f"{k}={v}" for k, v in changes.items())])
         if key not in kept:
             spec, syn = resolve_record(self.record), self.synthetic.hardened() if hard else self.synthetic
             data = data or dataset_of(spec, pick_device(device))
             recipe = replace(syn.recipe, augment=augment) if augment else syn.recipe
-            if protocol or epochs:
+            if protocol or epochs is not None:
                 plain = resolve("random", spec.dataset, spec.ipc, spec.profile).run  # as the baselines are evaluated
                 name = protocol or spec.run.protocol
-                recipe = make_protocol(name, epochs=epochs or plain.eval_epochs, mirror=plain.mirror,
+                recipe = make_protocol(name, epochs=plain.eval_epochs if epochs is None else epochs, mirror=plain.mirror,
                                        augment=augment or (None if name in OWN_AUGMENT else plain.augment))
             if augment == "none":
                 recipe = replace(recipe, cutmix=0.0)  # which augments too

@@ -148,7 +148,8 @@ class Synthetic:
     @classmethod
     def load(cls, path: str | Path) -> Synthetic:
         """Read a set that `save` wrote; a damaged or foreign file is a `DDError`."""
-        tensors, header = load_tensors(Path(path), "distilled set", "delete it and run again, or name a .safetensors file that a run wrote")
+        cure = "delete it and run again, or name a .safetensors file that a run wrote"
+        tensors, header = load_tensors(Path(path), "distilled set", cure)
         snapshots = {int(name.split("@")[1]): tensors.pop(name) for name in list(tensors) if "@" in name}
         try:
             header["classes"] = tuple(header["classes"])

@@ -174,6 +174,22 @@ def test_the_verdict_of_a_factor(tmp_path):
         assert claims.judge(measured("6", **{"from": "studies/s.json"}), tmp_path).iloc[0].kind == kind
 
 
+def test_a_sum_of_fields_and_only_the_files_that_answer_are_cited(tmp_path):
+    (tmp_path / "bench").mkdir()
+    for name, row in (("b1", {"k": "a", "x": 18.0, "y": 2.0}), ("b2", {"k": "b", "x": 3.0, "y": 1.0}), ("b3", {"k": "c"})):
+        (tmp_path / "bench" / f"{name}.json").write_text(json.dumps([row]))
+    (row,) = claims.judge(measured("6", **{"from": "bench/b*.json", "field": ["x", "y"], "over": {"k": "b"}}), tmp_path).iloc
+    assert (row.ours, row.records) == (5.0, ("bench/b1.json", "bench/b2.json"))
+
+
+def test_mtts_memory_over_teslas_counts_the_weights_that_tesla_stores():
+    rows = {row["what"]: row for row in json.loads((ROOT / "results" / "bench" / "trajectory_cpu.json").read_text())}
+    total = {name: rows[f"outer step, {name}"]["graph MiB"] + rows[f"outer step, {name}"]["stored MiB"]
+             for name in ("unroll", "tesla")}
+    found = judged(ROOT / "results", quantity="memory of MTT over TESLA's", where="abstract")
+    assert found.ours == pytest.approx(total["unroll"] / total["tesla"])
+
+
 def test_counts_and_tables_hold_every_claim(tmp_path):
     record(tmp_path, "dm", "cifar10", 10, "small", scores=[48.9] * 5)
     found = claims.judge(claims.load(), tmp_path)

@@ -34,6 +34,11 @@ def test_other_protocols_use_the_datasets_own_augmentation(results, monkeypatch)
     assert seen[1].augment == "color+crop_scale_rotate" and seen[1].cutmix == 0.5
 
 
+def test_no_epochs_are_refused(results):
+    with pytest.raises(DDError, match="eval_epochs must be at least 1, not 0"):
+        dd.run("dm", "digits", ipc=1, **SHORT).transfer(networks=1, epochs=0)
+
+
 def test_the_validation_split_chooses_a_checkpoint_and_distillation_never_sees_it(results):
     run = dd.run("dm", "digits", ipc=1, minival=0.2, evaluations=3, **SHORT)
     scores = run.record["evaluations"]

@@ -458,6 +458,18 @@ def test_a_wrong_word_is_one_line_and_exit_code_2(ddlib, tmp_path, words, messag
     assert not files(tmp_path, "*.json")
 
 
+def test_a_wrong_evaluation_network_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    def trained(*_, **__):
+        raise AssertionError("trained first")
+
+    monkeypatch.setattr(DM, "step", trained)
+    monkeypatch.setattr("ddlib.runs.train_experts", trained)
+    for method in ("dm", "mtt"):
+        with pytest.raises(DDError, match="unknown backbone 'convnett'"):
+            dd.run(method, "digits", ipc=1, device="cpu", results=tmp_path, progress=False, teach=True,
+                   eval_backbone="convnett")
+
+
 def test_wrong_values_from_python(tmp_path):
     for wrong in ({"ipc": True}, {"ipc": 1.0}, {"ipc": "1"}, {"seed": None}, {"device": None}, {"zca": "pca"},
                   {"resolution": -1}, {"networks": 0}, {"evaluations": 0}, {"compile": 1}, {"backbone": 3}):
