@@ -38,8 +38,13 @@ def measure(spec: Spec, data: Dataset, repeats: int) -> dict:
     step()
     with PeakMemory(data.device) as peak:
         taken = seconds(step, repeats=repeats, device=data.device)
-    row = {"what": f"{spec.method} outer step", "ipc": spec.ipc, "compiled": spec.run.compile, "seconds": taken,
-           "peak MiB": round(peak.bytes / 2**20)}
+    row = {
+        "what": f"{spec.method} outer step",
+        "ipc": spec.ipc,
+        "compiled": spec.run.compile,
+        "seconds": taken,
+        "peak MiB": round(peak.bytes / 2**20),
+    }
     if not spec.run.compile:  # hooks would change what is compiled
         with SavedTensors() as saved:
             step()
@@ -47,8 +52,15 @@ def measure(spec: Spec, data: Dataset, repeats: int) -> dict:
     return row
 
 
-def rows_of(ipc: int, data: Dataset, rate: float, repeats: int, compile: bool = False, profile: str = "paper",
-            **overrides) -> list[dict]:
+def rows_of(
+    ipc: int,
+    data: Dataset,
+    rate: float,
+    repeats: int,
+    compile: bool = False,
+    profile: str = "paper",
+    **overrides,
+) -> list[dict]:
     """A row a method; FRePo's has its roofline. `overrides` are keys that the three methods share."""
     common = {"compile": compile, "zca": ""} | overrides
     own = {"dm": {}, "mtt": {"syn_steps": 20, "gradient": "adjoint"}, "frepo": {}}
@@ -65,14 +77,24 @@ def rows_of(ipc: int, data: Dataset, rate: float, repeats: int, compile: bool = 
 def main(device: torch.device, out: Path | None = None) -> list[dict]:
     """Print the rows, one IPC as soon as it is measured, and write them to `out` as JSON."""
     rate = sgemm_rate(device)
-    rows = [{"what": f"FRePo beside the others on {machine(device)}, sgemm {rate / 1e9:.0f} GFLOP/s"}]
+    rows = [
+        {"what": f"FRePo beside the others on {machine(device)}, sgemm {rate / 1e9:.0f} GFLOP/s"}
+    ]
     print(rows[0]["what"], flush=True)
     data, gpu = shapes(10, 256, device), device.type == "cuda"
     for ipc in (1, 10, 50) if gpu else (1, 10):
         for compile in (False, True) if gpu else (False,):
             found = rows_of(ipc, data, rate, 15 if gpu else 1, compile)
-            print("\n".join(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-                            for row in found), flush=True)
+            print(
+                "\n".join(
+                    ", ".join(
+                        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+                        for k, v in row.items()
+                    )
+                    for row in found
+                ),
+                flush=True,
+            )
             rows += found
     if out:
         out.write_text(json.dumps(rows, indent=1))

@@ -17,10 +17,25 @@ import time
 from ddlib.core import results_folder
 
 # (method, IPC, overrides), by what the arithmetic says that a run costs; experts come before the runs that need them.
-ROWS = [("random", 1, ""), ("dm", 1, ""), ("random", 10, ""), ("dm", 10, ""), ("frepo", 1, "iterations=20000"), ("dm", 50, ""),
-        ("idc", 10, "iterations=40"), ("dream", 10, "iterations=40"), ("dream_plus", 10, "iterations=40"),
-        ("mtt", 1, "experts=20"), ("tesla", 1, "experts=20"), ("ftd", 1, "experts=20"), ("mtt", 10, "experts=20"),
-        ("tesla", 10, "experts=20"), ("ftd", 10, "experts=20"), ("dsa", 1, ""), ("frepo", 10, "")]
+ROWS = [
+    ("random", 1, ""),
+    ("dm", 1, ""),
+    ("random", 10, ""),
+    ("dm", 10, ""),
+    ("frepo", 1, "iterations=20000"),
+    ("dm", 50, ""),
+    ("idc", 10, "iterations=40"),
+    ("dream", 10, "iterations=40"),
+    ("dream_plus", 10, "iterations=40"),
+    ("mtt", 1, "experts=20"),
+    ("tesla", 1, "experts=20"),
+    ("ftd", 1, "experts=20"),
+    ("mtt", 10, "experts=20"),
+    ("tesla", 10, "experts=20"),
+    ("ftd", 10, "experts=20"),
+    ("dsa", 1, ""),
+    ("frepo", 10, ""),
+]
 NEED_EXPERTS = ("mtt", "tesla", "ftd")
 STUDY = """import ddlib as dd
 from ddlib import studies
@@ -34,21 +49,40 @@ def commands(dataset: str, device: str) -> list[list[str]]:
     parts = [["-m", "pytest", "-q", "-m", "gpu", "tests"]] if device == "cuda" else []
     for name in ("dm", "trajectory", "frepo", "gradient", "kmeans"):
         if not (out := bench / f"{name}_{device}.json").is_file():
-            parts.append(["-m", "ddlib", "bench", "--only", name, "--device", device, "--out", str(out)])
+            parts.append(
+                ["-m", "ddlib", "bench", "--only", name, "--device", device, "--out", str(out)]
+            )
     for method, ipc, changes in ROWS:
-        options = [method, "--dataset", dataset, "--ipc", str(ipc), "--profile", "paper", "--device", device]
+        options = [
+            method,
+            "--dataset",
+            dataset,
+            "--ipc",
+            str(ipc),
+            "--profile",
+            "paper",
+            "--device",
+            device,
+        ]
         options += ["--set", changes] if changes else []
         parts += [["-m", "ddlib", "experts", *options]] if method in NEED_EXPERTS else []
         if method == "mtt":  # memory, time and fidelity against unrolled steps
-            parts += [["-c", STUDY.format(dataset=dataset, ipc=k, device=device)] for k in ((1,) if ipc == 1 else (10, 50))]
+            parts += [
+                ["-c", STUDY.format(dataset=dataset, ipc=k, device=device)]
+                for k in ((1,) if ipc == 1 else (10, 50))
+            ]
         parts.append(["-m", "ddlib", "run", *options, "--checkpoint-every", "1000"])
     return parts
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--dataset", default="cifar10", help="CIFAR-10, or folder:PATH with the same images")
+    parser.add_argument(
+        "--dataset", default="cifar10", help="CIFAR-10, or folder:PATH with the same images"
+    )
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     end, failed = time.monotonic() + 60 * args.minutes, 0
@@ -64,7 +98,10 @@ def main() -> int:
             print(f"== the {args.minutes:g} minutes are over; the same command goes on from here")
             break
         failed += code != 0
-        print(f"== {'done' if code == 0 else f'ended with {code}'} in {time.monotonic() - start:.0f} s", flush=True)
+        print(
+            f"== {'done' if code == 0 else f'ended with {code}'} in {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
     return int(failed > 0)
 
 

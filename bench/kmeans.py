@@ -33,8 +33,12 @@ def pool(rows: int, backbone: str = "convnet", device: torch.device | str = "cpu
     """Features [rows, d] of random pictures: octaves of noise, each half as strong as the next coarser one."""
     rng = generator(0, "bench", "kmeans")
     net = build(backbone, (3, 32, 32), 10, rng).to(device)
-    octaves = (F.interpolate(torch.randn(rows, 3, side, side, generator=rng) / side, size=32, mode="bilinear")
-               for side in (1, 2, 4, 8, 16, 32))
+    octaves = (
+        F.interpolate(
+            torch.randn(rows, 3, side, side, generator=rng) / side, size=32, mode="bilinear"
+        )
+        for side in (1, 2, 4, 8, 16, 32)
+    )
     pictures = (0.5 + 0.25 * sum(octaves)).clamp(0, 1)
     return torch.cat([net.features(piece.to(device)) for piece in pictures.split(250)])
 
@@ -56,8 +60,15 @@ def clustering(x: torch.Tensor, k: int, turns: int, defaults: bool = True) -> li
         settings = {"init": "random", "n_init": 1, **settings}
         return lambda: KMeans(k, random_state=seed, **settings).fit(points).inertia_
 
-    jobs = {f"ours, {ITERATIONS} iterations": lambda seed: lambda: float(kmeans(x[None], k, generator(seed, "bench"))[2])}
-    jobs |= {f"scikit-learn, {n} iterations": lambda seed, n=n: theirs(seed, max_iter=n) for n in (*FEWER, 20)}
+    jobs = {
+        f"ours, {ITERATIONS} iterations": lambda seed: (
+            lambda: float(kmeans(x[None], k, generator(seed, "bench"))[2])
+        )
+    }
+    jobs |= {
+        f"scikit-learn, {n} iterations": lambda seed, n=n: theirs(seed, max_iter=n)
+        for n in (*FEWER, 20)
+    }
     found = {name: [] for name in jobs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -67,17 +78,43 @@ def clustering(x: torch.Tensor, k: int, turns: int, defaults: bool = True) -> li
         if defaults:
             found["scikit-learn, defaults"] = [timed(theirs(0, init="k-means++"), device)]
     name, *others = found
-    ours, inertia = found[name], {other: fmean(value for _, value in pairs) for other, pairs in found.items()}
+    ours, inertia = (
+        found[name],
+        {other: fmean(value for _, value in pairs) for other, pairs in found.items()},
+    )
     fewest = next((other for other in others if inertia[other] <= inertia[name]), others[-1])
-    shown = dict.fromkeys((name, fewest, "scikit-learn, 20 iterations", *(o for o in others if o.endswith("defaults"))))
-    return [{"what": f"k-means, {len(x)} x {x.shape[1]}, K {k}: {other}", "seconds": median(s for s, _ in found[other]),
-             "over ours": median(theirs / mine for (theirs, _), (mine, _) in zip(found[other], ours, strict=False)),
-             "inertia over ours": inertia[other] / inertia[name]} for other in shown]
+    shown = dict.fromkeys(
+        (
+            name,
+            fewest,
+            "scikit-learn, 20 iterations",
+            *(o for o in others if o.endswith("defaults")),
+        )
+    )
+    return [
+        {
+            "what": f"k-means, {len(x)} x {x.shape[1]}, K {k}: {other}",
+            "seconds": median(s for s, _ in found[other]),
+            "over ours": median(
+                theirs / mine for (theirs, _), (mine, _) in zip(found[other], ours, strict=False)
+            ),
+            "inertia over ours": inertia[other] / inertia[name],
+        }
+        for other in shown
+    ]
 
 
 def main(device: torch.device, turns: int = 5) -> list[dict]:
     """Print the rows and return them."""
-    rows = [{"what": f"k-means on {machine(device)}"}, *clustering(pool(5000, device=device), 128, turns)]
+    rows = [
+        {"what": f"k-means on {machine(device)}"},
+        *clustering(pool(5000, device=device), 128, turns),
+    ]
     for row in rows:
-        print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        print(
+            ", ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+            ),
+            flush=True,
+        )
     return rows

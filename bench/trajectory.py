@@ -29,8 +29,12 @@ def problem(steps: int, ipc: int, device: torch.device, backbone: str = "convnet
     labels = torch.arange(10).repeat_interleave(ipc).to(device)
     images = torch.randn(len(labels), *shape, generator=rng).to(device)
     target = net.vector() + 0.01 * torch.randn(net.size, generator=rng).to(device)
-    params = [draw("color_crop_cutout_flip_scale_rotate", len(labels), shape[1:], rng, op_every=len(labels))
-              for _ in range(steps)]
+    params = [
+        draw(
+            "color_crop_cutout_flip_scale_rotate", len(labels), shape[1:], rng, op_every=len(labels)
+        )
+        for _ in range(steps)
+    ]
     batches = [torch.arange(len(labels), device=device)] * steps
     rates = torch.full((steps,), 0.01, device=device)
     return net, Segment(net.vector(), target, batches, params), images, labels, rates
@@ -42,7 +46,12 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
     times: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     for turn in range(repeats + 1):
         for engine in ENGINES:
-            taken = seconds(lambda engine=engine: match(*arguments, engine), repeats=1, warm=turn == 0, device=device)
+            taken = seconds(
+                lambda engine=engine: match(*arguments, engine),
+                repeats=1,
+                warm=turn == 0,
+                device=device,
+            )
             times[engine] += [taken] if turn else []
 
     def over(engine: str, other: str) -> float:
@@ -53,10 +62,20 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
         with SavedTensors() as saved:
             match(*arguments, engine)
         stored = steps * arguments[0].size * 4 if engine in ("tesla", "adjoint") else 0
-        rows.append({"what": f"outer step, {engine}", "steps": steps, "ipc": ipc, "seconds": median(times[engine]),
-                     "over tesla": over(engine, "tesla"), "over unroll": over(engine, "unroll"),
-                     "graph MiB": None if engine == "checkpoint" else round(saved.peak / 2**20, 1),  # unseen by hooks
-                     "stored MiB": round(stored / 2**20, 1)})
+        rows.append(
+            {
+                "what": f"outer step, {engine}",
+                "steps": steps,
+                "ipc": ipc,
+                "seconds": median(times[engine]),
+                "over tesla": over(engine, "tesla"),
+                "over unroll": over(engine, "unroll"),
+                "graph MiB": None
+                if engine == "checkpoint"
+                else round(saved.peak / 2**20, 1),  # unseen by hooks
+                "stored MiB": round(stored / 2**20, 1),
+            }
+        )
     return rows
 
 
@@ -65,7 +84,12 @@ def main(device: torch.device, out: Path | None = None) -> list[dict]:
     rows = outer_step(20, 1, device, 21)
     print(f"trajectory matching on {machine(device)}, medians of 21 repeats that take turns")
     for row in rows:
-        print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        print(
+            ", ".join(
+                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+            ),
+            flush=True,
+        )
     if out:
         out.write_text(json.dumps(rows, indent=1))
     return rows

@@ -1,9 +1,9 @@
 """ddlib: a reproducible companion to the papers on dataset distillation.
 
-    import ddlib as dd
-    data = dd.load("digits")
-    run = dd.run("dm", "digits", ipc=1, profile="smoke", seed=0)
-    dd.plots.images(run.synthetic)
+import ddlib as dd
+data = dd.load("digits")
+run = dd.run("dm", "digits", ipc=1, profile="smoke", seed=0)
+dd.plots.images(run.synthetic)
 """
 
 from importlib import import_module
@@ -18,8 +18,27 @@ from .spec import PROFILES, Spec, resolve
 from .synthetic import Synthetic
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "PROFILES", "DDError", "Dataset", "Evaluation", "Run", "Spec", "Synthetic", "evaluate",
-           "from_arrays", "load", "numbers", "plots", "prepare", "protocol", "resolve", "run", "sweep", "tables"]
+__all__ = [
+    "METHODS",
+    "PROFILES",
+    "DDError",
+    "Dataset",
+    "Evaluation",
+    "Run",
+    "Spec",
+    "Synthetic",
+    "evaluate",
+    "from_arrays",
+    "load",
+    "numbers",
+    "plots",
+    "prepare",
+    "protocol",
+    "resolve",
+    "run",
+    "sweep",
+    "tables",
+]
 LAZY = ("claims", "explore", "fairness", "plots", "studies", "tables")
 
 

@@ -16,7 +16,15 @@ from typing import NoReturn
 import yaml
 
 from . import __version__
-from .core import SOURCE, DDError, Interrupted, choose, pick_device, results_folder, write_atomically
+from .core import (
+    SOURCE,
+    DDError,
+    Interrupted,
+    choose,
+    pick_device,
+    results_folder,
+    write_atomically,
+)
 from .data import NAMES, canonical, load
 from .evaluation import evaluate
 from .methods import METHODS
@@ -24,7 +32,11 @@ from .runs import prepare, run
 from .spec import PROFILES
 from .synthetic import Synthetic
 
-DATASETS = {"smoke": "digits", "small": "cifar10", "paper": "cifar10"}  # what the notebooks reproduce on
+DATASETS = {
+    "smoke": "digits",
+    "small": "cifar10",
+    "paper": "cifar10",
+}  # what the notebooks reproduce on
 
 
 def _key_values(pairs: list[str]) -> dict[str, object]:
@@ -50,17 +62,35 @@ def _overrides(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    done = run(args.method, args.dataset, ipc=args.ipc, profile=args.profile, seed=args.seed, device=args.device,
-               results=args.results, fresh=args.fresh, checkpoint_every=args.checkpoint_every, **_overrides(args))
+    done = run(
+        args.method,
+        args.dataset,
+        ipc=args.ipc,
+        profile=args.profile,
+        seed=args.seed,
+        device=args.device,
+        results=args.results,
+        fresh=args.fresh,
+        checkpoint_every=args.checkpoint_every,
+        **_overrides(args),
+    )
     record = done.record
-    print(f"{done!r}\nrecord {done.path}\nset    {done.path.with_suffix('.safetensors')}\n"
-          f"distilled in {record['seconds']['distill']:.0f} s, evaluated in {record['seconds']['evaluate']:.0f} s, "
-          f"peak {record['peak_bytes'] / 2**20:.0f} MiB ({record['peak_method']}), {record['device']}")
+    print(
+        f"{done!r}\nrecord {done.path}\nset    {done.path.with_suffix('.safetensors')}\n"
+        f"distilled in {record['seconds']['distill']:.0f} s, evaluated in {record['seconds']['evaluate']:.0f} s, "
+        f"peak {record['peak_bytes'] / 2**20:.0f} MiB ({record['peak_method']}), {record['device']}"
+    )
 
 
 def _experts(args: argparse.Namespace) -> None:
-    paths = prepare(args.method, args.dataset, ipc=args.ipc, profile=args.profile, device=args.device,
-                    **_overrides(args))
+    paths = prepare(
+        args.method,
+        args.dataset,
+        ipc=args.ipc,
+        profile=args.profile,
+        device=args.device,
+        **_overrides(args),
+    )
     print(f"{len(paths)} experts in {paths[0].parent}")
 
 
@@ -68,12 +98,18 @@ def _evaluate(args: argparse.Namespace) -> None:
     syn = Synthetic.load(args.file)
     made, device = syn.spec.get("values", {}), pick_device(args.device)
     try:
-        data = load(args.dataset or syn.dataset, device=device, resolution=made.get("resolution") or None,
-                    zca=made.get("zca") or None)
+        data = load(
+            args.dataset or syn.dataset,
+            device=device,
+            resolution=made.get("resolution") or None,
+            zca=made.get("zca") or None,
+        )
     except DDError as error:
         if args.dataset or canonical(syn.dataset) == syn.dataset:
             raise
-        raise DDError(f"{error}; or say where its images are, e.g. --dataset {canonical(syn.dataset)}") from None
+        raise DDError(
+            f"{error}; or say where its images are, e.g. --dataset {canonical(syn.dataset)}"
+        ) from None
     print(evaluate(syn, data, backbone=args.backbone, networks=args.networks, seed=args.seed))
 
 
@@ -90,10 +126,16 @@ def _list(args: argparse.Namespace) -> None:
     elif args.markdown:
         print(tables.markdown(table))
     elif table.empty:
-        print(f"no records{f' of {args.method}' if args.method else ''} in {results_folder(args.results)}; make one: "
-              f"python -m ddlib run {args.method or 'dm'} --dataset digits --ipc 1")
+        print(
+            f"no records{f' of {args.method}' if args.method else ''} in {results_folder(args.results)}; make one: "
+            f"python -m ddlib run {args.method or 'dm'} --dataset digits --ipc 1"
+        )
     else:
-        print(table.drop(columns=["networks", "device", "protocol", "changed"]).round(1).to_string(index=False))
+        print(
+            table.drop(columns=["networks", "device", "protocol", "changed"])
+            .round(1)
+            .to_string(index=False)
+        )
 
 
 def _reproduce(args: argparse.Namespace) -> None:
@@ -101,7 +143,9 @@ def _reproduce(args: argparse.Namespace) -> None:
     try:
         import papermill
     except ImportError:
-        raise DDError("reproduce needs papermill: pip install 'ddlib[lab]', or make reproduce") from None
+        raise DDError(
+            "reproduce needs papermill: pip install 'ddlib[lab]', or make reproduce"
+        ) from None
     from . import tables
 
     notebooks = {path.stem: path for path in sorted((SOURCE / "notebooks").glob("*.ipynb"))}
@@ -110,14 +154,25 @@ def _reproduce(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures").resolve()
     # The kernels start in notebooks/: absolute paths, and the checkout's ddlib even where none is installed.
-    os.environ |= {"DDLIB_RESULTS": str(results_folder(args.results).resolve()), "DDLIB_FIGURES": str(figures),
-                   "PYTHONPATH": os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))}
+    os.environ |= {
+        "DDLIB_RESULTS": str(results_folder(args.results).resolve()),
+        "DDLIB_FIGURES": str(figures),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH")))),
+    }
     if args.profile == "smoke":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # on networks this small two threads wait for one another
-    parameters = {"profile": args.profile, "device": args.device, "dataset": args.dataset or DATASETS[args.profile]}
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # on networks this small two threads wait for one another
+    parameters = {
+        "profile": args.profile,
+        "device": args.device,
+        "dataset": args.dataset or DATASETS[args.profile],
+    }
     known = {name: papermill.inspect_notebook(str(notebooks[name])) for name in names}
     for key, value in _key_values(args.set).items():
-        choose("notebook parameter", key, sorted({k for offered in known.values() for k in offered}))
+        choose(
+            "notebook parameter", key, sorted({k for offered in known.values() for k in offered})
+        )
         parameters[key] = value
     start = time.perf_counter()
     # Smoke networks keep one core busy, so notebooks run side by side; a larger profile has the machine to itself.
@@ -125,10 +180,18 @@ def _reproduce(args: argparse.Namespace) -> None:
 
     def execute(name: str) -> None:
         taken = {key: value for key, value in parameters.items() if key in known[name]}
-        done = papermill.execute_notebook(str(notebooks[name]), target := str(out / f"{name}.ipynb"), parameters=taken,
-                                          cwd=str(SOURCE / "notebooks"), kernel_name="python3",
-                                          progress_bar=workers == 1 and sys.stderr.isatty())
-        done.metadata["papermill"] |= {"input_path": f"{name}.ipynb", "output_path": f"{name}.ipynb"}
+        done = papermill.execute_notebook(
+            str(notebooks[name]),
+            target := str(out / f"{name}.ipynb"),
+            parameters=taken,
+            cwd=str(SOURCE / "notebooks"),
+            kernel_name="python3",
+            progress_bar=workers == 1 and sys.stderr.isatty(),
+        )
+        done.metadata["papermill"] |= {
+            "input_path": f"{name}.ipynb",
+            "output_path": f"{name}.ipynb",
+        }
         papermill.iorw.write_ipynb(done, target)  # without this machine's paths
         print(f"{name}: {target}, {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -139,10 +202,14 @@ def _reproduce(args: argparse.Namespace) -> None:
                 job.result()
             except papermill.PapermillExecutionError as error:
                 pool.shutdown(cancel_futures=True)
-                raise DDError(f"notebook {jobs[job]} stopped: {error.ename}: {error.evalue}") from None
+                raise DDError(
+                    f"notebook {jobs[job]} stopped: {error.ename}: {error.evalue}"
+                ) from None
     table = tables.compare(tables.runs(tables.stored(args.results, args.profile)))
-    print(f"\n{table.to_string(index=False)}\n\n{len(names)} notebooks in {time.perf_counter() - start:.0f} s; "
-          f"figures in {figures / args.profile}")
+    print(
+        f"\n{table.to_string(index=False)}\n\n{len(names)} notebooks in {time.perf_counter() - start:.0f} s; "
+        f"figures in {figures / args.profile}"
+    )
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -150,8 +217,16 @@ def _bench(args: argparse.Namespace) -> None:
     try:
         from bench import dm, frepo, gradient, kmeans, trajectory
     except ImportError:
-        raise DDError("bench needs the source checkout of ddlib, which has the plain loops") from None
-    parts = {"dm": dm, "trajectory": trajectory, "frepo": frepo, "gradient": gradient, "kmeans": kmeans}
+        raise DDError(
+            "bench needs the source checkout of ddlib, which has the plain loops"
+        ) from None
+    parts = {
+        "dm": dm,
+        "trajectory": trajectory,
+        "frepo": frepo,
+        "gradient": gradient,
+        "kmeans": kmeans,
+    }
     rows: list[dict] = []
     for name in [args.only] if args.only else parts:
         rows += parts[name].main(pick_device(args.device))
@@ -168,7 +243,10 @@ def _site(args: argparse.Namespace) -> None:
 def _docs(args: argparse.Namespace) -> None:
     from . import site
 
-    print("\n".join(map(str, site.write_docs(args.results))) or "the tables of docs/methods are up to date")
+    print(
+        "\n".join(map(str, site.write_docs(args.results)))
+        or "the tables of docs/methods are up to date"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -186,25 +264,43 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(call=call)
         sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
         if name not in ("bench", "experts"):  # which live where DDLIB_EXPERTS or DDLIB_RESULTS says
-            sub.add_argument("--results", help="folder of the records (default: DDLIB_RESULTS, else results/)")
+            sub.add_argument(
+                "--results", help="folder of the records (default: DDLIB_RESULTS, else results/)"
+            )
         return sub
 
-    one = command("run", _run, "distil one set, evaluate it and write its record; a stopped run goes on")
+    one = command(
+        "run", _run, "distil one set, evaluate it and write its record; a stopped run goes on"
+    )
     teach = command("experts", _experts, "train the expert trajectories that such a run needs")
     for sub in (one, teach):
         sub.add_argument("method", help=", ".join(METHODS))
         sub.add_argument("--dataset", required=True, help=f"{', '.join(NAMES)}, or folder:PATH")
         sub.add_argument("--ipc", type=int, required=True, help="images per class")
-        sub.add_argument("--profile", default="smoke", help=f"{', '.join(PROFILES)} (default: smoke)")
+        sub.add_argument(
+            "--profile", default="smoke", help=f"{', '.join(PROFILES)} (default: smoke)"
+        )
         sub.add_argument("--backbone", help="e.g. convnet:width=32; default: the preset's")
-        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset key")
-    one.add_argument("--seed", type=int, default=0, help="of the distillation and its evaluation (default: 0)")
-    one.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS", help="default: 50; also every five minutes")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset key"
+        )
+    one.add_argument(
+        "--seed", type=int, default=0, help="of the distillation and its evaluation (default: 0)"
+    )
+    one.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=50,
+        metavar="STEPS",
+        help="default: 50; also every five minutes",
+    )
     one.add_argument("--fresh", action="store_true", help="ignore an old record and checkpoint")
 
     score = command("evaluate", _evaluate, "train fresh networks on a distilled set and test them")
     score.add_argument("file", help="a .safetensors file that a run wrote")
-    score.add_argument("--dataset", help="where the real test images are; default: the set's own dataset")
+    score.add_argument(
+        "--dataset", help="where the real test images are; default: the set's own dataset"
+    )
     score.add_argument("--backbone", help="another network than the set's own")
     score.add_argument("--networks", type=int, default=5, help="default: 5")
     score.add_argument("--seed", type=int, default=0, help="of the networks (default: 0)")
@@ -212,14 +308,20 @@ def parser() -> argparse.ArgumentParser:
     show = command("list", _list, "every record as a table")
     show.add_argument("--profile", choices=PROFILES)
     show.add_argument("--method", help=f"only this one: {', '.join(METHODS)}")
-    show.add_argument("--markdown", action="store_true", help="paper | ours | difference, as README.md has it")
+    show.add_argument(
+        "--markdown", action="store_true", help="paper | ours | difference, as README.md has it"
+    )
     show.add_argument("--json", action="store_true", help="one JSON list, for machines")
 
     again = command("reproduce", _reproduce, "execute the notebooks, write tables and figures")
     again.add_argument("--profile", default="smoke", choices=PROFILES)
-    again.add_argument("--dataset", help=f"default: {', '.join(f'{d} for {p}' for p, d in DATASETS.items())}")
+    again.add_argument(
+        "--dataset", help=f"default: {', '.join(f'{d} for {p}' for p, d in DATASETS.items())}"
+    )
     again.add_argument("--only", nargs="+", default=[], help="notebooks by name, e.g. dm")
-    again.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a notebook parameter")
+    again.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a notebook parameter"
+    )
 
     pages = command("site", _site, "executed notebooks, claims, methods and figures as static HTML")
     pages.add_argument("--profile", default="smoke", choices=PROFILES)
@@ -227,7 +329,11 @@ def parser() -> argparse.ArgumentParser:
     command("docs", _docs, "renew the tables in docs/methods from the records")
 
     bench = command("bench", _bench, "time and memory against a plain loop, and the roofline")
-    bench.add_argument("--only", choices=("dm", "trajectory", "frepo", "gradient", "kmeans"), help="one part; default: all")
+    bench.add_argument(
+        "--only",
+        choices=("dm", "trajectory", "frepo", "gradient", "kmeans"),
+        help="one part; default: all",
+    )
     bench.add_argument("--out", help="write the rows as JSON to this file")
     return top
 

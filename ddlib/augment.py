@@ -58,7 +58,9 @@ class DSAParams:
 
     def repeat(self, k: int) -> DSAParams:
         """Each entry k times in a row (repeat_interleave): k images of every class share the class's transform."""
-        return replace(self, op=self.op.repeat_interleave(k, -1), values=self.values.repeat_interleave(k, -1))
+        return replace(
+            self, op=self.op.repeat_interleave(k, -1), values=self.values.repeat_interleave(k, -1)
+        )
 
     def select(self, index: Tensor | slice) -> DSAParams:
         """The entries at `index`, a slice or a CPU index or mask tensor."""
@@ -83,8 +85,15 @@ def check_strategy(strategy: str) -> None:
     _parse(strategy)
 
 
-def draw(strategy: str, n: int, size: tuple[int, int], generator: torch.Generator, *, op_every: int = 1,
-         mode: str = "S") -> DSAParams:
+def draw(
+    strategy: str,
+    n: int,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    op_every: int = 1,
+    mode: str = "S",
+) -> DSAParams:
     """Draw transforms for n entries of images of `size` (H, W) from the CPU `generator`.
 
     strategy: ops joined by "_", stages by "+"; "" or "none" is no augmentation (and draws nothing).
@@ -112,8 +121,10 @@ def augment(x: Tensor, params: DSAParams) -> Tensor:
     Raises DDError when `params` was drawn for another number or size of images.
     """
     if len(x) != len(params) or tuple(x.shape[2:]) != params.size:
-        raise DDError(f"DSA parameters for {len(params)} images of {params.size[0]}x{params.size[1]} cannot be applied "
-                      f"to images of shape {tuple(x.shape)}; draw them for these images")
+        raise DDError(
+            f"DSA parameters for {len(params)} images of {params.size[0]}x{params.size[1]} cannot be applied "
+            f"to images of shape {tuple(x.shape)}; draw them for these images"
+        )
     if not len(x):
         return x
     for ops, op, values in zip(params.stages, params.op, params.values, strict=True):
@@ -139,8 +150,10 @@ def _one_each(x: Tensor, table: Table, op: Tensor, values: Tensor) -> Tensor:
     order, back = _to_device(torch.stack([order, back]), x)
     sizes = [count for _, count in groups]
     pieces = x.index_select(0, order).split(sizes)
-    done = [table.apply[name](piece, value[table.rows[name]])
-            for (name, _), piece, value in zip(groups, pieces, values.split(sizes, 1), strict=True)]
+    done = [
+        table.apply[name](piece, value[table.rows[name]])
+        for (name, _), piece, value in zip(groups, pieces, values.split(sizes, 1), strict=True)
+    ]
     return torch.cat(done).index_select(0, back)
 
 
@@ -151,8 +164,9 @@ def _to_device(table: Tensor, x: Tensor) -> Tensor:
     return table.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else table.to(x.device)
 
 
-def cutmix(x: Tensor, y: Tensor, generator: torch.Generator, p: float = 0.5,
-           n_classes: int | None = None) -> tuple[Tensor, Tensor]:
+def cutmix(
+    x: Tensor, y: Tensor, generator: torch.Generator, p: float = 0.5, n_classes: int | None = None
+) -> tuple[Tensor, Tensor]:
     """CutMix (Yun et al., ICCV 2019) as in IDC's code: with probability p, one box of every image is its partner's.
 
     x [n, C, H, W]; y int64 [n] (with `n_classes`) or float [n, classes]. Returns x and y float [n, classes]; a pasted

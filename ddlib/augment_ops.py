@@ -28,7 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CROP, CUTOUT, FREPO_CUTOUT = 0.125, 0.5, 0.25  # of the image side: 32 px -> shifts of +-4, holes of 16 px and 8 px
+CROP, CUTOUT, FREPO_CUTOUT = (
+    0.125,
+    0.5,
+    0.25,
+)  # of the image side: 32 px -> shifts of +-4, holes of 16 px and 8 px
 SCALE, ZOOM, ROTATE = 1.2, 1.25, 15.0  # side ratios in [1/1.2, 1.2] and [1/1.25, 1.25]; degrees
 
 
@@ -129,7 +133,9 @@ def _rotate(x: Tensor, value: Tensor) -> Tensor:
 def _affine(x: Tensor, theta: tuple[Tensor, ...], border: str = "zeros") -> Tensor:
     """Bilinear. Without translations align_corners changes nothing: the maps keep the centre (square images)."""
     grid = F.affine_grid(torch.stack(theta, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
-    out = F.grid_sample(x.to(grid.dtype), grid, mode="bilinear", padding_mode=border, align_corners=False)
+    out = F.grid_sample(
+        x.to(grid.dtype), grid, mode="bilinear", padding_mode=border, align_corners=False
+    )
     return out.to(x.dtype)  # half precision would place the samples up to 1/16 pixel off
 
 
@@ -137,16 +143,41 @@ def _dsa_ranges(h: int, w: int) -> list[tuple[float, float, float]]:
     shifts = [int(side * CROP + 0.5) for side in (h, w)]
     centres = [side + 1 - int(side * CUTOUT + 0.5) % 2 for side in (h, w)]
     stretch = (SCALE - 1 / SCALE, 1 / SCALE, 1)
-    return [(1, -0.5, 1), (2, 0, 1), (1, 0.5, 1), *((2 * t + 1, -t, 1) for t in shifts), *((k, 0, 1) for k in centres),
-            (2, -1, -1), stretch, stretch, (2, -1, ROTATE * math.pi / 180)]
+    return [
+        (1, -0.5, 1),
+        (2, 0, 1),
+        (1, 0.5, 1),
+        *((2 * t + 1, -t, 1) for t in shifts),
+        *((k, 0, 1) for k in centres),
+        (2, -1, -1),
+        stretch,
+        stretch,
+        (2, -1, ROTATE * math.pi / 180),
+    ]
 
 
 # Rows: brightness shift, saturation and contrast factors; crop shift (rows, columns); cutout centre (row, column);
 # flip 0/1; scale (x, y); angle in radians.
 DSA = Table(
-    {"color": _color, "crop": _crop, "cutout": _cutout, "flip": _flip, "scale": _scale, "rotate": _rotate},
-    {"color": slice(0, 3), "crop": slice(3, 5), "cutout": slice(5, 7), "flip": slice(7, 8), "scale": slice(8, 10),
-     "rotate": slice(10, 11)}, slice(3, 8), _dsa_ranges)
+    {
+        "color": _color,
+        "crop": _crop,
+        "cutout": _cutout,
+        "flip": _flip,
+        "scale": _scale,
+        "rotate": _rotate,
+    },
+    {
+        "color": slice(0, 3),
+        "crop": slice(3, 5),
+        "cutout": slice(5, 7),
+        "flip": slice(7, 8),
+        "scale": slice(8, 10),
+        "rotate": slice(10, 11),
+    },
+    slice(3, 8),
+    _dsa_ranges,
+)
 
 
 def _jitter(x: Tensor, value: Tensor) -> Tensor:
@@ -172,7 +203,9 @@ def _rotate_pixels(x: Tensor, value: Tensor) -> Tensor:
 
 def _translate(x: Tensor, value: Tensor) -> Tensor:
     one, zero = torch.ones_like(value[0]), torch.zeros_like(value[0])
-    return _affine(x, (one, zero, 2 * value[1], zero, one, 2 * value[0]), "border")  # [-1, 1] spans the image
+    return _affine(
+        x, (one, zero, 2 * value[1], zero, one, 2 * value[0]), "border"
+    )  # [-1, 1] spans the image
 
 
 def _square(x: Tensor, value: Tensor) -> Tensor:
@@ -182,14 +215,40 @@ def _square(x: Tensor, value: Tensor) -> Tensor:
 def _frepo_ranges(h: int, w: int) -> list[tuple[float, float, float]]:
     jitter, symmetric = (0.5, -0.25, 1), (2, -1, 1)
     starts = [(side - int(side * FREPO_CUTOUT) + 1, 0, 1) for side in (h, w)]
-    return [jitter, jitter, jitter, (2, -1, math.log(ZOOM)), symmetric, symmetric, *starts, (2, -1, -1),
-            (2, -1, ROTATE * math.pi / 180), (2, -1, CROP), (2, -1, CROP)]
+    return [
+        jitter,
+        jitter,
+        jitter,
+        (2, -1, math.log(ZOOM)),
+        symmetric,
+        symmetric,
+        *starts,
+        (2, -1, -1),
+        (2, -1, ROTATE * math.pi / 180),
+        (2, -1, CROP),
+        (2, -1, CROP),
+    ]
 
 
 # Rows: brightness shift, log contrast, log saturation; log zoom, its centre (row, column; +-1 is the slack's end);
 # cutout's first row and column; flip 0/1; angle in radians; shift (rows, columns) as a share of the side.
 FREPO = Table(
-    {"color": _jitter, "crop": _zoom, "cutout": _square, "flip": _flip, "rotate": _rotate_pixels,
-     "translate": _translate},
-    {"color": slice(0, 3), "crop": slice(3, 6), "cutout": slice(6, 8), "flip": slice(8, 9), "rotate": slice(9, 10),
-     "translate": slice(10, 12)}, slice(6, 9), _frepo_ranges)
+    {
+        "color": _jitter,
+        "crop": _zoom,
+        "cutout": _square,
+        "flip": _flip,
+        "rotate": _rotate_pixels,
+        "translate": _translate,
+    },
+    {
+        "color": slice(0, 3),
+        "crop": slice(3, 6),
+        "cutout": slice(6, 8),
+        "flip": slice(8, 9),
+        "rotate": slice(9, 10),
+        "translate": slice(10, 12),
+    },
+    slice(6, 9),
+    _frepo_ranges,
+)

@@ -41,13 +41,26 @@ from .core import DDError, choose
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "swish": nn.SiLU}
 NORMS = ("in", "bn", "ln", "gn", "none")
 POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d, "none": None}
-CHOICES = {"norm": NORMS, "act": tuple(ACTIVATIONS), "pool": tuple(POOLS), "order": ("post", "pre"),
-           "init": ("torch", "lecun")}
+CHOICES = {
+    "norm": NORMS,
+    "act": tuple(ACTIVATIONS),
+    "pool": tuple(POOLS),
+    "order": ("post", "pre"),
+    "init": ("torch", "lecun"),
+}
 GROUPS = 4
 
 DEFAULTS: dict[str, dict[str, object]] = {
-    "convnet": {"width": 128, "depth": None, "norm": "in", "act": "relu", "pool": "avg", "grow": 1, "order": "post",
-                "init": "torch"},
+    "convnet": {
+        "width": 128,
+        "depth": None,
+        "norm": "in",
+        "act": "relu",
+        "pool": "avg",
+        "grow": 1,
+        "order": "post",
+        "init": "torch",
+    },
     "mlp": {"width": 128, "depth": 2, "act": "relu"},
     "lenet": {"act": "relu", "pool": "max"},
     "alexnet": {"norm": "none", "act": "relu", "pool": "max"},
@@ -65,7 +78,9 @@ class Backbone(nn.Module):
     couples_samples: True when it has BatchNorm, so that an image's features depend on its batch.
     """
 
-    def __init__(self, spec: str, body: nn.Module, feature_dim: int, num_classes: int, init: str = "torch") -> None:
+    def __init__(
+        self, spec: str, body: nn.Module, feature_dim: int, num_classes: int, init: str = "torch"
+    ) -> None:
         super().__init__()
         self.spec, self.feature_dim, self.init = spec, feature_dim, init
         self.body = body
@@ -79,8 +94,12 @@ class Backbone(nn.Module):
         return self.classifier(self.features(x))
 
 
-def build(spec: str, shape: tuple[int, int, int], num_classes: int,
-          generator: torch.Generator | None = None) -> Backbone:
+def build(
+    spec: str,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    generator: torch.Generator | None = None,
+) -> Backbone:
     """The network `spec` ("name" or "name:key=value,...", see the module) for images of `shape` (C, H, W), on the CPU.
 
     Parameters are drawn by `initialise` from `generator`, or from one with seed 0.
@@ -88,19 +107,28 @@ def build(spec: str, shape: tuple[int, int, int], num_classes: int,
     """
     (name, options), shape = _parse(spec), tuple(shape)
     if len(shape) != 3 or min(shape) < 1 or num_classes < 1:
-        raise DDError(f"cannot build {spec!r} for images of shape {shape} and {num_classes} classes; "
-                      "expected (channels, height, width) and at least 1 class, all positive")
+        raise DDError(
+            f"cannot build {spec!r} for images of shape {shape} and {num_classes} classes; "
+            "expected (channels, height, width) and at least 1 class, all positive"
+        )
     defaults = dict(DEFAULTS[name])
     if name == "convnet":
         defaults["depth"] = default_depth(shape)
-    canonical = ",".join(f"{k}={options[k]}" for k in defaults if k in options and options[k] != defaults[k])
+    canonical = ",".join(
+        f"{k}={options[k]}" for k in defaults if k in options and options[k] != defaults[k]
+    )
     options = defaults | options
     init = options.pop("init", "torch")
     with torch.device("meta"):  # no memory, no random draws
         body = _Body(shape, **{k: options.pop(k) for k in ("norm", "act", "pool") if k in options})
         BUILDERS[name](body, **options)
-        net = Backbone(f"{name}:{canonical}" if canonical else name, nn.Sequential(*body.layers),
-                       math.prod(body.shape), num_classes, init)
+        net = Backbone(
+            f"{name}:{canonical}" if canonical else name,
+            nn.Sequential(*body.layers),
+            math.prod(body.shape),
+            num_classes,
+            init,
+        )
     return initialise(net.to_empty(device="cpu"), generator or torch.Generator().manual_seed(0))
 
 
@@ -126,8 +154,13 @@ def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
         elif isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.BatchNorm2d):
             module.reset_parameters()
         elif own:
-            raise DDError(f"cannot initialise a {type(module).__name__}; allowed: Conv2d, Linear and norm layers")
-    sizes, device = [p.numel() for p, _ in drawn], drawn[0][0].device if drawn else torch.device("cpu")
+            raise DDError(
+                f"cannot initialise a {type(module).__name__}; allowed: Conv2d, Linear and norm layers"
+            )
+    sizes, device = (
+        [p.numel() for p, _ in drawn],
+        drawn[0][0].device if drawn else torch.device("cpu"),
+    )
     flat = torch.empty(sum(sizes), pin_memory=device.type == "cuda")
     for chunk, (p, bound) in zip(flat.split(sizes), drawn, strict=True):
         if getattr(net, "init", "torch") == "torch":
@@ -135,8 +168,12 @@ def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
         elif p.ndim == 1:
             chunk.zero_()
         else:
-            cut = math.erf(math.sqrt(2))  # of a normal lies within two deviations, whose own deviation is 0.8796
-            chunk.uniform_(-cut, cut, generator=generator).erfinv_().mul_(math.sqrt(2) * bound / 0.87962566)
+            cut = math.erf(
+                math.sqrt(2)
+            )  # of a normal lies within two deviations, whose own deviation is 0.8796
+            chunk.uniform_(-cut, cut, generator=generator).erfinv_().mul_(
+                math.sqrt(2) * bound / 0.87962566
+            )
     for chunk, (p, _) in zip(flat.to(device, non_blocking=True).split(sizes), drawn, strict=True):
         p.copy_(chunk.view_as(p))
     return net
@@ -158,10 +195,14 @@ def _parse(spec: str) -> tuple[str, dict[str, object]]:
         key, equals, value = item.partition("=")
         choose(f"key of backbone {name}", key, defaults)
         if not equals or key in options:
-            raise DDError(f"backbone {spec!r} is not of the form {name}:key=value,... with each key once")
+            raise DDError(
+                f"backbone {spec!r} is not of the form {name}:key=value,... with each key once"
+            )
         if key in ("width", "depth", "grow"):
             if not (value.isascii() and value.isdigit() and int(value) > 0):
-                raise DDError(f"{key}={value} in backbone {spec!r} is not allowed; it must be a whole number above 0")
+                raise DDError(
+                    f"{key}={value} in backbone {spec!r} is not allowed; it must be a whole number above 0"
+                )
             options[key] = int(value)
         else:
             allowed = ("avg", "max") if key == "pool" and name != "convnet" else CHOICES[key]
@@ -172,7 +213,9 @@ def _parse(spec: str) -> tuple[str, dict[str, object]]:
 class _Body:
     """The layers so far and the (C, H, W) of the map they give."""
 
-    def __init__(self, shape: tuple[int, int, int], norm: str = "none", act: str = "relu", pool: str = "none") -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], norm: str = "none", act: str = "relu", pool: str = "none"
+    ) -> None:
         self.shape, self.layers = shape, []
         self.kind, self.act, self.pooling, self.momentum = norm, ACTIVATIONS[act], POOLS[pool], 0.1
         self.mnist = shape == (1, 28, 28)
@@ -183,8 +226,10 @@ class _Body:
 
     def need(self, name: str, side: int) -> None:
         if self.side < side:
-            raise DDError(f"images of {self.shape[1]}x{self.shape[2]} px are too small for {name}: at least {side} px "
-                          "a side are needed")
+            raise DDError(
+                f"images of {self.shape[1]}x{self.shape[2]} px are too small for {name}: at least {side} px "
+                "a side are needed"
+            )
 
     def conv(self, out: int, kernel: int = 3, padding: int = 1, *, norm: bool = True) -> None:
         """Convolution, norm, activation."""
@@ -207,21 +252,29 @@ class _Body:
         """The norm layer for maps of `shape`, as a list that is empty for none."""
         if self.kind == "gn" and shape[0] % GROUPS:
             raise DDError(f"norm=gn needs widths that are multiples of {GROUPS}, not {shape[0]}")
-        return {"in": lambda c: [nn.GroupNorm(c, c)], "bn": lambda c: [nn.BatchNorm2d(c, momentum=self.momentum)],
-                "gn": lambda c: [nn.GroupNorm(GROUPS, c)], "ln": lambda _: [nn.LayerNorm(shape)],
-                "none": lambda _: []}[self.kind](shape[0])
+        return {
+            "in": lambda c: [nn.GroupNorm(c, c)],
+            "bn": lambda c: [nn.BatchNorm2d(c, momentum=self.momentum)],
+            "gn": lambda c: [nn.GroupNorm(GROUPS, c)],
+            "ln": lambda _: [nn.LayerNorm(shape)],
+            "none": lambda _: [],
+        }[self.kind](shape[0])
 
 
 def _convnet(body: _Body, width: int, depth: int, grow: int, order: str) -> None:
     body.need("convnet", 2)
     side = 32 if body.mnist else body.side
     if body.pooling and 2**depth > side:
-        raise DDError(f"a convnet of depth {depth} halves images of {body.shape[1]}x{body.shape[2]} px away; "
-                      f"the largest depth that fits is {int(math.log2(side))} (or pool=none)")
+        raise DDError(
+            f"a convnet of depth {depth} halves images of {body.shape[1]}x{body.shape[2]} px away; "
+            f"the largest depth that fits is {int(math.log2(side))} (or pool=none)"
+        )
     body.momentum = 0.9 if order == "pre" else 0.1
     for block in range(depth):
         body.layers += body.norm(body.shape) if order == "pre" and block else []
-        body.conv(width * grow**block, padding=3 if body.mnist and block == 0 else 1, norm=order == "post")
+        body.conv(
+            width * grow**block, padding=3 if body.mnist and block == 0 else 1, norm=order == "post"
+        )
         body.pool()
 
 
@@ -263,16 +316,24 @@ class _Block(nn.Module):
         super().__init__()
         channels, h, w = body.shape
         stride = 2 if halve == "stride" else 1
-        small = {"": (h, w), "stride": ((h + 1) // 2, (w + 1) // 2), "pool": (h // 2, w // 2)}[halve]
+        small = {"": (h, w), "stride": ((h + 1) // 2, (w + 1) // 2), "pool": (h // 2, w // 2)}[
+            halve
+        ]
         body.shape, pool = (out, *small), [nn.AvgPool2d(2)] if halve == "pool" else []
         first = (out, h, w) if pool else body.shape  # the pooled variant normalises before pooling
         self.residual = nn.Sequential(
-            nn.Conv2d(channels, out, 3, stride, 1, bias=False), *body.norm(first), body.act(), *pool,
-            nn.Conv2d(out, out, 3, padding=1, bias=False), *body.norm(body.shape))
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False),
+            *body.norm(first),
+            body.act(),
+            *pool,
+            nn.Conv2d(out, out, 3, padding=1, bias=False),
+            *body.norm(body.shape),
+        )
         self.shortcut = nn.Identity()
         if halve or channels != out:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), *pool, *body.norm(body.shape))
+                nn.Conv2d(channels, out, 1, stride, bias=False), *pool, *body.norm(body.shape)
+            )
         self.act = body.act()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -287,13 +348,23 @@ def _resnet(halve: str) -> Callable[..., None]:
         body.layers += [*body.norm(body.shape), body.act()]
         for stage in range(4):
             half = halve if stage and body.side >= 4 else ""
-            body.layers += [_Block(body, width * 2**stage, half), _Block(body, width * 2**stage, "")]
+            body.layers += [
+                _Block(body, width * 2**stage, half),
+                _Block(body, width * 2**stage, ""),
+            ]
         if halve == "stride":
             body.layers.append(nn.AdaptiveAvgPool2d(1))
             body.shape = (body.shape[0], 1, 1)
+
     return builder
 
 
 BUILDERS: dict[str, Callable[..., None]] = {
-    "convnet": _convnet, "mlp": _mlp, "lenet": _lenet, "alexnet": _alexnet, "vgg11": _vgg11,
-    "resnet18": _resnet("stride"), "resnet18_ap": _resnet("pool")}
+    "convnet": _convnet,
+    "mlp": _mlp,
+    "lenet": _lenet,
+    "alexnet": _alexnet,
+    "vgg11": _vgg11,
+    "resnet18": _resnet("stride"),
+    "resnet18_ap": _resnet("pool"),
+}

@@ -36,7 +36,9 @@ def choose(what: str, value: object, allowed: Iterable[object]) -> object:
         return value
     near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise DDError(f"unknown {what} {value!r}{hint}; allowed: {', '.join(str(a) or '(empty)' for a in allowed)}")
+    raise DDError(
+        f"unknown {what} {value!r}{hint}; allowed: {', '.join(str(a) or '(empty)' for a in allowed)}"
+    )
 
 
 def numbers(text: object, kind: type = int, least: float | None = None) -> list:
@@ -79,8 +81,10 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         error = None
     except (RuntimeError, AssertionError, TypeError) as caught:
         error = caught
-    raise DDError(f"device {str(device)!r} cannot be used here; allowed: auto, cpu"
-                  f"{', cuda' if torch.cuda.is_available() else ' (no CUDA device is visible)'}") from error
+    raise DDError(
+        f"device {str(device)!r} cannot be used here; allowed: auto, cpu"
+        f"{', cuda' if torch.cuda.is_available() else ' (no CUDA device is visible)'}"
+    ) from error
 
 
 def results_folder(results: str | Path | None = None) -> Path:
@@ -121,15 +125,24 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     except OSError as error:
-        raise DDError(f"cannot write {path}: {error.strerror}; choose a writable folder (--results DIR, "
-                      f"or the environment variable DDLIB_RESULTS)") from error
+        raise DDError(
+            f"cannot write {path}: {error.strerror}; choose a writable folder (--results DIR, "
+            f"or the environment variable DDLIB_RESULTS)"
+        ) from error
     try:
-        rights = temporary.stat().st_mode  # what the umask gives; safetensors would leave the owner alone with it
+        rights = (
+            temporary.stat().st_mode
+        )  # what the umask gives; safetensors would leave the owner alone with it
         write(temporary)
         temporary.chmod(rights)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
-        raise DDError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # safetensors wraps a full disk in an error of its own
+        raise DDError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -138,7 +151,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict) -> Path:
     """Write tensors and a JSON header as one safetensors file: loading it can never run code."""
     # Copies: safetensors refuses tensors that share memory, as a set and its first snapshot may.
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sorted(tensors.items())}
+    tensors = {
+        name: value.detach().cpu().contiguous().clone() for name, value in sorted(tensors.items())
+    }
     meta = {"ddlib": json.dumps({**header, "sha256": checksum(*tensors.values())}, sort_keys=True)}
     return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
 
@@ -152,7 +167,9 @@ def load_tensors(path: Path, kind: str, cure: str) -> tuple[dict[str, torch.Tens
             header = json.loads((file.metadata() or {})["ddlib"])
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DDError(f"the {kind} {path} is damaged or not ddlib's ({type(error).__name__}); {cure}") from error
+        raise DDError(
+            f"the {kind} {path} is damaged or not ddlib's ({type(error).__name__}); {cure}"
+        ) from error
     if header.pop("sha256", None) != checksum(*tensors.values()):
         raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
     return tensors, header
@@ -175,9 +192,13 @@ def fields_from(cls: type, values: dict, what: str) -> object:
         if "allowed" in field.metadata:
             choose(f"{what} {key}", value, field.metadata["allowed"])
         if "least" in field.metadata and not value >= field.metadata["least"]:
-            raise DDError(f"{what} key {key!r} must be at least {field.metadata['least']}, not {value!r}")
+            raise DDError(
+                f"{what} key {key!r} must be at least {field.metadata['least']}, not {value!r}"
+            )
         if "below" in field.metadata and not value < field.metadata["below"]:
-            raise DDError(f"{what} key {key!r} must be below {field.metadata['below']}, not {value!r}")
+            raise DDError(
+                f"{what} key {key!r} must be below {field.metadata['below']}, not {value!r}"
+            )
         clean[key] = {"tuple": tuple, "float": float}.get(kind, lambda v: v)(value)
     return cls(**clean)
 

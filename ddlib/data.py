@@ -34,12 +34,12 @@ NAMES = ("digits", *TORCHVISION, *_RESOLUTION)
 # Channel mean and std as the released codes of DC, DM and MTT have them, kept for comparability. CIFAR-10's std is the
 # mean of the per-image std (that of all pixels is .247 .243 .262); the ImageNets share one triple.
 STATISTICS = {
-    "mnist": ((.1307,), (.3081,)),
-    "fashionmnist": ((.2861,), (.3530,)),
-    "svhn": ((.4377, .4438, .4728), (.1980, .2010, .1970)),
-    "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
-    "cifar100": ((.5071, .4866, .4409), (.2673, .2564, .2762)),
-} | dict.fromkeys(_RESOLUTION, ((.485, .456, .406), (.229, .224, .225)))
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashionmnist": ((0.2861,), (0.3530,)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+} | dict.fromkeys(_RESOLUTION, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +76,14 @@ class Dataset:
     def to(self, device: str | torch.device) -> Dataset:
         device = pick_device(device)
         labels = {split: y.to(device) for split, y in self.labels.items()}
-        return replace(self, images=_place(self.images, device), labels=labels, mean=self.mean.to(device),
-                       std=self.std.to(device), zca=self.zca and self.zca.to(device))
+        return replace(
+            self,
+            images=_place(self.images, device),
+            labels=labels,
+            mean=self.mean.to(device),
+            std=self.std.to(device),
+            zca=self.zca and self.zca.to(device),
+        )
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 0..255 or float in [0,1], [...,C,H,W] -> float32 on the device: (x - mean)/std, or ZCA if set."""
@@ -104,8 +110,13 @@ class Dataset:
         """Images of each class: int64 [C] on the device."""
         return self._by_class[choose("split", split, self.images)][1].to(self.device)
 
-    def sample(self, n: int, generator: torch.Generator, split: str = "train",
-               classes: Sequence[int] | Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator,
+        split: str = "train",
+        classes: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
         """Rows of n random images of each class (all, or those given), without replacement within a class.
 
         int64 [len(classes), n] on the device. Raises DDError when a class has fewer than n images. One uniform key
@@ -115,10 +126,14 @@ class Dataset:
         if classes is not None:
             which = torch.as_tensor(classes, dtype=torch.int64, device="cpu").flatten()
             if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < self.num_classes:
-                raise DDError(f"classes must lie in 0..{self.num_classes - 1}, not {which.tolist()[:10]}")
+                raise DDError(
+                    f"classes must lie in 0..{self.num_classes - 1}, not {which.tolist()[:10]}"
+                )
             rows, sizes = rows[which], sizes[which]
         if n < 0 or (len(sizes) and n > sizes.min()):
-            raise DDError(f"cannot sample {n} images of each class: 0 to {int(sizes.min())} is possible in {split}")
+            raise DDError(
+                f"cannot sample {n} images of each class: 0 to {int(sizes.min())} is possible in {split}"
+            )
         keys = torch.rand(rows.shape, generator=generator)
         keys.masked_fill_(torch.arange(rows.shape[1]) >= sizes[:, None], 2)
         return rows.gather(1, keys.topk(n, dim=1, largest=False).indices).to(self.device)
@@ -128,7 +143,10 @@ class Dataset:
         """split -> (row numbers of each class [C, largest class], padded; class sizes [C]), on the CPU."""
         tables = {}
         for split, labels in self.labels.items():
-            order, sizes = labels.cpu().argsort(stable=True), torch.bincount(labels.cpu(), minlength=self.num_classes)
+            order, sizes = (
+                labels.cpu().argsort(stable=True),
+                torch.bincount(labels.cpu(), minlength=self.num_classes),
+            )
             at = (sizes.cumsum(0) - sizes)[:, None] + torch.arange(int(sizes.max()))
             tables[split] = order[at.clamp(max=max(len(order) - 1, 0))], sizes
         return tables
@@ -136,7 +154,9 @@ class Dataset:
     def minival(self, fraction: float = 0.1, seed: int = 0) -> Dataset:
         """The dataset with a stratified share of train as a third split, val, for tuning; normalisation stays."""
         if not 0 < fraction < 1:
-            raise DDError(f"the fraction of train that becomes val must lie between 0 and 1, not {fraction}")
+            raise DDError(
+                f"the fraction of train that becomes val must lie between 0 and 1, not {fraction}"
+            )
         taken = carve(self.labels["train"], fraction, generator(seed, "minival"))
         return self._with({"train": ~taken, "val": taken}, f"minival {fraction} {seed}")
 
@@ -147,19 +167,35 @@ class Dataset:
 
     def _with(self, rows: dict[str, Tensor], how: str) -> Dataset:
         """The dataset whose splits `rows` are the given rows (or mask) of train."""
-        images, labels = ({split: x["train"][index.to(x["train"].device)] for split, index in rows.items()}
-                          for x in (self.images, self.labels))
-        return replace(self, images=self.images | images, labels=self.labels | labels,
-                       checksum=hashlib.sha256(f"{self.checksum} {how}".encode()).hexdigest())
+        images, labels = (
+            {split: x["train"][index.to(x["train"].device)] for split, index in rows.items()}
+            for x in (self.images, self.labels)
+        )
+        return replace(
+            self,
+            images=self.images | images,
+            labels=self.labels | labels,
+            checksum=hashlib.sha256(f"{self.checksum} {how}".encode()).hexdigest(),
+        )
 
 
 def canonical(name: str) -> str:
     """The short name: "folder:cifar10" -> "cifar10", "folder:/x/y/pets" -> "pets", any other name as it is."""
-    return os.path.basename(os.path.abspath(os.path.expanduser(name[7:]))) if name.startswith("folder:") else name
+    return (
+        os.path.basename(os.path.abspath(os.path.expanduser(name[7:])))
+        if name.startswith("folder:")
+        else name
+    )
 
 
-def load(name: str, *, device: str | torch.device = "auto", resolution: int | None = None, zca: str | None = None,
-         root: str | Path | None = None) -> Dataset:
+def load(
+    name: str,
+    *,
+    device: str | torch.device = "auto",
+    resolution: int | None = None,
+    zca: str | None = None,
+    root: str | Path | None = None,
+) -> Dataset:
     """The dataset called `name`: one of `NAMES`, or "folder:PATH" for any tree of images (see `folders`).
 
     root: the data folder, else the environment variable DDLIB_DATA, else ~/.cache/ddlib/data. torchvision's sets are
@@ -176,23 +212,41 @@ def load(name: str, *, device: str | torch.device = "auto", resolution: int | No
         raise DDError(f"resolution must be a positive number of pixels, not {resolution!r}")
     choose("zca kind", zca, (None, *KINDS))
     device = pick_device(device)
-    root = Path(root or os.environ.get("DDLIB_DATA") or "~/.cache/ddlib/data").expanduser().absolute()
+    root = (
+        Path(root or os.environ.get("DDLIB_DATA") or "~/.cache/ddlib/data").expanduser().absolute()
+    )
     if name != "digits" and name not in TORCHVISION:
         files = tree(name, root)
         _, classes, samples = files
-        decoded = decoding.read(files, resolution or _RESOLUTION.get(name), grey=name.startswith("folder:"))
-        splits = {s: (x, torch.tensor([y for _, y in samples[s]], dtype=torch.int64)) for s, (x, _) in decoded.items()}
-        return _assemble(name, classes, splits, device, zca, {s: sha for s, (_, sha) in decoded.items()})
+        decoded = decoding.read(
+            files, resolution or _RESOLUTION.get(name), grey=name.startswith("folder:")
+        )
+        splits = {
+            s: (x, torch.tensor([y for _, y in samples[s]], dtype=torch.int64))
+            for s, (x, _) in decoded.items()
+        }
+        return _assemble(
+            name, classes, splits, device, zca, {s: sha for s, (_, sha) in decoded.items()}
+        )
     classes, splits = _digits() if name == "digits" else _torchvision(name, root)
     size = splits["train"][0].shape[-1]
     if resolution not in (None, size):
-        raise DDError(f"{name} comes at resolution {size}; only folders and the ImageNets can be resized")
+        raise DDError(
+            f"{name} comes at resolution {size}; only folders and the ImageNets can be resized"
+        )
     return _assemble(name, classes, splits, device, zca)
 
 
-def from_arrays(train_images: np.ndarray | Tensor, train_labels: np.ndarray | Tensor, test_images: np.ndarray | Tensor,
-                test_labels: np.ndarray | Tensor, *, classes: Sequence[str] | None = None, name: str = "arrays",
-                device: str | torch.device = "auto") -> Dataset:
+def from_arrays(
+    train_images: np.ndarray | Tensor,
+    train_labels: np.ndarray | Tensor,
+    test_images: np.ndarray | Tensor,
+    test_labels: np.ndarray | Tensor,
+    *,
+    classes: Sequence[str] | None = None,
+    name: str = "arrays",
+    device: str | torch.device = "auto",
+) -> Dataset:
     """A dataset of your own: images uint8 or float in [0,1] (rounded to 8 bits), [N,H,W], [N,H,W,C] or [N,C,H,W] with
     C of 1 or 3; labels integers [N] in 0..classes-1, every class present in train; test may be empty.
 
@@ -201,24 +255,40 @@ def from_arrays(train_images: np.ndarray | Tensor, train_labels: np.ndarray | Te
     """
     splits = {}
     for split, *pair in (("train", train_images, train_labels), ("test", test_images, test_labels)):
-        x, y = (v.detach().cpu() if isinstance(v, Tensor) else torch.as_tensor(np.ascontiguousarray(v)) for v in pair)
+        x, y = (
+            v.detach().cpu() if isinstance(v, Tensor) else torch.as_tensor(np.ascontiguousarray(v))
+            for v in pair
+        )
         x = _as_pixels(f"{split} images", x)
-        if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise DDError(f"{split} labels must be integers of shape [{len(x)}], not {y.dtype} {list(y.shape)}")
+        if (
+            y.shape != x.shape[:1]
+            or y.is_floating_point()
+            or y.is_complex()
+            or y.dtype == torch.bool
+        ):
+            raise DDError(
+                f"{split} labels must be integers of shape [{len(x)}], not {y.dtype} {list(y.shape)}"
+            )
         splits[split] = x, y.long().clone()
     (train, train_y), (test, _) = splits.values()
     if not len(train):
         raise DDError("the train split is empty; at least one image of each class is needed")
     if train.shape[1:] != test.shape[1:]:
-        raise DDError(f"train and test images must share one shape, not {[*train.shape[1:]]} and {[*test.shape[1:]]}")
+        raise DDError(
+            f"train and test images must share one shape, not {[*train.shape[1:]]} and {[*test.shape[1:]]}"
+        )
     classes = tuple(map(str, classes if classes is not None else range(int(train_y.max()) + 1)))
     for split, (_, y) in splits.items():
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(classes):
-            raise DDError(f"{split} labels must lie in 0..{len(classes) - 1}, not {int(y.min())}..{int(y.max())}")
+            raise DDError(
+                f"{split} labels must lie in 0..{len(classes) - 1}, not {int(y.min())}..{int(y.max())}"
+            )
     absent = (torch.bincount(train_y, minlength=len(classes)) == 0).nonzero().flatten().tolist()
     if absent:
-        raise DDError(f"every class needs an image in train, and {len(absent)} have none: {classes[absent[0]]}"
-                      f"{', ...' if len(absent) > 1 else ''}")
+        raise DDError(
+            f"every class needs an image in train, and {len(absent)} have none: {classes[absent[0]]}"
+            f"{', ...' if len(absent) > 1 else ''}"
+        )
     return _assemble(name, classes, splits, pick_device(device))
 
 
@@ -227,9 +297,15 @@ def _digits() -> tuple[Sequence[str], Splits]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    pixels, labels = _as_pixels("digits", torch.as_tensor(found.images / 16)), torch.as_tensor(found.target).long()
+    pixels, labels = (
+        _as_pixels("digits", torch.as_tensor(found.images / 16)),
+        torch.as_tensor(found.target).long(),
+    )
     test = carve(labels, 500 / 1797, generator(0, "digits"))
-    return "0123456789", {"train": (pixels[~test], labels[~test]), "test": (pixels[test], labels[test])}
+    return "0123456789", {
+        "train": (pixels[~test], labels[~test]),
+        "test": (pixels[test], labels[test]),
+    }
 
 
 def _torchvision(name: str, root: Path) -> tuple[Sequence[str], Splits]:
@@ -240,24 +316,37 @@ def _torchvision(name: str, root: Path) -> tuple[Sequence[str], Splits]:
         which = {"split": split} if name == "svhn" else {"train": split == "train"}
         try:
             found = getattr(torchvision.datasets, kind)(str(root), download=True, **which)
-        except Exception as error:  # URLError, RuntimeError, TarError, EOFError, ...: torchvision lets all through
-            raise DDError(f"cannot read {name} from {root} or download it ({type(error).__name__}); "
-                          f"without internet, put {by_hand} into {root}") from error
+        except (
+            Exception
+        ) as error:  # URLError, RuntimeError, TarError, EOFError, ...: torchvision lets all through
+            raise DDError(
+                f"cannot read {name} from {root} or download it ({type(error).__name__}); "
+                f"without internet, put {by_hand} into {root}"
+            ) from error
         labels = found.labels if name == "svhn" else found.targets
-        splits[split] = _as_pixels(name, torch.as_tensor(found.data)), torch.as_tensor(labels, dtype=torch.int64)
+        splits[split] = (
+            _as_pixels(name, torch.as_tensor(found.data)),
+            torch.as_tensor(labels, dtype=torch.int64),
+        )
     return getattr(found, "classes", "0123456789"), splits
 
 
 def _as_pixels(what: str, x: Tensor) -> Tensor:
     """uint8 [N,C,H,W] in memory of its own."""
-    axes = [1] if x.ndim == 3 else [axis for axis in (1, 3) if x.ndim == 4 and x.shape[axis] in (1, 3)]
+    axes = (
+        [1] if x.ndim == 3 else [axis for axis in (1, 3) if x.ndim == 4 and x.shape[axis] in (1, 3)]
+    )
     if len(axes) != 1 or 0 in x.shape[1:]:
-        raise DDError(f"{what} must be [N,H,W], [N,H,W,C] or [N,C,H,W] with C of 1 or 3, not {list(x.shape)}"
-                      f"{', which could be either' if len(axes) == 2 else ''}")
+        raise DDError(
+            f"{what} must be [N,H,W], [N,H,W,C] or [N,C,H,W] with C of 1 or 3, not {list(x.shape)}"
+            f"{', which could be either' if len(axes) == 2 else ''}"
+        )
     if x.is_floating_point():
         if x.numel() and not 0 <= x.min() <= x.max() <= 1:
-            raise DDError(f"{what} as floats must lie in [0,1], not {float(x.min()):g}..{float(x.max()):g}; "
-                          f"divide by 255 or give uint8, and remove any NaN")
+            raise DDError(
+                f"{what} as floats must lie in [0,1], not {float(x.min()):g}..{float(x.max()):g}; "
+                f"divide by 255 or give uint8, and remove any NaN"
+            )
         x = (x * 255).round().to(torch.uint8)
     if x.dtype != torch.uint8:
         raise DDError(f"{what} must be uint8 or float in [0,1], not {x.dtype}")
@@ -265,16 +354,26 @@ def _as_pixels(what: str, x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _assemble(name: str, classes: Sequence[str], splits: Splits, device: torch.device, zca: str | None = None,
-              sums: dict[str, str] | None = None) -> Dataset:
+def _assemble(
+    name: str,
+    classes: Sequence[str],
+    splits: Splits,
+    device: torch.device,
+    zca: str | None = None,
+    sums: dict[str, str] | None = None,
+) -> Dataset:
     images, labels = ({split: pair[i] for split, pair in splits.items()} for i in (0, 1))
     sums = sums or {split: checksum(x) for split, x in images.items()}
-    parts = "\n".join(f"{split} {sums[split]} {checksum(labels[split])}" for split in sorted(splits))
+    parts = "\n".join(
+        f"{split} {sums[split]} {checksum(labels[split])}" for split in sorted(splits)
+    )
     digest = hashlib.sha256(parts.encode()).hexdigest()
     known = STATISTICS.get(canonical(name))
     fits = known and len(known[0]) == images["train"].shape[1]
     mean, std = (torch.tensor(known) if fits else _statistics(images["train"])).view(2, -1, 1, 1)
-    whitening = zca and ZCA.fit_cached(images["train"], zca, device, sums["train"], decoding.cache_folder())
+    whitening = zca and ZCA.fit_cached(
+        images["train"], zca, device, sums["train"], decoding.cache_folder()
+    )
     return Dataset(name, tuple(classes), images, labels, mean, std, digest, whitening).to(device)
 
 

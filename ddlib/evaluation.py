@@ -25,26 +25,55 @@ VERSION = 1  # raise it when a change here or in training.py changes results: ol
 
 def _idc(name: str, epochs: int) -> Recipe:
     """IDC's, also DREAM's and DREAM+'s (released code): trained on the decoded set with CutMix instead of cutout."""
-    return Recipe(name, epochs=epochs, batch=64, drops=(2 * epochs // 3, 5 * epochs // 6), drop=0.2, reset=False,
-                  augment="color+flip+crop_scale_rotate", cutmix=0.5,
-                  tests=tuple(max(1, epochs * k // 4) for k in (1, 2, 3, 4)))
+    return Recipe(
+        name,
+        epochs=epochs,
+        batch=64,
+        drops=(2 * epochs // 3, 5 * epochs // 6),
+        drop=0.2,
+        reset=False,
+        augment="color+flip+crop_scale_rotate",
+        cutmix=0.5,
+        tests=tuple(max(1, epochs * k // 4) for k in (1, 2, 3, 4)),
+    )
 
 
 def _frepo(name: str, epochs: int) -> Recipe:
     """FRePo's (released code): Adam on the learned labels' squared error, with warm-up and a cosine to 1 %."""
-    return Recipe(name, epochs=epochs, lr=3e-4, batch=500, drops=(), optimiser="adam", loss="mse", warmup=500,
-                  cosine=0.01, augment="frepo:flip_color_crop_rotate_translate_cutout")
+    return Recipe(
+        name,
+        epochs=epochs,
+        lr=3e-4,
+        batch=500,
+        drops=(),
+        optimiser="adam",
+        loss="mse",
+        warmup=500,
+        cosine=0.01,
+        augment="frepo:flip_color_crop_rotate_translate_cutout",
+    )
 
 
 # name -> (the recipe for E epochs, the usual E). Source: Zhao et al., DC (ICLR 2021), DSA (ICML 2021), DM (WACV 2023),
 # released code. DM evaluates as DSA does. MTT, TESLA and FTD too, at the learned step size; DATM's batches are of 128.
 PROTOCOLS: dict[str, tuple[Callable[[str, int], Recipe], int]] = {
-    "dc": (partial(halved, augment="none"), 300), "dsa": (halved, 1000), "dm": (halved, 1000), "mtt": (halved, 1000),
-    "datm": (partial(halved, batch=128), 1000), "idc": (_idc, 1000), "frepo": (_frepo, 1000)}
-OWN_AUGMENT = ("idc", "frepo")  # protocols with an augmentation of their own, whatever distillation uses
+    "dc": (partial(halved, augment="none"), 300),
+    "dsa": (halved, 1000),
+    "dm": (halved, 1000),
+    "mtt": (halved, 1000),
+    "datm": (partial(halved, batch=128), 1000),
+    "idc": (_idc, 1000),
+    "frepo": (_frepo, 1000),
+}
+OWN_AUGMENT = (
+    "idc",
+    "frepo",
+)  # protocols with an augmentation of their own, whatever distillation uses
 
 
-def protocol(name: str, *, epochs: int | None = None, augment: str | None = None, mirror: bool = True) -> Recipe:
+def protocol(
+    name: str, *, epochs: int | None = None, augment: str | None = None, mirror: bool = True
+) -> Recipe:
     """The recipe of a protocol; `epochs` shortens or lengthens it (E means E + 1 passes in the DC family), `augment`
     replaces its augmentation, where it has one, and without `mirror` the protocol's own has no flip (digits)."""
     make, usual = PROTOCOLS[choose("protocol", name, PROTOCOLS)]
@@ -83,19 +112,32 @@ class Evaluation:
         return pstdev(self.accuracies)
 
     def __str__(self) -> str:
-        return (f"{self.mean:.1f} ± {self.std:.1f} % ({len(self.accuracies)} x {self.backbone}, "
-                f"{self.recipe.name} protocol, {self.recipe.epochs} epochs)")
+        return (
+            f"{self.mean:.1f} ± {self.std:.1f} % ({len(self.accuracies)} x {self.backbone}, "
+            f"{self.recipe.name} protocol, {self.recipe.epochs} epochs)"
+        )
 
 
 @lru_cache(maxsize=2)
-def _network(spec: str, shape: tuple, classes: int, device: torch.device, fast: bool) -> tuple[Backbone, object]:
+def _network(
+    spec: str, shape: tuple, classes: int, device: torch.device, fast: bool
+) -> tuple[Backbone, object]:
     """A network and its forward pass; kept, since compiling costs more than a short training."""
     net = build(spec, shape, classes).to(device)
     return net, compiled(net.forward) if fast else net
 
 
-def evaluate(syn: Synthetic, data: Dataset, *, backbone: str | None = None, networks: int = 5, seed: int = 0,
-             recipe: Recipe | None = None, split: str = "test", compile: bool = False) -> Evaluation:
+def evaluate(
+    syn: Synthetic,
+    data: Dataset,
+    *,
+    backbone: str | None = None,
+    networks: int = 5,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    split: str = "test",
+    compile: bool = False,
+) -> Evaluation:
     """Train `networks` fresh networks on `syn` under its own protocol (or `recipe`) and test each on `data`.
 
     The last epoch counts; no epoch is picked. Network k depends on (seed, k) alone. Raises `DDError` where set and
@@ -112,7 +154,9 @@ def evaluate(syn: Synthetic, data: Dataset, *, backbone: str | None = None, netw
     recipe, start = recipe or syn.recipe, time.perf_counter()
     syn = syn.to(data.device)
     images, labels = syn.training_set()
-    net, forward = _network(backbone or syn.backbone, data.shape, data.num_classes, data.device, compile)
+    net, forward = _network(
+        backbone or syn.backbone, data.shape, data.num_classes, data.device, compile
+    )
     scores, extras = [], defaultdict(list)
     noted: list[float] = []
 
@@ -124,7 +168,15 @@ def evaluate(syn: Synthetic, data: Dataset, *, backbone: str | None = None, netw
     for k in range(networks):
         noted.clear()
         initialise(net, generator(seed, "evaluate", "weights", k))
-        train(net, images, labels, recipe, generator(seed, "evaluate", "order", k), forward=forward, after_epoch=test)
+        train(
+            net,
+            images,
+            labels,
+            recipe,
+            generator(seed, "evaluate", "order", k),
+            forward=forward,
+            after_epoch=test,
+        )
         scores.append(accuracy(net, data, split, forward=forward))
         if noted:
             extras["best"].append(max(*noted, scores[-1]))
@@ -132,8 +184,13 @@ def evaluate(syn: Synthetic, data: Dataset, *, backbone: str | None = None, netw
             extras["val"].append(accuracy(net, data, "val", forward=forward))
         if recipe.loss == "mse":
             extras["krr"].append(_krr(net, syn, data, split))
-    return Evaluation(tuple(scores), recipe, net.spec, time.perf_counter() - start,
-                      {name: tuple(values) for name, values in extras.items()})
+    return Evaluation(
+        tuple(scores),
+        recipe,
+        net.spec,
+        time.perf_counter() - start,
+        {name: tuple(values) for name, values in extras.items()},
+    )
 
 
 @torch.no_grad()
@@ -142,8 +199,13 @@ def _krr(net: Backbone, syn: Synthetic, data: Dataset, split: str) -> float:
     from .methods.frepo import krr
 
     images, labels = syn.training_set()
-    if syn.spec.get("values", {}).get("flip") == "on":  # mirrored copies stand beside the images, as in distillation
-        images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2, *[1] * (labels.ndim - 1))
+    if (
+        syn.spec.get("values", {}).get("flip") == "on"
+    ):  # mirrored copies stand beside the images, as in distillation
+        images, labels = (
+            torch.cat([images, images.flip(3)]),
+            labels.repeat(2, *[1] * (labels.ndim - 1)),
+        )
     targets = labels if labels.is_floating_point() else F.one_hot(labels, data.num_classes).float()
     net.eval()
     support = torch.cat([net.features(x) for x in images.split(500)])

@@ -44,7 +44,9 @@ class ExpertsError(DDError):
 class ExpertRecipe:
     """How every expert of a set was trained; the defaults are MTT's and TESLA's released ones."""
 
-    epochs: int = 50  # the weights after each are kept, so train only what the start epochs can reach
+    epochs: int = (
+        50  # the weights after each are kept, so train only what the start epochs can reach
+    )
     lr: float = 0.01
     batch: int = 256
     augment: str = "color_crop_cutout_flip_scale_rotate"
@@ -56,7 +58,11 @@ class ExpertRecipe:
     @property
     def facts(self) -> dict:
         """What names a set of experts: random sampling, the only one there once was, is left out."""
-        return {key: value for key, value in asdict(self).items() if (key, value) != ("sampling", "random")}
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if (key, value) != ("sampling", "random")
+        }
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,30 @@ def folder(data: Dataset, backbone: str, recipe: ExpertRecipe) -> Path:
 
 
 def _header(data: Dataset, net: Backbone, recipe: ExpertRecipe) -> dict:
-    return {"dataset": data.name, "dataset_checksum": data.checksum, "zca": data.zca.id if data.zca else None,
-            "backbone": net.spec, "recipe": recipe.facts}
+    return {
+        "dataset": data.name,
+        "dataset_checksum": data.checksum,
+        "zca": data.zca.id if data.zca else None,
+        "backbone": net.spec,
+        "recipe": recipe.facts,
+    }
 
 
-def flatten_gradient(parameters: list[torch.Tensor], closure: Callable[[], torch.Tensor], recipe: ExpertRecipe) -> None:
+def flatten_gradient(
+    parameters: list[torch.Tensor], closure: Callable[[], torch.Tensor], recipe: ExpertRecipe
+) -> None:
     """Replace every parameter's `.grad` g by the flat direction; `closure` gives the batch's loss anew."""
     g = [p.grad.clone() for p in parameters]
-    weighted = g if recipe.flat == "sam" else [p.detach().abs() * a for p, a in zip(parameters, g, strict=True)]
+    weighted = (
+        g
+        if recipe.flat == "sam"
+        else [p.detach().abs() * a for p, a in zip(parameters, g, strict=True)]
+    )
     scale = recipe.rho / (torch.cat([w.flatten() for w in weighted]).norm() + 1e-12)
-    eps = [w * scale if recipe.flat == "sam" else p.detach().abs() * w * scale
-           for p, w in zip(parameters, weighted, strict=True)]
+    eps = [
+        w * scale if recipe.flat == "sam" else p.detach().abs() * w * scale
+        for p, w in zip(parameters, weighted, strict=True)
+    ]
     with torch.no_grad():
         for p, e in zip(parameters, eps, strict=True):
             p.add_(e)
@@ -109,19 +128,35 @@ def flatten_gradient(parameters: list[torch.Tensor], closure: Callable[[], torch
             p.grad.sub_(a - share * p.grad, alpha=recipe.alpha)
 
 
-def train_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int, *, compile: bool = False,
-                  progress: bool = True) -> list[Path]:
+def train_experts(
+    data: Dataset,
+    backbone: str,
+    recipe: ExpertRecipe,
+    count: int,
+    *,
+    compile: bool = False,
+    progress: bool = True,
+) -> list[Path]:
     """Train experts 0..count-1 that are not there yet and return their files; a stopped call goes on where it was."""
     if count < 1 or recipe.epochs < 1:
-        raise DDError(f"experts and their epochs must be at least 1, not {count} and {recipe.epochs}")
+        raise DDError(
+            f"experts and their epochs must be at least 1, not {count} and {recipe.epochs}"
+        )
     place = folder(data, backbone, recipe)
     net = build(backbone, data.shape, data.num_classes).to(data.device)
     flat, forward = FlatNet(net), compiled(net.forward) if compile else net
-    sgd = Recipe("expert", recipe.epochs, recipe.lr, 0.0, 0.0, recipe.batch, (), augment=recipe.augment)
-    adjust = None if recipe.flat == "plain" else lambda closure: flatten_gradient(list(net.parameters()), closure,
-                                                                                  recipe)
+    sgd = Recipe(
+        "expert", recipe.epochs, recipe.lr, 0.0, 0.0, recipe.batch, (), augment=recipe.augment
+    )
+    adjust = (
+        None
+        if recipe.flat == "plain"
+        else lambda closure: flatten_gradient(list(net.parameters()), closure, recipe)
+    )
     paths = [place / f"expert-{seed:03d}.safetensors" for seed in range(count)]
-    for seed, path in enumerate(tqdm(paths, desc=f"experts, {data.name}", disable=not progress, leave=False)):
+    for seed, path in enumerate(
+        tqdm(paths, desc=f"experts, {data.name}", disable=not progress, leave=False)
+    ):
         if path.is_file():
             continue
         start = time.perf_counter()
@@ -135,14 +170,31 @@ def train_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int
         if recipe.sampling == "dream":
             from .methods.dream import expert_batches  # a method, and methods import this file
 
-            fetch = expert_batches(data, net, recipe.batch, generator(seed, "expert", "representatives"))
-        train(net, fetch, data.labels["train"], sgd, generator(seed, "expert"),
-              forward=forward, after_epoch=keep, adjust=adjust)
+            fetch = expert_batches(
+                data, net, recipe.batch, generator(seed, "expert", "representatives")
+            )
+        train(
+            net,
+            fetch,
+            data.labels["train"],
+            sgd,
+            generator(seed, "expert"),
+            forward=forward,
+            after_epoch=keep,
+            adjust=adjust,
+        )
         score = accuracy(net, data) if len(data.labels["test"]) else None
-        save_tensors(path, {"weights": torch.stack(weights)},
-                     _header(data, net, recipe) | {"seed": seed, "test_accuracy": score})
-        seconds = json.dumps({"seconds": round(time.perf_counter() - start, 3)})  # beside it: its bytes stay the same
-        write_atomically(path.with_suffix(".json"), lambda temporary, text=seconds: temporary.write_text(text))
+        save_tensors(
+            path,
+            {"weights": torch.stack(weights)},
+            _header(data, net, recipe) | {"seed": seed, "test_accuracy": score},
+        )
+        seconds = json.dumps(
+            {"seconds": round(time.perf_counter() - start, 3)}
+        )  # beside it: its bytes stay the same
+        write_atomically(
+            path.with_suffix(".json"), lambda temporary, text=seconds: temporary.write_text(text)
+        )
     return paths
 
 
@@ -153,40 +205,60 @@ def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int)
     network or recipe.
     """
     net = build(backbone, data.shape, data.num_classes)
-    wanted, place, weights, seconds = _header(data, net, recipe), folder(data, backbone, recipe), [], 0.0
+    wanted, place, weights, seconds = (
+        _header(data, net, recipe),
+        folder(data, backbone, recipe),
+        [],
+        0.0,
+    )
     for seed in range(count):
         path = place / f"expert-{seed:03d}.safetensors"
         if not path.is_file():
-            raise ExpertsError(f"no expert {seed} of the {count} that this run needs at {path}; make the experts first")
+            raise ExpertsError(
+                f"no expert {seed} of the {count} that this run needs at {path}; make the experts first"
+            )
         try:
             tensors, header = load_tensors(path, f"expert {seed}", "delete it and make it anew")
         except DDError as error:
             raise ExpertsError(str(error)) from None
         for key, value in wanted.items():
             if header.get(key) != value:
-                raise ExpertsError(f"the expert {path.name} was made with {key} {header.get(key)!r}, this run has "
-                                   f"{value!r}; delete {path} and make it anew")
+                raise ExpertsError(
+                    f"the expert {path.name} was made with {key} {header.get(key)!r}, this run has "
+                    f"{value!r}; delete {path} and make it anew"
+                )
         rows = tensors["weights"]
         if not (rows[1:] != rows[:-1]).any(1).all() or not torch.isfinite(rows).all():
-            raise ExpertsError(f"two epochs of the expert {path} hold the same weights, or weights that are not "
-                               "finite; delete it and make it anew")
+            raise ExpertsError(
+                f"two epochs of the expert {path} hold the same weights, or weights that are not "
+                "finite; delete it and make it anew"
+            )
         weights.append(rows)
         timed = path.with_suffix(".json")
         seconds += json.loads(timed.read_text())["seconds"] if timed.is_file() else math.nan
     return Experts(weights, seconds)
 
 
-def sharpness(net: FlatNet, theta: torch.Tensor, data: Dataset, *, images: int = 1024, iterations: int = 20,
-              seed: int = 0) -> float:
+def sharpness(
+    net: FlatNet,
+    theta: torch.Tensor,
+    data: Dataset,
+    *,
+    images: int = 1024,
+    iterations: int = 20,
+    seed: int = 0,
+) -> float:
     """Top eigenvalue of the training loss's Hessian at `theta` [P] on a fixed sample of images, by Lanczos's iteration.
 
     That is power iteration which keeps its vectors. The plain one finds the largest magnitude: at initialisation, as
     often as not, a negative eigenvalue.
     """
-    rows = torch.randperm(len(data.labels["train"]), generator=generator(seed, "sharpness"))[:images].to(data.device)
+    rows = torch.randperm(len(data.labels["train"]), generator=generator(seed, "sharpness"))[
+        :images
+    ].to(data.device)
     x, y = data.batch("train", rows), data.labels["train"][rows]
     theta = theta.to(data.device).detach().requires_grad_()
-    gradient, = torch.autograd.grad(F.cross_entropy(net(theta, x), y), theta, create_graph=True)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(net(theta, x), y), theta, create_graph=True)
     v = torch.randn(net.size, generator=generator(seed, "sharpness", "start")).to(theta)
     basis, products = torch.zeros(0, net.size).to(theta), torch.zeros(0, net.size).to(theta)
     for _ in range(min(iterations, net.size)):
@@ -196,7 +268,7 @@ def sharpness(net: FlatNet, theta: torch.Tensor, data: Dataset, *, images: int =
         if v.norm() < 1e-4 * length:  # the basis holds it all, and what is left is rounding
             break
         basis = torch.cat([basis, v[None] / v.norm()])
-        v, = torch.autograd.grad(gradient @ basis[-1], theta, retain_graph=True)
+        (v,) = torch.autograd.grad(gradient @ basis[-1], theta, retain_graph=True)
         products = torch.cat([products, v[None]])
     hessian = (products @ basis.T).double()  # seen from the basis
     return float(torch.linalg.eigvalsh((hessian + hessian.T) / 2)[-1])

@@ -75,13 +75,17 @@ def lrs(real: float, hard: float, own: float, random: float, w: float = 0.5) -> 
     return scaled(w * ior(own, random) - (1 - w) * hlr(real, hard))
 
 
-def ars(own: float, random: float, own_plain: float, random_plain: float, gamma: float = 0.5) -> float:
+def ars(
+    own: float, random: float, own_plain: float, random_plain: float, gamma: float = 0.5
+) -> float:
     """Augmentation-robust score, in [0, 1], from the accuracies with augmentation and without (`plain`)."""
     _checked("the weight gamma", gamma)
     return scaled(gamma * ior(own, random) + (1 - gamma) * ior(own_plain, random_plain))
 
 
-def nested_bootstrap(scores: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0) -> dict[str, float]:
+def nested_bootstrap(
+    scores: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0
+) -> dict[str, float]:
     """Mean and 95 % percentile interval of scores: a list a distillation seed, over its evaluation networks.
 
     A resample draws seeds, then networks inside each. Keys: mean (of the seeds' means), low, high; `over seeds`, the
@@ -89,7 +93,9 @@ def nested_bootstrap(scores: Sequence[Sequence[float]], resamples: int = 2000, s
     NaN where there is one. With one seed the interval knows of networks only.
     """
     if not scores or not all(map(len, scores)) or resamples < 1:
-        raise DDError("the bootstrap needs at least one resample, one seed, and one network of every seed")
+        raise DDError(
+            "the bootstrap needs at least one resample, one seed, and one network of every seed"
+        )
     rng, drawn = generator(seed, "nested bootstrap"), np.zeros(resamples)
 
     def draw(*shape: int, of: int) -> np.ndarray:
@@ -97,11 +103,19 @@ def nested_bootstrap(scores: Sequence[Sequence[float]], resamples: int = 2000, s
 
     for _ in scores:
         inner = [np.asarray(row)[draw(resamples, len(row), of=len(row))].mean(1) for row in scores]
-        drawn += np.array(inner)[draw(resamples, of=len(scores)), np.arange(resamples)] / len(scores)
+        drawn += np.array(inner)[draw(resamples, of=len(scores)), np.arange(resamples)] / len(
+            scores
+        )
     means, (low, high) = [np.mean(row) for row in scores], np.quantile(drawn, [0.025, 0.975])
-    found = {"mean": np.mean(means), "low": low, "high": high,
-             "over seeds": np.std(means) if len(means) > 1 else math.nan,
-             "over networks": np.mean([np.std(row) for row in scores]) if min(map(len, scores)) > 1 else math.nan}
+    found = {
+        "mean": np.mean(means),
+        "low": low,
+        "high": high,
+        "over seeds": np.std(means) if len(means) > 1 else math.nan,
+        "over networks": np.mean([np.std(row) for row in scores])
+        if min(map(len, scores)) > 1
+        else math.nan,
+    }
     return {name: float(value) for name, value in found.items()}
 
 
@@ -113,9 +127,14 @@ def storage(syn: Synthetic) -> dict[str, int]:
     """
     values = syn.spec.get("values", {})
     d = syn.images[0].numel() // (4 if values.get("zca") == "frepo_checkerboard" else 1)
-    found = {"images": syn.images.nbytes, "labels": syn.labels.nbytes,
-             "step size": 4 if values.get("lr_lr") and not values.get("eval_lr") else 0,
-             "whitening": 4 * d * (d + 1) if syn.zca else 0, "decoder": 0, "teacher": 0}
+    found = {
+        "images": syn.images.nbytes,
+        "labels": syn.labels.nbytes,
+        "step size": 4 if values.get("lr_lr") and not values.get("eval_lr") else 0,
+        "whitening": 4 * d * (d + 1) if syn.zca else 0,
+        "decoder": 0,
+        "teacher": 0,
+    }
     return found | {"total": sum(found.values()), "images as uint8": syn.images.numel()}
 
 
@@ -127,22 +146,43 @@ def cost(run: Run) -> dict[str, float]:
     return {"distillation": distillation, "experts": experts, "total": distillation + experts}
 
 
-def find(method: str, dataset: str, *, train: bool, device: str = "auto", **options: Any) -> Run | None:
+def find(
+    method: str, dataset: str, *, train: bool, device: str = "auto", **options: Any
+) -> Run | None:
     """`ddlib.run` with its experts; without `train` the kept run, None where there is none."""
     spec = resolve(method, dataset, **options)
     done = results_folder() / spec.profile / f"{spec.name}.json"
-    return distil(method, dataset, device=device, teach=True, **options) if train or done.is_file() else None
+    return (
+        distil(method, dataset, device=device, teach=True, **options)
+        if train or done.is_file()
+        else None
+    )
 
 
 def baseline(name: str, run: Run, *, train: bool = True, device: str = "auto") -> Run | None:
     """Real images chosen by `name` (random, herding, ...) under a run's protocol: its network, loss, augmentation,
     epochs, number of networks and step size (a learned one to six digits). None where not kept and not to `train`."""
     spec = resolve_record(run.record)
-    keys = (*EVALUATION, "augment", "resolution", "compile", *(() if spec.run.eval_backbone else ("backbone",)))
+    keys = (
+        *EVALUATION,
+        "augment",
+        "resolution",
+        "compile",
+        *(() if spec.run.eval_backbone else ("backbone",)),
+    )
     same = {key: getattr(spec.run, key) for key in keys}
     same |= {"eval_lr": float(f"{run.synthetic.recipe.lr:.6g}")} if "lr_lr" in spec.values else {}
-    return find(name, spec.dataset, ipc=spec.ipc, seed=spec.seed, profile=spec.profile, train=train, device=device,
-                networks=len(run.record["accuracy"]["last"]["networks"]), **same)
+    return find(
+        name,
+        spec.dataset,
+        ipc=spec.ipc,
+        seed=spec.seed,
+        profile=spec.profile,
+        train=train,
+        device=device,
+        networks=len(run.record["accuracy"]["last"]["networks"]),
+        **same,
+    )
 
 
 def teacher(random: Run, *, epochs: int, plain: bool = True, device: str = "auto") -> pd.DataFrame:
@@ -156,24 +196,51 @@ def teacher(random: Run, *, epochs: int, plain: bool = True, device: str = "auto
     def compute() -> list[dict]:
         data, start = dataset_of(spec, pick_device(device)), time.perf_counter()
         syn = random.synthetic.to(data.device)
-        net = build(syn.backbone, data.shape, data.num_classes, generator(spec.seed, "fairness", "teacher"))
-        train_on(data, net.to(data.device), replace(syn.recipe, epochs=epochs, drops=(), tests=()), spec.seed)
-        rows = [{"condition": "whole", "networks": [accuracy(net, data)], "seconds": time.perf_counter() - start}]
+        net = build(
+            syn.backbone, data.shape, data.num_classes, generator(spec.seed, "fairness", "teacher")
+        )
+        train_on(
+            data,
+            net.to(data.device),
+            replace(syn.recipe, epochs=epochs, drops=(), tests=()),
+            spec.seed,
+        )
+        rows = [
+            {
+                "condition": "whole",
+                "networks": [accuracy(net, data)],
+                "seconds": time.perf_counter() - start,
+            }
+        ]
         with torch.no_grad():
             answers = torch.cat([net(x) for x in syn.images.split(500)])
         syn = replace(syn, labels=answers if syn.recipe.loss == "mse" else answers.softmax(1))
         without = {TAUGHT + PLAIN: replace(syn.recipe, augment="none", cutmix=0.0)} if plain else {}
         for name, recipe in ({TAUGHT: syn.recipe} | without).items():
-            found = evaluate(syn, data, networks=spec.run.networks, seed=spec.seed, recipe=recipe,
-                             compile=spec.run.compile)
-            rows.append({"condition": name, "networks": list(found.accuracies), "seconds": found.seconds})
+            found = evaluate(
+                syn,
+                data,
+                networks=spec.run.networks,
+                seed=spec.seed,
+                recipe=recipe,
+                compile=spec.run.compile,
+            )
+            rows.append(
+                {"condition": name, "networks": list(found.accuracies), "seconds": found.seconds}
+            )
         return rows
 
     return cached("teacher", spec, {"epochs": epochs, "plain": plain, "version": VERSION}, compute)
 
 
-def conditions(run: Run, *, train: bool = True, epochs: int = 30, unseen: Iterable[str] = (), device: str = "auto"
-               ) -> pd.DataFrame:
+def conditions(
+    run: Run,
+    *,
+    train: bool = True,
+    epochs: int = 30,
+    unseen: Iterable[str] = (),
+    device: str = "auto",
+) -> pd.DataFrame:
     """A run and its baselines under every condition: one row each, with the accuracies (per cent) of its networks.
 
     `unseen` are backbones that it was not distilled on, with one network each; `epochs` the passes of the teacher.
@@ -181,21 +248,41 @@ def conditions(run: Run, *, train: bool = True, epochs: int = 30, unseen: Iterab
     """
     scores, soft = run.record["accuracy"], run.synthetic.labels.is_floating_point()
     own = {"networks": len(scores["last"]["networks"]), "device": device}
-    found = {"native": scores["last"], "best checkpoint": scores["best"].get("best", scores["best"]),
-             "validation-selected": scores.get("selected"), HARD: None if soft else scores["last"]}
+    found = {
+        "native": scores["last"],
+        "best checkpoint": scores["best"].get("best", scores["best"]),
+        "validation-selected": scores.get("selected"),
+        HARD: None if soft else scores["last"],
+    }
     real = {name: baseline(name, run, train=train, device=device) for name in ("random", "herding")}
     found |= {name: each.record["accuracy"]["last"] for name, each in real.items() if each}
     if train:
-        pair, augmented = {"native": run, "random": real["random"]}, run.synthetic.recipe.augment != "none"
+        pair, augmented = (
+            {"native": run, "random": real["random"]},
+            run.synthetic.recipe.augment != "none",
+        )
         found |= {HARD: run.transfer(hard=True, **own)} if soft else {}
         taught = teacher(real["random"], epochs=epochs, plain=soft and augmented, device=device)
         found |= taught.set_index("condition").to_dict("index")
         if augmented:
-            found |= {name + PLAIN: each.transfer(augment="none", **own) for name, each in pair.items()}
-        found |= {f"{name} on {net}": each.transfer(net, networks=1, device=device)
-                  for net in unseen for name, each in pair.items()}
-    facts = {key: run.record[key] for key in KEY + ["seed"]} | {"labels": "soft" if soft else "hard"}
-    return pd.DataFrame([facts | {"condition": name, "networks": row["networks"]} for name, row in found.items() if row])
+            found |= {
+                name + PLAIN: each.transfer(augment="none", **own) for name, each in pair.items()
+            }
+        found |= {
+            f"{name} on {net}": each.transfer(net, networks=1, device=device)
+            for net in unseen
+            for name, each in pair.items()
+        }
+    facts = {key: run.record[key] for key in KEY + ["seed"]} | {
+        "labels": "soft" if soft else "hard"
+    }
+    return pd.DataFrame(
+        [
+            facts | {"condition": name, "networks": row["networks"]}
+            for name, row in found.items()
+            if row
+        ]
+    )
 
 
 def scorecard(rows: pd.DataFrame) -> pd.DataFrame:
@@ -207,14 +294,29 @@ def scorecard(rows: pd.DataFrame) -> pd.DataFrame:
     """
     lists: dict[tuple, list] = {}
     for key, one in rows.groupby([*KEY, "seed", "labels"], sort=False):
-        a = {name: np.array(scores) / 100 for name, scores in zip(one.condition, one.networks, strict=True)}
+        a = {
+            name: np.array(scores) / 100
+            for name, scores in zip(one.condition, one.networks, strict=True)
+        }
         rival = TAUGHT if key[-1] == "soft" else "random"
         real, hard, own, random, own_plain, random_plain = (
-            a.get(name, np.full(1, math.nan)) for name in ("whole", HARD, "native", rival, "native" + PLAIN, rival + PLAIN))
-        scores = {"HLR": hlr(real, hard), "IOR": ior(own, random), "LRS": lrs(real, hard, own, random),
-                  "ARS": ars(own, random, own_plain, random_plain)}
+            a.get(name, np.full(1, math.nan))
+            for name in ("whole", HARD, "native", rival, "native" + PLAIN, rival + PLAIN)
+        )
+        scores = {
+            "HLR": hlr(real, hard),
+            "IOR": ior(own, random),
+            "LRS": lrs(real, hard, own, random),
+            "ARS": ars(own, random, own_plain, random_plain),
+        }
         for name, values in ({name: 100 * x for name, x in a.items()} | scores).items():
             if not np.isnan(values).any():
-                lists.setdefault((*key[:len(KEY)], name), []).append(values.tolist())
-    return pd.DataFrame([dict(zip([*KEY, "quantity"], key, strict=True)) | nested_bootstrap(found)
-                         | {"seeds": len(found), "networks": sum(map(len, found))} for key, found in lists.items()])
+                lists.setdefault((*key[: len(KEY)], name), []).append(values.tolist())
+    return pd.DataFrame(
+        [
+            dict(zip([*KEY, "quantity"], key, strict=True))
+            | nested_bootstrap(found)
+            | {"seeds": len(found), "networks": sum(map(len, found))}
+            for key, found in lists.items()
+        ]
+    )

@@ -12,7 +12,9 @@ from torch import Tensor
 from .core import DDError, generator
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-_WANTED = "wanted is PATH/train/CLASS/*.jpg with PATH/test/CLASS/*.jpg (or val/), or PATH/CLASS/*.jpg"
+_WANTED = (
+    "wanted is PATH/train/CLASS/*.jpg with PATH/test/CLASS/*.jpg (or val/), or PATH/CLASS/*.jpg"
+)
 
 # Indices into the sorted WordNet ids of ImageNet-1K, in label order (MTT, Cazenavette et al. 2022).
 SUBSETS = {
@@ -48,9 +50,13 @@ def tree(name: str, root: Path) -> Tree:
     """The files of "folder:PATH", Tiny ImageNet, ImageNet-1K or one of its subsets (ten classes, in their order)."""
     if name == "tinyimagenet":
         root = root / name
-        want = (f"{name} needs {root}/train/WNID/images/*.JPEG with {root}/val/val_annotations.txt, or "
-                f"{root}/train/WNID/*.JPEG with {root}/val/WNID/*.JPEG")
-        return _splits(root, next((split for split in ("val", "test") if (root / split).is_dir()), "val"), want)
+        want = (
+            f"{name} needs {root}/train/WNID/images/*.JPEG with {root}/val/val_annotations.txt, or "
+            f"{root}/train/WNID/*.JPEG with {root}/val/WNID/*.JPEG"
+        )
+        return _splits(
+            root, next((split for split in ("val", "test") if (root / split).is_dir()), "val"), want
+        )
     if not name.startswith("folder:"):
         root = root / "imagenet1k"
         want = f"{name} needs the 1,000 class folders {root}/train/WNID/*.JPEG and {root}/val/WNID/*.JPEG"
@@ -77,13 +83,23 @@ def folder_tree(root: Path) -> Tree:
     if {name.lower() for name in classes} <= {"train", "test", "val", "valid", "validation"}:
         raise DDError(f"{root} holds no class folders; {_WANTED}")
     if len(classes) < 2:
-        raise DDError(f"{root / train} holds the one class folder {classes[0]!r}, and two are the least; {_WANTED}")
+        raise DDError(
+            f"{root / train} holds the one class folder {classes[0]!r}, and two are the least; {_WANTED}"
+        )
     if below and not {"test", "val"}.isdisjoint(top):
         return _splits(root, "test" if "test" in top else "val", _WANTED)
     samples = _samples(root, train, classes)
-    taken = carve(torch.tensor([label for _, label in samples]), 0.2, generator(0, "carve test")).tolist()
-    return root, classes, {"train": [sample for sample, test in zip(samples, taken, strict=True) if not test],
-                           "test": [sample for sample, test in zip(samples, taken, strict=True) if test]}
+    taken = carve(
+        torch.tensor([label for _, label in samples]), 0.2, generator(0, "carve test")
+    ).tolist()
+    return (
+        root,
+        classes,
+        {
+            "train": [sample for sample, test in zip(samples, taken, strict=True) if not test],
+            "test": [sample for sample, test in zip(samples, taken, strict=True) if test],
+        },
+    )
 
 
 def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tree:
@@ -94,10 +110,14 @@ def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tre
     notes = root / test / "val_annotations.txt"  # a line an image: FILE<tab>WNID<tab>...
     lines = notes.read_text().splitlines() if notes.is_file() else []
     rows = [[*line.split("\t"), ""][:2] for line in lines if line.strip()]
-    odd = sorted({*classes} ^ ({wnid for _, wnid in rows} if rows else {*_subfolders(root / test, want)}))
+    odd = sorted(
+        {*classes} ^ ({wnid for _, wnid in rows} if rows else {*_subfolders(root / test, want)})
+    )
     if odd:
-        raise DDError(f"{root}: train/ and {test}/ must hold the same class folders, but {len(odd)} are in one only: "
-                      f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; {want}")
+        raise DDError(
+            f"{root}: train/ and {test}/ must hold the same class folders, but {len(odd)} are in one only: "
+            f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; {want}"
+        )
     classes = tuple(classes[i] for i in subset) or classes
     splits = {"train": _samples(root, "train", classes)}
     label = {name: i for i, name in enumerate(classes)}
@@ -111,10 +131,14 @@ def _samples(root: Path, split: str, classes: Sequence[str]) -> list[tuple[str, 
     for label, name in enumerate(classes):
         folder = root / split / name
         folder = folder / "images" if (folder / "images").is_dir() else folder
-        images = [e.path for e in _entries(folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS]
+        images = [
+            e.path for e in _entries(folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS
+        ]
         if not images:
-            raise DDError(f"the class folder {folder} holds no image; remove it or add some ({' '.join(EXTENSIONS)})")
-        samples += [(path[len(str(root)) + 1:], label) for path in images]
+            raise DDError(
+                f"the class folder {folder} holds no image; remove it or add some ({' '.join(EXTENSIONS)})"
+            )
+        samples += [(path[len(str(root)) + 1 :], label) for path in images]
     return samples
 
 

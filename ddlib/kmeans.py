@@ -27,8 +27,9 @@ LIMIT = 2**25  # numbers in one distance matrix: 128 MiB
 
 
 @torch.no_grad()
-def kmeans(x: Tensor, k: int, generator: torch.Generator, sizes: Sequence[int] | Tensor | None = None
-           ) -> tuple[Tensor, Tensor, Tensor]:
+def kmeans(
+    x: Tensor, k: int, generator: torch.Generator, sizes: Sequence[int] | Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster every class's rows into `k`: centres [C, k, D], assignment int64 [C, N] and inertia [C].
 
     x: floats [C, N, D]; where classes differ in size, `sizes` [C] says how many of the N rows count, and the others are
@@ -39,8 +40,10 @@ def kmeans(x: Tensor, k: int, generator: torch.Generator, sizes: Sequence[int] |
     sizes = torch.full((classes,), rows) if sizes is None else torch.as_tensor(sizes).cpu()
     least = int(sizes.min())
     if not 1 <= k <= least:
-        raise DDError(f"cannot make {k} clusters of the {least} samples of class {int(sizes.argmin())}; "
-                      f"allowed: 1 to {least}")
+        raise DDError(
+            f"cannot make {k} clusters of the {least} samples of class {int(sizes.argmin())}; "
+            f"allowed: 1 to {least}"
+        )
     padding = torch.arange(rows) >= sizes[:, None]
     keys = torch.rand(classes, rows, generator=generator).masked_fill_(padding, 2)
     seeds = keys.topk(k, dim=1, largest=False).indices.to(x.device)
@@ -48,7 +51,7 @@ def kmeans(x: Tensor, k: int, generator: torch.Generator, sizes: Sequence[int] |
     padding, coarse = padding.to(x.device), ITERATIONS - WHOLE if columns >= 4 * SKETCH else 0
     found = []
     for part in torch.arange(classes).split(max(1, LIMIT // (rows * k))):
-        here, pad, begin = x[part[0]:part[-1] + 1], padding[part], seeds[part]
+        here, pad, begin = x[part[0] : part[-1] + 1], padding[part], seeds[part]
         centres = _take(here, begin)
         if coarse:
             small = _sketched(here, signs)
@@ -59,7 +62,9 @@ def kmeans(x: Tensor, k: int, generator: torch.Generator, sizes: Sequence[int] |
 
 
 @torch.no_grad()
-def nearest(x: Tensor, centres: Tensor, each: int = 1, sizes: Sequence[int] | Tensor | None = None) -> Tensor:
+def nearest(
+    x: Tensor, centres: Tensor, each: int = 1, sizes: Sequence[int] | Tensor | None = None
+) -> Tensor:
     """Row numbers int64 [C, k * each], centre by centre: the `each` rows nearest to it that no earlier centre took.
 
     x [C, N, D], centres [C, k, D] and sizes [C] as for `kmeans`; the rows of a class are all different.
@@ -68,12 +73,20 @@ def nearest(x: Tensor, centres: Tensor, each: int = 1, sizes: Sequence[int] | Te
     (classes, rows, _), k = x.shape, centres.shape[1]
     sizes = torch.full((classes,), rows) if sizes is None else torch.as_tensor(sizes).cpu()
     if not 1 <= k * each <= int(sizes.min()):
-        raise DDError(f"cannot pick {k * each} samples of the {int(sizes.min())} of class {int(sizes.argmin())}; "
-                      f"allowed: 1 to {int(sizes.min())}")
-    taken = torch.zeros(classes, rows).masked_fill_(torch.arange(rows) >= sizes[:, None], torch.inf).to(x)
+        raise DDError(
+            f"cannot pick {k * each} samples of the {int(sizes.min())} of class {int(sizes.argmin())}; "
+            f"allowed: 1 to {int(sizes.min())}"
+        )
+    taken = (
+        torch.zeros(classes, rows)
+        .masked_fill_(torch.arange(rows) >= sizes[:, None], torch.inf)
+        .to(x)
+    )
     picked = []
     for part in torch.arange(k).split(max(1, LIMIT // (rows * classes))):
-        distance = _square(x)[:, None].baddbmm(centres[:, part], x.mT, alpha=-2)  # less |c|^2, the same for all rows
+        distance = _square(x)[:, None].baddbmm(
+            centres[:, part], x.mT, alpha=-2
+        )  # less |c|^2, the same for all rows
         for to_centre in distance.unbind(1):
             picked.append((to_centre + taken).topk(each, dim=1, largest=False).indices)
             taken.scatter_(1, picked[-1], torch.inf)
@@ -94,12 +107,14 @@ def _sketched(x: Tensor, signs: Tensor) -> Tensor:
     """The count sketch [C, N, SKETCH] of x [C, N, D]: column j is added to bin j mod SKETCH with the sign of j."""
     small = x.new_zeros(*x.shape[:2], SKETCH)
     for start in range(0, len(signs), SKETCH):
-        block = x[..., start:start + SKETCH]
-        small[..., :block.shape[2]].addcmul_(block, signs[start:start + SKETCH])
+        block = x[..., start : start + SKETCH]
+        small[..., : block.shape[2]].addcmul_(block, signs[start : start + SKETCH])
     return small
 
 
-def _lloyd(x: Tensor, centres: Tensor, iterations: int, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _lloyd(
+    x: Tensor, centres: Tensor, iterations: int, padding: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Centres, assignment (k: padding) and inertia after `iterations`."""
     for _ in range(iterations):
         score = _square(centres)[:, None].baddbmm(x, centres.mT, alpha=-2)

@@ -53,8 +53,16 @@ def matched(net: Backbone, layers: str) -> list[Tensor]:
     return [p for p in net.parameters() if p.ndim == 4 or (layers == "all" and p.ndim > 1)]
 
 
-def class_gradients(net: Backbone, x: Tensor, y: Tensor, weights: Sequence[Tensor], *, graph: bool = False,
-                    embed: bool = False, engine: str = "auto") -> list[Tensor]:
+def class_gradients(
+    net: Backbone,
+    x: Tensor,
+    y: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    graph: bool = False,
+    embed: bool = False,
+    engine: str = "auto",
+) -> list[Tensor]:
     """Gradients of every class's mean cross-entropy, [C, *weight.shape] for each of `weights`.
 
     x: images [C, B, ch, H, W]; y: labels [C, B]; weights: parameters of `net`, which must not couple samples (no
@@ -67,7 +75,9 @@ def class_gradients(net: Backbone, x: Tensor, y: Tensor, weights: Sequence[Tenso
     if choose("engine", engine, ENGINES) == "auto":
         engine = "loop" if None in layers else "joint"
     if None in layers and engine != "loop":
-        raise DDError(f"engine {engine!r} takes weights of convolutions and linear layers only; allowed here: auto, loop")
+        raise DDError(
+            f"engine {engine!r} takes weights of convolutions and linear layers only; allowed here: auto, loop"
+        )
     if engine == "joint":
         grads, means = _joint(net, x, y, layers, graph)
     else:
@@ -95,7 +105,9 @@ def _loss(two: _Two, values: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[T
     return F.cross_entropy(logits, y), features.mean(0)
 
 
-def _loop(two: _Two, values: dict[str, Tensor], x: Tensor, y: Tensor, graph: bool) -> tuple[list[Tensor], Tensor]:
+def _loop(
+    two: _Two, values: dict[str, Tensor], x: Tensor, y: Tensor, graph: bool
+) -> tuple[list[Tensor], Tensor]:
     found, means = [], []
     for images, labels in zip(x, y, strict=True):
         loss, mean = _loss(two, values, images, labels)
@@ -104,13 +116,19 @@ def _loop(two: _Two, values: dict[str, Tensor], x: Tensor, y: Tensor, graph: boo
     return [torch.stack(layer) for layer in zip(*found, strict=True)], torch.stack(means)
 
 
-def _vmap(two: _Two, values: dict[str, Tensor], x: Tensor, y: Tensor, graph: bool) -> tuple[list[Tensor], Tensor]:
+def _vmap(
+    two: _Two, values: dict[str, Tensor], x: Tensor, y: Tensor, graph: bool
+) -> tuple[list[Tensor], Tensor]:
     with torch.set_grad_enabled(graph):
-        found, means = vmap(func_grad(partial(_loss, two), has_aux=True), in_dims=(None, 0, 0))(values, x, y)
+        found, means = vmap(func_grad(partial(_loss, two), has_aux=True), in_dims=(None, 0, 0))(
+            values, x, y
+        )
     return list(found.values()), means
 
 
-def _joint(net: Backbone, x: Tensor, y: Tensor, layers: Sequence[nn.Module], graph: bool) -> tuple[list[Tensor], Tensor]:
+def _joint(
+    net: Backbone, x: Tensor, y: Tensor, layers: Sequence[nn.Module], graph: bool
+) -> tuple[list[Tensor], Tensor]:
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -126,7 +144,10 @@ def _joint(net: Backbone, x: Tensor, y: Tensor, layers: Sequence[nn.Module], gra
         for hook in hooks:
             hook.remove()
     deltas = grad(loss, [seen[layer][1] for layer in layers], create_graph=graph)
-    found = [_weight_gradient(layer, seen[layer][0], delta, len(x)) for layer, delta in zip(layers, deltas, strict=True)]
+    found = [
+        _weight_gradient(layer, seen[layer][0], delta, len(x))
+        for layer, delta in zip(layers, deltas, strict=True)
+    ]
     means = features.unflatten(0, (len(x), -1)).mean(1)
     return (found, means) if graph else ([g.detach() for g in found], means.detach())
 
@@ -136,8 +157,12 @@ def _weight_gradient(layer: nn.Module, inputs: Tensor, delta: Tensor, classes: i
     inputs, delta = (t.unflatten(0, (classes, -1)) for t in (inputs, delta))
     if isinstance(layer, nn.Linear):
         return torch.einsum("cbo,cbi->coi", delta, inputs)
-    return torch.stack([conv2d_weight(x, layer.weight.shape, d, layer.stride, layer.padding, layer.dilation)
-                        for x, d in zip(inputs, delta, strict=True)])
+    return torch.stack(
+        [
+            conv2d_weight(x, layer.weight.shape, d, layer.stride, layer.padding, layer.dilation)
+            for x, d in zip(inputs, delta, strict=True)
+        ]
+    )
 
 
 class Matching(nn.Module):
@@ -146,7 +171,14 @@ class Matching(nn.Module):
     `match` says what: "gradient" (of the weights `matched`), "feature" (class means, DM's), or "both" (DREAM+).
     """
 
-    def __init__(self, net: Backbone, kind: str, layers: str = "conv", match: str = "gradient", engine: str = "auto"):
+    def __init__(
+        self,
+        net: Backbone,
+        kind: str,
+        layers: str = "conv",
+        match: str = "gradient",
+        engine: str = "auto",
+    ):
         super().__init__()
         choose("match", match, MATCHES)
         self.net, self.kind, self.layers, self.match, self.engine = net, kind, layers, match, engine
@@ -155,8 +187,15 @@ class Matching(nn.Module):
         if self.match == "feature":
             with torch.set_grad_enabled(graph):
                 return [self.net.features(x.flatten(0, 1)).unflatten(0, (len(x), -1)).mean(1)]
-        return class_gradients(self.net, x, y, matched(self.net, self.layers), graph=graph,
-                               embed=self.match == "both", engine=self.engine)
+        return class_gradients(
+            self.net,
+            x,
+            y,
+            matched(self.net, self.layers),
+            graph=graph,
+            embed=self.match == "both",
+            engine=self.engine,
+        )
 
     def forward(self, x: Tensor, y: Tensor, target: list[Tensor] | None = None) -> list[Tensor]:
         """Without a target: the statistics. With one: their distance L from it, and dL/dx."""
@@ -180,7 +219,10 @@ class Traced:
         self.module, self.graphs = module, {}
 
     def __call__(self, *arguments: Any) -> Any:
-        arguments = (dict(self.module.named_parameters()) | dict(self.module.named_buffers()), *arguments)
+        arguments = (
+            dict(self.module.named_parameters()) | dict(self.module.named_buffers()),
+            *arguments,
+        )
         key = tuple((t.shape, t.stride()) for t in tree_leaves(arguments) if isinstance(t, Tensor))
         with torch.no_grad():
             if key not in self.graphs:

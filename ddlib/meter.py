@@ -49,7 +49,9 @@ class PeakMemory:
             status = Path("/proc/self/status").read_text()
             return int(status.split("VmHWM:")[1].split()[0]) * 1024
         except (OSError, IndexError):
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
 
     def __exit__(self, *_: object) -> None:
         self.bytes = self.read()
@@ -68,7 +70,9 @@ class SavedTensors:
     def __enter__(self) -> Self:
         self.peak = self.live = 0
         self._owners: dict[int, int] = {}  # storage -> saved tensors that hold it
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(partial(_Saved, self), lambda saved: saved.tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            partial(_Saved, self), lambda saved: saved.tensor
+        )
         self._hooks.__enter__()
         return self
 
@@ -80,7 +84,10 @@ class _Saved:
     """One saved tensor; the graph drops this object when it frees the tensor."""
 
     def __init__(self, meter: SavedTensors, tensor: torch.Tensor):
-        self.meter, self.tensor = meter, tensor.detach()  # a saved output would hold its own graph alive
+        self.meter, self.tensor = (
+            meter,
+            tensor.detach(),
+        )  # a saved output would hold its own graph alive
         storage = tensor.untyped_storage()
         self.key, self.bytes = storage._cdata, storage.nbytes()
         owners = meter._owners[self.key] = meter._owners.get(self.key, 0) + 1
@@ -95,7 +102,13 @@ class _Saved:
             self.meter.live -= self.bytes
 
 
-def seconds(work: Callable[[], object], *, repeats: int = 3, warm: int = 1, device: torch.device | None = None) -> float:
+def seconds(
+    work: Callable[[], object],
+    *,
+    repeats: int = 3,
+    warm: int = 1,
+    device: torch.device | None = None,
+) -> float:
     """Median wall seconds of `work()` after `warm` unmeasured calls, the device synchronised."""
     times = []
     for k in range(warm + repeats):
@@ -109,7 +122,10 @@ def seconds(work: Callable[[], object], *, repeats: int = 3, warm: int = 1, devi
 
 def sgemm_rate(device: torch.device, size: int = 2048) -> float:
     """Measured float32 matrix-multiply rate in FLOP/s: the roof that a convolution is held against."""
-    a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(k)).to(device) for k in (0, 1))
+    a, b = (
+        torch.randn(size, size, generator=torch.Generator().manual_seed(k)).to(device)
+        for k in (0, 1)
+    )
     return 2 * size**3 / seconds(lambda: a @ b, repeats=9, warm=3, device=device)
 
 
@@ -128,8 +144,13 @@ def machine(device: torch.device) -> str:
 def commit() -> str | None:
     """The git commit of the checkout, with -dirty where the code differs from it; None where there is none."""
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=SOURCE,
-                             capture_output=True, text=True, check=False)
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=SOURCE,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     except OSError:  # no git here
         return None
     return git.stdout.strip() or None

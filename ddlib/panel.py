@@ -23,13 +23,21 @@ class Panel(widgets.VBox):
     first picture stands in place of the widgets. A `DDError` is one sentence below the picture.
     """
 
-    def __init__(self, found: dict[Key, Run], first: Key, view: str = "images", device: str = "auto") -> None:
+    def __init__(
+        self, found: dict[Key, Run], first: Key, view: str = "images", device: str = "auto"
+    ) -> None:
         self.found, self.device, self.busy = found, device, False
-        self.boxes = [widgets.Dropdown(description=name, options=[value], value=value)
-                      for name, value in zip(("dataset", "method", "IPC"), first, strict=True)]
-        self.step = widgets.SelectionSlider(description="step", options=[-1], continuous_update=False)
+        self.boxes = [
+            widgets.Dropdown(description=name, options=[value], value=value)
+            for name, value in zip(("dataset", "method", "IPC"), first, strict=True)
+        ]
+        self.step = widgets.SelectionSlider(
+            description="step", options=[-1], continuous_update=False
+        )
         self.view = widgets.ToggleButtons(options=list(VIEWS), value=choose("view", view, VIEWS))
-        own_size = widgets.Layout(align_self="flex-start", max_width="100%")  # else the box stretches the picture
+        own_size = widgets.Layout(
+            align_self="flex-start", max_width="100%"
+        )  # else the box stretches the picture
         self.picture, self.note = widgets.Image(format="png", layout=own_size), widgets.HTML()
         super().__init__([widgets.HBox(self.boxes), self.step, self.view, self.picture, self.note])
         self.refresh()
@@ -55,7 +63,9 @@ class Panel(widgets.VBox):
             self.busy = False
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        return super()._repr_mimebundle_(**options) | {"image/png": base64.b64encode(self.picture.value).decode()}
+        return super()._repr_mimebundle_(**options) | {
+            "image/png": base64.b64encode(self.picture.value).decode()
+        }
 
 
 def _offer(box: Any, options: list, at_end: bool = False) -> None:

@@ -33,8 +33,9 @@ class Run:
             record["accuracy"]["last"]["mean"]
             return record
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DDError(f"the record {self.path} cannot be read ({type(error).__name__}): delete it and run again"
-                          ) from error
+            raise DDError(
+                f"the record {self.path} cannot be read ({type(error).__name__}): delete it and run again"
+            ) from error
 
     @cached_property
     def synthetic(self) -> Synthetic:
@@ -45,9 +46,18 @@ class Run:
         """Test accuracy in per cent after the last step, mean over networks."""
         return self.record["accuracy"]["last"]["mean"]
 
-    def transfer(self, backbone: str | None = None, *, networks: int = 3, protocol: str | None = None,
-                 epochs: int | None = None, augment: str | None = None, hard: bool = False,
-                 data: Dataset | None = None, device: str = "auto") -> dict[str, Any]:
+    def transfer(
+        self,
+        backbone: str | None = None,
+        *,
+        networks: int = 3,
+        protocol: str | None = None,
+        epochs: int | None = None,
+        augment: str | None = None,
+        hard: bool = False,
+        data: Dataset | None = None,
+        device: str = "auto",
+    ) -> dict[str, Any]:
         """The set under other conditions, as {backbone, mean, std, networks, ...} in per cent: another backbone
         (cross-architecture), another protocol or augmentation, or the images' classes as labels (`hard`).
 
@@ -58,23 +68,52 @@ class Run:
         changes = {"protocol": protocol, "epochs": epochs, "augment": augment, "hard": hard or None}
         changes = {name: value for name, value in changes.items() if value is not None}
         backbone = backbone or self.synthetic.backbone
-        key = ", ".join([f"{backbone} x {networks}", f"version {VERSION}", *(f"{k}={v}" for k, v in changes.items())])
+        key = ", ".join(
+            [
+                f"{backbone} x {networks}",
+                f"version {VERSION}",
+                *(f"{k}={v}" for k, v in changes.items()),
+            ]
+        )
         if key not in kept:
-            spec, syn = resolve_record(self.record), self.synthetic.hardened() if hard else self.synthetic
+            spec, syn = (
+                resolve_record(self.record),
+                self.synthetic.hardened() if hard else self.synthetic,
+            )
             data = data or dataset_of(spec, pick_device(device))
             recipe = replace(syn.recipe, augment=augment) if augment else syn.recipe
             if protocol or epochs is not None:
-                plain = resolve("random", spec.dataset, spec.ipc, spec.profile).run  # as the baselines are evaluated
+                plain = resolve(
+                    "random", spec.dataset, spec.ipc, spec.profile
+                ).run  # as the baselines are evaluated
                 name = protocol or spec.run.protocol
-                recipe = make_protocol(name, epochs=plain.eval_epochs if epochs is None else epochs, mirror=plain.mirror,
-                                       augment=augment or (None if name in OWN_AUGMENT else plain.augment))
+                recipe = make_protocol(
+                    name,
+                    epochs=plain.eval_epochs if epochs is None else epochs,
+                    mirror=plain.mirror,
+                    augment=augment or (None if name in OWN_AUGMENT else plain.augment),
+                )
             if augment == "none":
                 recipe = replace(recipe, cutmix=0.0)  # which augments too
-            result = evaluate(syn, data, backbone=backbone, networks=networks, recipe=recipe,
-                              seed=spec.seed, compile=spec.run.compile)
-            kept[key] = {**changes, "backbone": backbone, **summary(self.record["accuracy"]["last"]["step"], result),
-                         "seconds": round(result.seconds, 3), "device": machine(data.device)}
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1)))
+            result = evaluate(
+                syn,
+                data,
+                backbone=backbone,
+                networks=networks,
+                recipe=recipe,
+                seed=spec.seed,
+                compile=spec.run.compile,
+            )
+            kept[key] = {
+                **changes,
+                "backbone": backbone,
+                **summary(self.record["accuracy"]["last"]["step"], result),
+                "seconds": round(result.seconds, 3),
+                "device": machine(data.device),
+            }
+            write_atomically(
+                path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1))
+            )
         return kept[key]
 
     def __repr__(self) -> str:
@@ -98,6 +137,13 @@ def dataset_of(spec: Spec, device: torch.device) -> Dataset:
 
 def summary(step: int, result: Evaluation) -> dict[str, Any]:
     """An evaluation after `step` as records keep it."""
-    extras = {name: {"mean": fmean(values), "std": pstdev(values), "networks": list(values)}
-              for name, values in result.extras.items()}
-    return {"step": step, "mean": result.mean, "std": result.std, "networks": list(result.accuracies)} | extras
+    extras = {
+        name: {"mean": fmean(values), "std": pstdev(values), "networks": list(values)}
+        for name, values in result.extras.items()
+    }
+    return {
+        "step": step,
+        "mean": result.mean,
+        "std": result.std,
+        "networks": list(result.accuracies),
+    } | extras

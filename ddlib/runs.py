@@ -15,7 +15,16 @@ import torch
 from tqdm.auto import tqdm
 
 from .backbones import build
-from .core import DDError, Interrupted, guard, load_tensors, pick_device, results_folder, save_tensors, write_atomically
+from .core import (
+    DDError,
+    Interrupted,
+    guard,
+    load_tensors,
+    pick_device,
+    results_folder,
+    save_tensors,
+    write_atomically,
+)
 from .data import Dataset
 from .evaluation import evaluate
 from .experts import ExpertsError, train_experts
@@ -33,7 +42,13 @@ class _Progress:
     """What a checkpoint keeps beside the method's tensors: history, evaluations, snapshots and seconds so far."""
 
     def __init__(self, spec: Spec, path: Path, method: Any, data: str):
-        self.spec, self.path, self.method, self.data, self.total = spec, path, method, data, spec.config.iterations
+        self.spec, self.path, self.method, self.data, self.total = (
+            spec,
+            path,
+            method,
+            data,
+            spec.config.iterations,
+        )
         self.step, self.history, self.evaluations, self.snapshots = 0, [], [], {}
         self.seconds = {"distill": 0.0, "evaluate": 0.0}
         self.peak = 0
@@ -45,27 +60,42 @@ class _Progress:
         self.peak = max(self.peak, peak.read())
         tensors = {f"method.{k}": v for k, v in self.method.state_dict().items()}
         tensors |= {f"snapshot.{k}": v for k, v in self.snapshots.items()}
-        header = {"name": self.spec.name, "data": self.data} | {k: getattr(self, k) for k in self.KEPT}
+        header = {"name": self.spec.name, "data": self.data} | {
+            k: getattr(self, k) for k in self.KEPT
+        }
         save_tensors(self.path, tensors, header)
 
     def restore(self) -> None:
         if not self.path.exists():
             return
-        tensors, header = load_tensors(self.path, "checkpoint", "delete it to start this run from the beginning")
+        tensors, header = load_tensors(
+            self.path, "checkpoint", "delete it to start this run from the beginning"
+        )
         if header.get("name") != self.spec.name or header.get("data", self.data) != self.data:
-            raise DDError(f"the checkpoint {self.path} belongs to another run or other images; delete it to start anew")
+            raise DDError(
+                f"the checkpoint {self.path} belongs to another run or other images; delete it to start anew"
+            )
         for key in self.KEPT:
             setattr(self, key, header[key])
-        self.snapshots = {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("snapshot.")}
-        state = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
+        self.snapshots = {
+            int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("snapshot.")
+        }
+        state = {
+            k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")
+        }
         try:
             self.method.load_state_dict(state)
         except KeyError as error:
-            raise DDError(f"the checkpoint {self.path} is of an older ddlib and lacks {error}; delete it to start anew"
-                          ) from None
+            raise DDError(
+                f"the checkpoint {self.path} is of an older ddlib and lacks {error}; delete it to start anew"
+            ) from None
 
     def kept(self, step: int) -> str:
-        return f"the last good state, step {step}, is kept in {self.path}" if self.path.is_file() else "nothing is kept"
+        return (
+            f"the last good state, step {step}, is kept in {self.path}"
+            if self.path.is_file()
+            else "nothing is kept"
+        )
 
 
 def _points(total: int, count: int) -> set[int]:
@@ -73,9 +103,22 @@ def _points(total: int, count: int) -> set[int]:
     return {min(total, max(1, round(total * (k + 1) / count))) for k in range(count)}
 
 
-def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: int = 0, device: str = "auto",
-        results: str | Path | None = None, data: Dataset | None = None, fresh: bool = False, progress: bool = True,
-        checkpoint_every: int = 50, teach: bool = False, **overrides: Any) -> Run:
+def run(
+    method: str,
+    dataset: str,
+    *,
+    ipc: int,
+    profile: str = "smoke",
+    seed: int = 0,
+    device: str = "auto",
+    results: str | Path | None = None,
+    data: Dataset | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+    checkpoint_every: int = 50,
+    teach: bool = False,
+    **overrides: Any,
+) -> Run:
     """The record of one run: at once if `results/` holds it, else distil (or resume), evaluate and write it.
 
     `overrides` are keys of the method's Config or of `RunConfig`. `data` spares the loading where a notebook already
@@ -86,13 +129,22 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
     folder = results_folder(results) / profile
     done, config = Run(folder / f"{spec.name}.json"), spec.run
-    if data and (data.name != dataset or (data.zca.kind if data.zca else "") != config.zca or config.subset
-                 or config.minival or config.resolution not in (0, data.shape[-1])):
+    if data and (
+        data.name != dataset
+        or (data.zca.kind if data.zca else "") != config.zca
+        or config.subset
+        or config.minival
+        or config.resolution not in (0, data.shape[-1])
+    ):
         data = None
     if not fresh and done.path.is_file() and done.path.with_suffix(".safetensors").is_file():
-        if data and data.checksum != done.record.get("dataset_checksum"):  # a damaged record is named here
-            raise DDError(f"the record {done.path} was made from other images of the name {dataset!r}: give these "
-                          "another name, or run with fresh=True")
+        if data and data.checksum != done.record.get(
+            "dataset_checksum"
+        ):  # a damaged record is named here
+            raise DDError(
+                f"the record {done.path} was made from other images of the name {dataset!r}: give these "
+                "another name, or run with fresh=True"
+            )
         done.record  # noqa: B018  or here
         return done
     if checkpoint_every < 1:
@@ -104,16 +156,22 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
     smallest = int(data.class_sizes().min())
     if ipc > smallest:
         name = data.classes[int(data.class_sizes().argmin())]
-        raise DDError(f"ipc {ipc} is more than the {smallest} training images of class {name!r} of {dataset}; "
-                      f"allowed: 1 to {smallest}")
-    build(config.eval_backbone or config.backbone, data.shape, data.num_classes)  # or it fails after hours of distillation
+        raise DDError(
+            f"ipc {ipc} is more than the {smallest} training images of class {name!r} of {dataset}; "
+            f"allowed: 1 to {smallest}"
+        )
+    build(
+        config.eval_backbone or config.backbone, data.shape, data.num_classes
+    )  # or it fails after hours of distillation
     if teach and hasattr(spec.config, "expert_recipe"):
         _teach(spec, data, progress)
     try:
         work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
     except ExpertsError as error:
         raise DDError(f"{error}: {spec.command('experts')}") from None
-    state = _Progress(spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, data.checksum)
+    state = _Progress(
+        spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, data.checksum
+    )
     if fresh:
         state.path.unlink(missing_ok=True)
     state.restore()
@@ -122,14 +180,24 @@ def run(method: str, dataset: str, *, ipc: int, profile: str = "smoke", seed: in
             with guard() as flags:
                 _loop(state, data, peak, flags, progress, checkpoint_every)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped at step {state.step} of {state.total}; run the same command to go on") from None
+            raise Interrupted(
+                f"stopped at step {state.step} of {state.total}; run the same command to go on"
+            ) from None
     _write(done.path, state, data, peak)
     state.path.unlink(missing_ok=True)
     return done
 
 
-def prepare(method: str, dataset: str, *, ipc: int, profile: str = "smoke", device: str = "auto", progress: bool = True,
-            **overrides: Any) -> list[Path]:
+def prepare(
+    method: str,
+    dataset: str,
+    *,
+    ipc: int,
+    profile: str = "smoke",
+    device: str = "auto",
+    progress: bool = True,
+    **overrides: Any,
+) -> list[Path]:
     """Train the expert trajectories that `run` with the same arguments needs, unless they are there; their files."""
     spec = resolve(method, dataset, ipc, profile, **overrides)
     if not hasattr(spec.config, "expert_recipe"):
@@ -138,8 +206,14 @@ def prepare(method: str, dataset: str, *, ipc: int, profile: str = "smoke", devi
 
 
 def _teach(spec: Spec, data: Dataset, progress: bool) -> list[Path]:
-    return train_experts(data, spec.run.backbone, spec.config.expert_recipe, spec.config.experts,
-                         compile=spec.run.compile, progress=progress)
+    return train_experts(
+        data,
+        spec.run.backbone,
+        spec.config.expert_recipe,
+        spec.config.experts,
+        compile=spec.run.compile,
+        progress=progress,
+    )
 
 
 def _synthetic(state: _Progress, data: Dataset, snapshots: bool = False) -> Synthetic:
@@ -148,19 +222,38 @@ def _synthetic(state: _Progress, data: Dataset, snapshots: bool = False) -> Synt
     if hasattr(state.method, "recipe") and not state.spec.run.eval_lr:
         recipe = state.method.recipe(recipe)  # a learned step size
     run = state.spec.run
-    return Synthetic.of(data, state.method.images, state.method.labels, recipe, run.eval_backbone or run.backbone,
-                        factor=getattr(state.method, "factor", 1), spec=asdict(state.spec), **extra)
+    return Synthetic.of(
+        data,
+        state.method.images,
+        state.method.labels,
+        recipe,
+        run.eval_backbone or run.backbone,
+        factor=getattr(state.method, "factor", 1),
+        spec=asdict(state.spec),
+        **extra,
+    )
 
 
-def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progress: bool, every: int) -> None:
+def _loop(
+    state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progress: bool, every: int
+) -> None:
     spec, total = state.spec, state.total
     config = spec.run
-    tests, pictures = _points(total, config.evaluations), _points(total, config.snapshots) if config.snapshots else ()
+    tests, pictures = (
+        _points(total, config.evaluations),
+        _points(total, config.snapshots) if config.snapshots else (),
+    )
     log_every, start, saved = max(1, total // 100), time.perf_counter(), state.step
     if config.snapshots and not state.snapshots:
         state.snapshots[0] = state.method.images.detach().cpu().clone()
-    with tqdm(total=total, initial=state.step, disable=not progress, leave=False,
-              desc=f"{spec.method} {spec.dataset} ipc {spec.ipc}") as bar:
+    with tqdm(
+        total=total,
+        initial=state.step,
+        disable=not progress,
+        leave=False,
+        desc=f"{spec.method} {spec.dataset} ipc {spec.ipc}",
+    ) as bar:
+
         def save() -> None:
             nonlocal start, saved
             if not torch.isfinite(state.method.images).all():
@@ -195,7 +288,11 @@ def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progre
                 bar.update()
                 if state.step in pictures:
                     state.snapshots[state.step] = state.method.images.detach().cpu().clone()
-                if state.step % every == 0 or state.step in tests or time.perf_counter() - start > 300:
+                if (
+                    state.step % every == 0
+                    or state.step in tests
+                    or time.perf_counter() - start > 300
+                ):
                     save()
                 flags["stepping"] = False
                 if flags["stop"]:
@@ -207,43 +304,73 @@ def _loop(state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progre
 
 
 def _diverged(state: _Progress, saved: int, what: str) -> DDError:
-    return DDError(f"{state.spec.method} diverged at step {state.step}: {what}; {state.kept(saved)}; lower the step "
-                   "size")
+    return DDError(
+        f"{state.spec.method} diverged at step {state.step}: {what}; {state.kept(saved)}; lower the step "
+        "size"
+    )
 
 
 def _test(state: _Progress, data: Dataset, bar: tqdm) -> None:
     config = state.spec.run
-    bar.set_description(f"{state.spec.method} ipc {state.spec.ipc}: evaluating {config.networks} networks")
-    result = evaluate(_synthetic(state, data), data, networks=config.networks, seed=state.spec.seed,
-                      compile=config.compile)
-    bar.set_description(f"{state.spec.method} {state.spec.dataset} ipc {state.spec.ipc}, {result.mean:.1f} %")
+    bar.set_description(
+        f"{state.spec.method} ipc {state.spec.ipc}: evaluating {config.networks} networks"
+    )
+    result = evaluate(
+        _synthetic(state, data),
+        data,
+        networks=config.networks,
+        seed=state.spec.seed,
+        compile=config.compile,
+    )
+    bar.set_description(
+        f"{state.spec.method} {state.spec.dataset} ipc {state.spec.ipc}, {result.mean:.1f} %"
+    )
     state.seconds["evaluate"] += result.seconds
-    state.evaluations = [e for e in state.evaluations if e["step"] < state.step] + [summary(state.step, result)]
+    state.evaluations = [e for e in state.evaluations if e["step"] < state.step] + [
+        summary(state.step, result)
+    ]
 
 
 def _write(path: Path, state: _Progress, data: Dataset, peak: PeakMemory) -> None:
     spec = state.spec
     _synthetic(state, data, snapshots=True).save(path.with_suffix(".safetensors"))
-    judged = [e for e in state.evaluations if "val" in e]  # the checkpoint that the validation split would choose
+    judged = [
+        e for e in state.evaluations if "val" in e
+    ]  # the checkpoint that the validation split would choose
     best = max(state.evaluations, key=lambda e: e.get("best", e)["mean"])
     selected = {"selected": max(judged, key=lambda e: e["val"]["mean"])} if judged else {}
     record = {
-        "name": spec.name, **{k: v for k, v in asdict(spec).items()}, "backbone": spec.run.backbone,
-        "version": METHODS[spec.method].version, "recipe": asdict(spec.recipe),
+        "name": spec.name,
+        **{k: v for k, v in asdict(spec).items()},
+        "backbone": spec.run.backbone,
+        "version": METHODS[spec.method].version,
+        "recipe": asdict(spec.recipe),
         "accuracy": {"last": state.evaluations[-1], "best": best, **selected},
-        "evaluations": state.evaluations, "history": state.history, "extra": getattr(state.method, "record", {}),
+        "evaluations": state.evaluations,
+        "history": state.history,
+        "extra": getattr(state.method, "record", {}),
         "seconds": {k: round(v, 3) for k, v in state.seconds.items()},
-        "peak_bytes": max(state.peak, peak.bytes), "peak_method": peak.method, "device": machine(data.device),
-        "dataset_checksum": data.checksum, "commit": state.commit,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        "peak_bytes": max(state.peak, peak.bytes),
+        "peak_method": peak.method,
+        "device": machine(data.device),
+        "dataset_checksum": data.checksum,
+        "commit": state.commit,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+        },
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
 
 
-def sweep(method: str, dataset: str, *, ipcs: Iterable[int], seeds: Iterable[int] = (0,), **options: Any
-          ) -> pd.DataFrame:
+def sweep(
+    method: str, dataset: str, *, ipcs: Iterable[int], seeds: Iterable[int] = (0,), **options: Any
+) -> pd.DataFrame:
     """`run` for every IPC and seed; one row a run, as `tables.runs` makes them."""
     from .tables import runs
 
-    return runs([run(method, dataset, ipc=ipc, seed=seed, **options) for ipc in ipcs for seed in seeds])
+    return runs(
+        [run(method, dataset, ipc=ipc, seed=seed, **options) for ipc in ipcs for seed in seeds]
+    )

@@ -20,7 +20,9 @@ import pandas as pd
 from . import claims, tables
 from .core import SOURCE, DDError, results_folder
 
-BLOCK = re.compile(r"(<!-- records:begin ([\w ]+) \(.*?\) -->\n).*?(<!-- records:end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- records:begin ([\w ]+) \(.*?\) -->\n).*?(<!-- records:end -->)", re.DOTALL
+)
 MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$(\S[^$\n]*?)\$", re.DOTALL)
 MARKER = ".ddlib-site"  # a folder with this file may be written anew
 STYLE = """
@@ -50,15 +52,29 @@ def _records(methods: list[str], results: str | Path | None) -> str:
     rows["protocol"] = printed.protocol.tolist()
     for column in ("paper", "ours"):
         rows[column] = [text.removesuffix(" %") for text in rows[column]]
-    columns = ["method", "dataset", "IPC", "protocol", "paper", "evidence", "ours", "verdict"][len(methods) == 1:]
-    runs = {profile: tables.runs([run for run in tables.stored(results, profile) if run.record["method"] in methods])
-            for profile in claims.KEPT}
-    parts = ["**Paper | ours**, test accuracy (%), last step, mean ± spread over networks and seeds:",
-             claims.markdown(rows, columns) if len(rows) else
-             "No table of this method could be read; the claims have the figures that could.",
-             *(f"**Kept runs and their cost**, `{profile}` profile:\n\n{tables.markdown(table)}"
-               for profile, table in runs.items() if len(table))]
-    return "\n\n".join(parts + ["No run is kept yet."] * all(table.empty for table in runs.values()))
+    columns = ["method", "dataset", "IPC", "protocol", "paper", "evidence", "ours", "verdict"][
+        len(methods) == 1 :
+    ]
+    runs = {
+        profile: tables.runs(
+            [run for run in tables.stored(results, profile) if run.record["method"] in methods]
+        )
+        for profile in claims.KEPT
+    }
+    parts = [
+        "**Paper | ours**, test accuracy (%), last step, mean ± spread over networks and seeds:",
+        claims.markdown(rows, columns)
+        if len(rows)
+        else "No table of this method could be read; the claims have the figures that could.",
+        *(
+            f"**Kept runs and their cost**, `{profile}` profile:\n\n{tables.markdown(table)}"
+            for profile, table in runs.items()
+            if len(table)
+        ),
+    ]
+    return "\n\n".join(
+        parts + ["No run is kept yet."] * all(table.empty for table in runs.values())
+    )
 
 
 def write_docs(results: str | Path | None = None) -> list[Path]:
@@ -83,11 +99,18 @@ def _formula(tex: str, display: bool) -> str:
     plain = re.sub(r"\\(math\w+)\s+(\w)", r"\\\1{\2}", plain)
     picture = io.BytesIO()
     try:
-        depth = mathtext.math_to_image(f"${plain}$", picture, prop=FontProperties(size=15 if display else 12), dpi=72,
-                                       format="svg")
+        depth = mathtext.math_to_image(
+            f"${plain}$",
+            picture,
+            prop=FontProperties(size=15 if display else 12),
+            dpi=72,
+            format="svg",
+        )
         data = base64.b64encode(picture.getvalue()).decode()
-        found = (f'<img style="vertical-align: -{depth:.1f}pt" alt="{html.escape(tex, quote=True)}" '
-                 f'src="data:image/svg+xml;base64,{data}">')
+        found = (
+            f'<img style="vertical-align: -{depth:.1f}pt" alt="{html.escape(tex, quote=True)}" '
+            f'src="data:image/svg+xml;base64,{data}">'
+        )
     except ValueError:
         found = f"<code>{html.escape(tex)}</code>"
     return f'\n<div class="tex">{found}</div>\n' if display else found
@@ -102,8 +125,13 @@ class _Site:
 
     def __init__(self, out: Path):
         self.out, self.sources = out, {}
-        self.nav = [("index.html", "ddlib"), ("claims.html", "claims"), ("methods/index.html", "methods"),
-                    ("notebooks/index.html", "notebooks"), ("gallery.html", "figures")]
+        self.nav = [
+            ("index.html", "ddlib"),
+            ("claims.html", "claims"),
+            ("methods/index.html", "methods"),
+            ("notebooks/index.html", "notebooks"),
+            ("gallery.html", "figures"),
+        ]
 
     def link(self, name: str, source: Path, match: re.Match) -> str:
         """A link to a source of another page as one to the page, a web address as it is, anything else as text."""
@@ -118,22 +146,30 @@ class _Site:
     def write(self, name: str, title: str, body: str, source: Path | None = None) -> None:
         body = re.sub(r"<script\b.*?</script>", "", body, flags=re.DOTALL | re.IGNORECASE)
         if source:
-            body = re.sub(r'<a href="([^"]*)"[^>]*>(.*?)</a>', functools.partial(self.link, name, source), body,
-                          flags=re.DOTALL)
+            body = re.sub(
+                r'<a href="([^"]*)"[^>]*>(.*?)</a>',
+                functools.partial(self.link, name, source),
+                body,
+                flags=re.DOTALL,
+            )
         bar = "".join(f'<a href="{_relative(page, name)}">{text}</a>' for page, text in self.nav)
         path = self.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         head = f'<meta charset="utf-8"><title>{html.escape(title)}</title>'
         style = f'<link rel="stylesheet" href="{_relative("style.css", name)}">'
-        path.write_text(f'<!DOCTYPE html>\n<html lang="en"><head>{head}{style}</head><body><nav>{bar}</nav>\n{body}\n'
-                        "</body></html>\n")
+        path.write_text(
+            f'<!DOCTYPE html>\n<html lang="en"><head>{head}{style}</head><body><nav>{bar}</nav>\n{body}\n'
+            "</body></html>\n"
+        )
 
 
 def _relative(page: str, start: str) -> str:
     return os.path.relpath(page, os.path.dirname(start) or ".")
 
 
-def build(profile: str = "small", out: str | Path | None = None, results: str | Path | None = None) -> Path:
+def build(
+    profile: str = "small", out: str | Path | None = None, results: str | Path | None = None
+) -> Path:
     """Write the site of a profile and return its first page; raises `DDError` where there is nothing to show."""
     try:
         import nbformat
@@ -145,22 +181,30 @@ def build(profile: str = "small", out: str | Path | None = None, results: str | 
     folder = results_folder(results) / "notebooks" / profile
     notebooks = sorted(folder.glob("*.ipynb"))
     if not notebooks:
-        raise DDError(f"there is no executed notebook in {folder}: run make reproduce PROFILE={profile} first")
+        raise DDError(
+            f"there is no executed notebook in {folder}: run make reproduce PROFILE={profile} first"
+        )
     figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / profile
     pictures = sorted(figures.glob("*.png"))
     docs = [SOURCE / "README.md", *sorted((SOURCE / "docs" / "methods").glob("*.md"))]
     site = _Site(Path(out or SOURCE / "site"))
     if site.out.exists() and not (site.out / MARKER).is_file() and any(site.out.iterdir()):
-        raise DDError(f"{site.out} holds something else than a site: choose another folder with --out")
+        raise DDError(
+            f"{site.out} holds something else than a site: choose another folder with --out"
+        )
     shutil.rmtree(site.out, ignore_errors=True)
     for path in docs[1:]:
         site.sources[path] = f"methods/{'index' if path.stem == 'README' else path.stem}.html"
     site.sources |= {SOURCE / "README.md": "index.html"}
-    site.sources |= {SOURCE / "notebooks" / path.name: f"notebooks/{path.stem}.html" for path in notebooks}
+    site.sources |= {
+        SOURCE / "notebooks" / path.name: f"notebooks/{path.stem}.html" for path in notebooks
+    }
 
     for path in docs:
         text = fill(path.read_text(), results)
-        site.write(site.sources[path], text.partition("\n")[0].strip("# "), to_html(_math(text)), path)
+        site.write(
+            site.sources[path], text.partition("\n")[0].strip("# "), to_html(_math(text)), path
+        )
     exporter = HTMLExporter(template_name="basic")  # the one without scripts
     for path in notebooks:
         notebook = nbformat.read(path, 4)
@@ -169,14 +213,29 @@ def build(profile: str = "small", out: str | Path | None = None, results: str | 
             for output in cell.get("outputs", []):  # a widget is live or nothing
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
         source = SOURCE / "notebooks" / path.name
-        site.write(site.sources[source], path.stem,
-                   f"<p>{profile} profile, as executed</p>{exporter.from_notebook_node(notebook)[0]}", source)
+        site.write(
+            site.sources[source],
+            path.stem,
+            f"<p>{profile} profile, as executed</p>{exporter.from_notebook_node(notebook)[0]}",
+            source,
+        )
     listed = "".join(f'<li><a href="{path.stem}.html">{path.stem}</a></li>' for path in notebooks)
-    site.write("notebooks/index.html", "Notebooks", f"<h1>Notebooks, {profile} profile</h1><ul>{listed}</ul>")
+    site.write(
+        "notebooks/index.html",
+        "Notebooks",
+        f"<h1>Notebooks, {profile} profile</h1><ul>{listed}</ul>",
+    )
     site.write("claims.html", "Claims", _claims(results))
-    shown = "".join(f'<figure><a href="figures/{p.name}"><img src="figures/{p.name}" alt="{p.stem}" loading="lazy"></a>'
-                    f"<figcaption>{p.stem.replace('_', ' ')}</figcaption></figure>" for p in pictures)
-    site.write("gallery.html", "Figures", f"<h1>Figures, {profile} profile</h1>{shown or '<p>None is stored.</p>'}")
+    shown = "".join(
+        f'<figure><a href="figures/{p.name}"><img src="figures/{p.name}" alt="{p.stem}" loading="lazy"></a>'
+        f"<figcaption>{p.stem.replace('_', ' ')}</figcaption></figure>"
+        for p in pictures
+    )
+    site.write(
+        "gallery.html",
+        "Figures",
+        f"<h1>Figures, {profile} profile</h1>{shown or '<p>None is stored.</p>'}",
+    )
     (site.out / "figures").mkdir(exist_ok=True)
     for path in pictures:
         shutil.copy(path, site.out / "figures")
@@ -187,21 +246,34 @@ def build(profile: str = "small", out: str | Path | None = None, results: str | 
 
 def _claims(results: str | Path | None) -> str:
     judged = claims.judge(claims.load(), results)
-    parts = ["<h1>Every claim, and what became of it</h1>", claims.counts(judged).to_html(index=False, border=0)]
+    parts = [
+        "<h1>Every claim, and what became of it</h1>",
+        claims.counts(judged).to_html(index=False, border=0),
+    ]
     for paper, facts in claims.papers().items():
-        parts.append(f"<h2>{html.escape(facts['title'])}</h2><p>{facts['venue']}, "
-                     f'<a href="https://arxiv.org/abs/{paper}">arXiv {paper}</a>; version read: {facts["version"]}; '
-                     f'<a href="methods/{facts["page"]}.html">how it is built here</a></p>')
+        parts.append(
+            f"<h2>{html.escape(facts['title'])}</h2><p>{facts['venue']}, "
+            f'<a href="https://arxiv.org/abs/{paper}">arXiv {paper}</a>; version read: {facts["version"]}; '
+            f'<a href="methods/{facts["page"]}.html">how it is built here</a></p>'
+        )
         for where, rows in judged[judged.paper == paper].groupby("where", sort=False):
             (group,) = claims.groups(rows).to_dict("records")
-            why = f"; not attempted: {group['why not attempted']}" if group["why not attempted"] else ""
+            why = (
+                f"; not attempted: {group['why not attempted']}"
+                if group["why not attempted"]
+                else ""
+            )
             table = claims.shown(rows).drop(columns="where").map(_cell)
-            table["verdict"] = [f'<span class="kind" style="border-color: {claims.VERDICTS[kind]}">{text}</span>'
-                                for kind, text in zip(rows.kind, table.verdict, strict=True)]
+            table["verdict"] = [
+                f'<span class="kind" style="border-color: {claims.VERDICTS[kind]}">{text}</span>'
+                for kind, text in zip(rows.kind, table.verdict, strict=True)
+            ]
             with pd.option_context("display.max_colwidth", None):  # else long cells are cut
                 cells = table.to_html(index=False, border=0, escape=False)
-            parts.append(f"<h3>{html.escape(where)}</h3><p>labels: {group['labels']}; ± of the paper: "
-                         f'{html.escape(group["± of the paper"] + why)}</p><div class="scroll">{cells}</div>')
+            parts.append(
+                f"<h3>{html.escape(where)}</h3><p>labels: {group['labels']}; ± of the paper: "
+                f'{html.escape(group["± of the paper"] + why)}</p><div class="scroll">{cells}</div>'
+            )
     return "\n".join(parts)
 
 

@@ -30,20 +30,36 @@ class RunConfig:
     """What every run has beside its method's own configuration."""
 
     backbone: str = "convnet"  # network of distillation and evaluation, e.g. convnet:width=32
-    eval_backbone: str = ""  # another network for the evaluation, e.g. FRePo's without norm; "" is the same
+    eval_backbone: str = (
+        ""  # another network for the evaluation, e.g. FRePo's without norm; "" is the same
+    )
     protocol: str = option("dsa", allowed=tuple(PROTOCOLS))  # of the evaluation
-    eval_epochs: int = option(1000, least=1)  # E of the protocol, which makes E + 1 passes in the DC family
-    augment: str = "color_crop_cutout_flip_scale_rotate"  # of distillation, and of evaluation in the DC family
-    eval_augment: str = ""  # of evaluation; "" is `augment` in the DC family, else the protocol's own
+    eval_epochs: int = option(
+        1000, least=1
+    )  # E of the protocol, which makes E + 1 passes in the DC family
+    augment: str = (
+        "color_crop_cutout_flip_scale_rotate"  # of distillation, and of evaluation in the DC family
+    )
+    eval_augment: str = (
+        ""  # of evaluation; "" is `augment` in the DC family, else the protocol's own
+    )
     mirror: bool = True  # a mirrored image keeps its class; False takes the flip out of a protocol's own augmentation
     networks: int = option(5, least=1)  # fresh networks an evaluation
-    eval_lr: float = option(0.0, least=0)  # step size of the evaluation; 0 is the protocol's, or the learned one
-    evaluations: int = option(1, least=1)  # evenly spaced over the run; the last one is after the last step
+    eval_lr: float = option(
+        0.0, least=0
+    )  # step size of the evaluation; 0 is the protocol's, or the learned one
+    evaluations: int = option(
+        1, least=1
+    )  # evenly spaced over the run; the last one is after the last step
     snapshots: int = option(0, least=0)  # copies of the images kept on the way, to look at
     zca: str = option("", allowed=("", *KINDS))  # whitening in place of mean and standard deviation
     resolution: int = option(0, least=0)  # pixels a side; 0 is the dataset's own
-    minival: float = option(0.0, least=0, below=1)  # share of train kept from distillation, to select a checkpoint on; 0 is off
-    subset: int = option(0, least=0)  # training images a class to use, drawn once by seed 0; 0 is all of them
+    minival: float = option(
+        0.0, least=0, below=1
+    )  # share of train kept from distillation, to select a checkpoint on; 0 is off
+    subset: int = option(
+        0, least=0
+    )  # training images a class to use, drawn once by seed 0; 0 is all of them
     compile: bool = False  # torch.compile networks where there is a compiler
 
 
@@ -71,8 +87,12 @@ class Spec:
     @property
     def recipe(self) -> Recipe:
         run = self.run
-        recipe = protocol(run.protocol, epochs=run.eval_epochs, mirror=run.mirror,
-                          augment=run.eval_augment or (None if run.protocol in OWN_AUGMENT else run.augment))
+        recipe = protocol(
+            run.protocol,
+            epochs=run.eval_epochs,
+            mirror=run.mirror,
+            augment=run.eval_augment or (None if run.protocol in OWN_AUGMENT else run.augment),
+        )
         return replace(recipe, lr=run.eval_lr) if run.eval_lr else recipe
 
     @property
@@ -83,8 +103,19 @@ class Spec:
 
     def command(self, verb: str = "run") -> str:
         """What to type for this run (its seed apart), or for the experts that it needs."""
-        words = ["python", "-m", "ddlib", verb, self.method, "--dataset", self.dataset, "--ipc", str(self.ipc),
-                 "--profile", self.profile]
+        words = [
+            "python",
+            "-m",
+            "ddlib",
+            verb,
+            self.method,
+            "--dataset",
+            self.dataset,
+            "--ipc",
+            str(self.ipc),
+            "--profile",
+            self.profile,
+        ]
         for key, value in self.overrides.items():
             text = value if yaml.safe_load(str(value)) == value else json.dumps(value)
             words += ["--set", f"{key}={text}"]
@@ -95,15 +126,24 @@ class Spec:
         # Values at their defaults stay out, so that a new key leaves the names of old records alone.
         plain = defaults(self.method)
         chosen = {key: value for key, value in self.values.items() if value != plain.get(key)}
-        facts = json.dumps([asdict(self) | {"values": chosen}, METHODS[self.method].version, VERSION], sort_keys=True)
+        facts = json.dumps(
+            [asdict(self) | {"values": chosen}, METHODS[self.method].version, VERSION],
+            sort_keys=True,
+        )
         place = re.sub(r"[^A-Za-z0-9]+", "_", self.dataset).strip("_")
-        return (f"{self.method}-{place}-ipc{self.ipc}-{self.profile}-seed{self.seed}-"
-                f"{hashlib.sha256(facts.encode()).hexdigest()[:8]}")
+        return (
+            f"{self.method}-{place}-ipc{self.ipc}-{self.profile}-seed{self.seed}-"
+            f"{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+        )
 
 
 def defaults(method: str) -> dict[str, Any]:
     """Every key of the method's Config and of `RunConfig` with its default."""
-    return {field.name: field.default for cls in (RunConfig, METHODS[method].Config) for field in fields(cls)}
+    return {
+        field.name: field.default
+        for cls in (RunConfig, METHODS[method].Config)
+        for field in fields(cls)
+    }
 
 
 def _subset(cls: type, values: dict) -> dict:
@@ -123,7 +163,9 @@ def _flat(level: dict | None, dataset: str, ipc: int) -> dict:
     return flat | (_flat(by_dataset[dataset], dataset, ipc) if dataset in by_dataset else {})
 
 
-def resolve(method: str, dataset: str, ipc: int, profile: str = "smoke", seed: int = 0, **overrides: Any) -> Spec:
+def resolve(
+    method: str, dataset: str, ipc: int, profile: str = "smoke", seed: int = 0, **overrides: Any
+) -> Spec:
     """Find the preset, apply `overrides` (keys of the method's Config and of `RunConfig`) and validate every value.
 
     Raises `DDError` naming the unknown or impossible part and what is allowed.
@@ -138,11 +180,17 @@ def resolve(method: str, dataset: str, ipc: int, profile: str = "smoke", seed: i
     allowed = sorted({f.name for c in (cls.Config, RunConfig) for f in fields(c)})
     place, sources = canonical(dataset), (_preset("common"), _preset(cls.preset))
     values: dict[str, Any] = {}
+
     def own(source: dict) -> dict:
         return source.get("methods", {}).get(method, {})
 
-    for level in (lambda s: s.get("defaults"), own, lambda s: {"datasets": s.get("datasets", {})},
-                  lambda s: s.get("profiles", {}).get(profile), lambda s: own(s).get("profiles", {}).get(profile)):
+    for level in (
+        lambda s: s.get("defaults"),
+        own,
+        lambda s: {"datasets": s.get("datasets", {})},
+        lambda s: s.get("profiles", {}).get(profile),
+        lambda s: own(s).get("profiles", {}).get(profile),
+    ):
         for source in sources:
             values |= _flat(level(source), place, ipc)
     given = {key: value for key, value in overrides.items() if value is not None}
@@ -150,7 +198,9 @@ def resolve(method: str, dataset: str, ipc: int, profile: str = "smoke", seed: i
     for key in values:
         choose(f"preset key for {method}", key, allowed)
     if given.get("kind", method) != method:
-        raise DDError(f"kind {given['kind']!r} is another method: ask for that one, not for {method}")
+        raise DDError(
+            f"kind {given['kind']!r} is another method: ask for that one, not for {method}"
+        )
     configs = [fields_from(c, _subset(c, values), "preset") for c in (cls.Config, RunConfig)]
     spec = Spec(method, dataset, ipc, profile, seed, asdict(configs[0]) | asdict(configs[1]))
     spec.recipe  # noqa: B018  an impossible protocol is an error here, not after the distillation

@@ -41,9 +41,13 @@ def _place(dataset: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", dataset).strip("_")
 
 
-def cached(kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[], list[dict]]) -> pd.DataFrame:
+def cached(
+    kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[], list[dict]]
+) -> pd.DataFrame:
     """The rows of a study from `results/PROFILE/studies/`, else computed and written there."""
-    digest = hashlib.sha256(json.dumps([spec.name, options, VERSION], sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(
+        json.dumps([spec.name, options, VERSION], sort_keys=True).encode()
+    ).hexdigest()[:8]
     name = f"{kind}-{spec.method}-{_place(spec.dataset)}-ipc{spec.ipc}-{digest}.json"
     path = results_folder() / spec.profile / "studies" / name
     if path.is_file():
@@ -63,9 +67,14 @@ def kept(kind: str, dataset: str) -> pd.DataFrame:
     return pd.DataFrame([row for path in found for row in json.loads(path.read_text())["rows"]])
 
 
-def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: str = "auto",
-              engines: Iterable[str] = ("unroll", "checkpoint", "tesla", "adjoint"), largest: int = 8 * 2**30
-              ) -> pd.DataFrame:
+def unrolling(
+    spec: Spec,
+    *,
+    steps: Iterable[int] = (1, 2, 5, 10, 20),
+    device: str = "auto",
+    engines: Iterable[str] = ("unroll", "checkpoint", "tesla", "adjoint"),
+    largest: int = 8 * 2**30,
+) -> pd.DataFrame:
     """One matching gradient of the run `spec` by every engine at every number of unrolled steps.
 
     Columns: engine, steps, seconds; graph bytes (peak of what autograd holds, `meter.SavedTensors`; for checkpoint
@@ -85,22 +94,38 @@ def unrolling(spec: Spec, *, steps: Iterable[int] = (1, 2, 5, 10, 20), device: s
             measured = {"adjoint": _measure(partial(problem, "adjoint"), at)}
             exact = measured["adjoint"][0]
             for engine in engines:
-                if engine == "unroll" and last and last["graph bytes"] * n / last["steps"] > largest:
+                if (
+                    engine == "unroll"
+                    and last
+                    and last["graph bytes"] * n / last["steps"] > largest
+                ):
                     continue
                 found, row = measured.get(engine) or _measure(partial(problem, engine), at)
                 a, b = found.images.double().flatten(), exact.images.double().flatten()
-                rows.append({"engine": engine, "steps": n, **row, "vectors bytes": 4 * method.net.size * n,
-                             "device": machine(at), "cosine": float(F.cosine_similarity(a, b, dim=0)),
-                             "norm ratio": float(a.norm() / b.norm()),
-                             "rate ratio": float(found.rates.sum() / exact.rates.sum())})
+                rows.append(
+                    {
+                        "engine": engine,
+                        "steps": n,
+                        **row,
+                        "vectors bytes": 4 * method.net.size * n,
+                        "device": machine(at),
+                        "cosine": float(F.cosine_similarity(a, b, dim=0)),
+                        "norm ratio": float(a.norm() / b.norm()),
+                        "rate ratio": float(found.rates.sum() / exact.rates.sum()),
+                    }
+                )
                 if engine == "unroll":
                     last = rows[-1]
         return rows
 
-    return cached("unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute)
+    return cached(
+        "unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute
+    )
 
 
-def _measure(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> tuple[Any, dict[str, Any]]:
+def _measure(
+    work: Callable[[], Any], device: torch.device, repeats: int = 3
+) -> tuple[Any, dict[str, Any]]:
     """What `work()` gives and its cost; from 30 seconds on the metered pass is the timed one too."""
     with SavedTensors() as saved, PeakMemory(device) as peak:
         start = time.perf_counter()
@@ -109,11 +134,23 @@ def _measure(work: Callable[[], Any], device: torch.device, repeats: int = 3) ->
             torch.cuda.synchronize(device)
         once = time.perf_counter() - start
     again = once if once > 30 else seconds(work, repeats=repeats, warm=0, device=device)
-    return found, {"seconds": again, "graph bytes": saved.peak, "peak bytes": peak.bytes, "peak method": peak.method}
+    return found, {
+        "seconds": again,
+        "graph bytes": saved.peak,
+        "peak bytes": peak.bytes,
+        "peak method": peak.method,
+    }
 
 
-def predicted_memory(backbone: str, shape: tuple[int, int, int], classes: int, batch: int, steps: int, engine: str,
-                     soft: bool = True) -> dict[str, Any]:
+def predicted_memory(
+    backbone: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    batch: int,
+    steps: int,
+    engine: str,
+    soft: bool = True,
+) -> dict[str, Any]:
     """Bytes of one matching gradient, counted on the meta device: nothing is computed, so any size can be asked for.
 
     graph bytes: what autograd holds at its peak (inner batches of `batch` images, float32, no augmentation); vectors
@@ -124,10 +161,21 @@ def predicted_memory(backbone: str, shape: tuple[int, int, int], classes: int, b
     images = torch.empty(batch, *shape, device="meta")
     labels = torch.empty(batch, classes, device="meta") if soft else index
     with SavedTensors() as saved:
-        match(net, Segment(start, start.clone(), [index] * steps, [None] * steps), images, labels,
-              torch.empty(steps, device="meta"), engine)
-    return {"engine": engine, "steps": steps, "batch": batch, "graph bytes": saved.peak,
-            "vectors bytes": 0 if engine == "unroll" else 4 * net.size * steps}
+        match(
+            net,
+            Segment(start, start.clone(), [index] * steps, [None] * steps),
+            images,
+            labels,
+            torch.empty(steps, device="meta"),
+            engine,
+        )
+    return {
+        "engine": engine,
+        "steps": steps,
+        "batch": batch,
+        "graph bytes": saved.peak,
+        "vectors bytes": 0 if engine == "unroll" else 4 * net.size * steps,
+    }
 
 
 def full(spec: Spec, *, networks: int = 2, device: str = "auto") -> pd.DataFrame:
@@ -136,13 +184,26 @@ def full(spec: Spec, *, networks: int = 2, device: str = "auto") -> pd.DataFrame
     One row: dataset, profile, backbone, accuracy, std, networks. As many passes as on a distilled set, which is the
     same protocol and far more steps: on CIFAR-10 a GPU's work.
     """
+
     def compute() -> list[dict]:
         data, scores = dataset_of(spec, pick_device(device)), []
         for k in range(networks):
-            net = build(spec.run.backbone, data.shape, data.num_classes, generator(spec.seed, "full", k))
-            scores.append(accuracy(train_on(data, net.to(data.device), spec.recipe, spec.seed + k), data))
-        return [{"dataset": spec.dataset, "profile": spec.profile, "backbone": spec.run.backbone,
-                 "accuracy": fmean(scores), "std": pstdev(scores), "networks": scores}]
+            net = build(
+                spec.run.backbone, data.shape, data.num_classes, generator(spec.seed, "full", k)
+            )
+            scores.append(
+                accuracy(train_on(data, net.to(data.device), spec.recipe, spec.seed + k), data)
+            )
+        return [
+            {
+                "dataset": spec.dataset,
+                "profile": spec.profile,
+                "backbone": spec.run.backbone,
+                "accuracy": fmean(scores),
+                "std": pstdev(scores),
+                "networks": scores,
+            }
+        ]
 
     return cached("full", spec, {"networks": networks}, compute)
 
@@ -150,13 +211,22 @@ def full(spec: Spec, *, networks: int = 2, device: str = "auto") -> pd.DataFrame
 @torch.no_grad()
 def _test_loss(net: FlatNet, theta: torch.Tensor, data: Dataset) -> float:
     rows = torch.arange(len(data.labels["test"]), device=data.device)
-    return float(sum(F.cross_entropy(net(theta, data.batch("test", part)), data.labels["test"][part], reduction="sum")
-                     for part in rows.split(1000)) / len(rows))
+    return float(
+        sum(
+            F.cross_entropy(
+                net(theta, data.batch("test", part)), data.labels["test"][part], reduction="sum"
+            )
+            for part in rows.split(1000)
+        )
+        / len(rows)
+    )
 
 
 def _experts(spec: Spec, data: Dataset):
     config = spec.config
-    net = FlatNet(build(spec.run.backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False))
+    net = FlatNet(
+        build(spec.run.backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False)
+    )
     try:
         return net, load_experts(data, spec.run.backbone, config.expert_recipe, config.experts)
     except ExpertsError as error:
@@ -168,13 +238,21 @@ def flatness(spec: Spec, *, device: str = "auto", images: int = 512) -> pd.DataF
 
     Columns: flat, expert, epoch, sharpness, test loss. The eigenvalue is taken on `images` fixed training images.
     """
+
     def compute() -> list[dict]:
         data = dataset_of(spec, pick_device(device))
         net, experts = _experts(spec, data)
-        return [{"flat": spec.config.flat, "expert": e, "epoch": epoch,
-                 "sharpness": sharpness(net, theta.to(data.device), data, images=images),
-                 "test loss": _test_loss(net, theta.to(data.device), data)}
-                for e, weights in enumerate(experts.weights) for epoch, theta in enumerate(weights)]
+        return [
+            {
+                "flat": spec.config.flat,
+                "expert": e,
+                "epoch": epoch,
+                "sharpness": sharpness(net, theta.to(data.device), data, images=images),
+                "test loss": _test_loss(net, theta.to(data.device), data),
+            }
+            for e, weights in enumerate(experts.weights)
+            for epoch, theta in enumerate(weights)
+        ]
 
     return cached("flatness", spec, {"images": images}, compute)
 
@@ -193,11 +271,21 @@ def trajectory_error(run: Run, *, device: str = "auto") -> pd.DataFrame:
         for e, weights in enumerate(experts.weights):
             theta, rng = weights[0].to(data.device), generator(spec.seed, "trajectory error", e)
             for epoch in range(0, len(weights), config.expert_epochs):
-                error = _test_loss(net, theta, data) - _test_loss(net, weights[epoch].to(data.device), data)
+                error = _test_loss(net, theta, data) - _test_loss(
+                    net, weights[epoch].to(data.device), data
+                )
                 rows.append({"method": spec.method, "expert": e, "epoch": epoch, "error": error})
                 for _ in range(config.syn_steps):
-                    x = augment(syn.images, draw(config.augment, len(syn.images), data.shape[1:], rng,
-                                                 op_every=len(syn.images)))
+                    x = augment(
+                        syn.images,
+                        draw(
+                            config.augment,
+                            len(syn.images),
+                            data.shape[1:],
+                            rng,
+                            op_every=len(syn.images),
+                        ),
+                    )
                     theta = theta.detach().requires_grad_()
                     loss = F.cross_entropy(net(theta, x), syn.labels)
                     theta = theta.detach() - syn.recipe.lr * torch.autograd.grad(loss, theta)[0]
@@ -206,15 +294,23 @@ def trajectory_error(run: Run, *, device: str = "auto") -> pd.DataFrame:
     return cached("trajectory_error", spec, {}, compute)
 
 
-def outer_steps(dataset: str, ipc: int, profile: str, *, device: str = "auto", repeats: int = 5) -> pd.DataFrame:
+def outer_steps(
+    dataset: str, ipc: int, profile: str, *, device: str = "auto", repeats: int = 5
+) -> pd.DataFrame:
     """One update of the same number of real images of a dataset by DM, MTT (its whole graph, and the exact adjoint) and
     FRePo, each with its preset's network and real batch, all uncompiled.
 
     Columns: method, network, seconds (median of `repeats`), graph bytes (peak of what autograd holds), peak bytes.
     """
-    specs = {name: resolve(method, dataset, ipc, profile, compile=False, zca="", **more) for name, method, more in
-             (("dm", "dm", {}), ("mtt, unrolled", "mtt", {"gradient": "unroll"}), ("mtt, adjoint", "mtt", {}),
-              ("frepo", "frepo", {}))}
+    specs = {
+        name: resolve(method, dataset, ipc, profile, compile=False, zca="", **more)
+        for name, method, more in (
+            ("dm", "dm", {}),
+            ("mtt, unrolled", "mtt", {"gradient": "unroll"}),
+            ("mtt, adjoint", "mtt", {}),
+            ("frepo", "frepo", {}),
+        )
+    }
 
     def compute() -> list[dict]:
         at = pick_device(device)
@@ -222,8 +318,15 @@ def outer_steps(dataset: str, ipc: int, profile: str, *, device: str = "auto", r
         for name, spec in specs.items():
             step = one_step(spec, data)
             step()  # workspaces, and the optimiser's state
-            rows.append({"method": name, "network": spec.run.backbone, "ipc": ipc, "device": machine(at),
-                         **_measure(step, at, repeats)[1]})
+            rows.append(
+                {
+                    "method": name,
+                    "network": spec.run.backbone,
+                    "ipc": ipc,
+                    "device": machine(at),
+                    **_measure(step, at, repeats)[1],
+                }
+            )
         return rows
 
     names = [spec.name for spec in specs.values()]
@@ -237,12 +340,19 @@ def one_step(spec: Spec, data: Dataset) -> Callable[[], object]:
     if spec.method != "mtt":
         return METHODS[spec.method](config, data, spec.ipc, spec.run.backbone, spec.seed).step
     rng, n = generator(spec.seed, "one step"), data.num_classes * spec.ipc
-    net = FlatNet(build(spec.run.backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False))
+    net = FlatNet(
+        build(spec.run.backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False)
+    )
     start, images = net.vector(), data.batch("train", data.sample(spec.ipc, rng).flatten())
     target = start + 0.01 * torch.randn(net.size, generator=rng).to(start)
     size = config.batch_syn or n
-    params = [draw(config.augment, size, data.shape[1:], rng, op_every=size) for _ in range(config.syn_steps)]
+    params = [
+        draw(config.augment, size, data.shape[1:], rng, op_every=size)
+        for _ in range(config.syn_steps)
+    ]
     batches = [torch.randperm(n, generator=rng)[:size].to(data.device) for _ in params]
     labels = torch.arange(data.num_classes, device=data.device).repeat_interleave(spec.ipc)
     rates = torch.full((len(params),), config.lr_teacher, device=data.device)
-    return lambda: match(net, Segment(start, target, batches, params), images, labels, rates, config.gradient)
+    return lambda: match(
+        net, Segment(start, target, batches, params), images, labels, rates, config.gradient
+    )

@@ -34,14 +34,22 @@ class Recipe:
     batch: int = 256  # the last, smaller batch is kept
     drops: tuple[int, ...] = (502,)  # after so many epochs the step size is multiplied by `drop`
     drop: float = 0.1
-    augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA: one operation a batch, parameters an image
-    reset: bool = True  # a drop also forgets the momentum, since the DC family's code builds a new optimiser
+    augment: str = (
+        "color_crop_cutout_flip_scale_rotate"  # DSA: one operation a batch, parameters an image
+    )
+    reset: bool = (
+        True  # a drop also forgets the momentum, since the DC family's code builds a new optimiser
+    )
     cutmix: float = 0.0  # share of batches mixed by CutMix (IDC)
     optimiser: str = "sgd"  # or adam, which has neither momentum nor weight decay here (FRePo)
-    loss: str = "ce"  # or mse: half the squared error, summed over classes, on centred labels (FRePo)
+    loss: str = (
+        "ce"  # or mse: half the squared error, summed over classes, on centred labels (FRePo)
+    )
     warmup: int = 0  # steps in which the step size grows from 0; at most half of them all
     cosine: float = 1.0  # share of the step size that a cosine ends at; 1 is no cosine
-    tests: tuple[int, ...] = ()  # epochs after which the test accuracy is noted too, for "best of" columns
+    tests: tuple[
+        int, ...
+    ] = ()  # epochs after which the test accuracy is noted too, for "best of" columns
 
 
 def halved(name: str, epochs: int, **changes) -> Recipe:
@@ -56,8 +64,10 @@ def _can_compile() -> bool:
     cc = torch.cuda.is_available() and (which(os.environ.get("CC") or "gcc") or which("clang"))
     if (cxx or cc) and Path(sysconfig.get_path("include"), "Python.h").is_file():
         return True
-    warnings.warn("torch.compile needs a C++ compiler and Python.h, and one is missing: running uncompiled, about half "
-                  "as fast")
+    warnings.warn(
+        "torch.compile needs a C++ compiler and Python.h, and one is missing: running uncompiled, about half "
+        "as fast"
+    )
     return False
 
 
@@ -65,7 +75,9 @@ def compiled(function: Callable) -> Callable:
     """`torch.compile(function)` for static shapes where that works, else `function` with one line of warning."""
     if not _can_compile():
         return function
-    torch._dynamo.config.recompile_limit = 64  # one graph a batch shape and mode; past the limit it runs uncompiled
+    torch._dynamo.config.recompile_limit = (
+        64  # one graph a batch shape and mode; past the limit it runs uncompiled
+    )
     return torch.compile(function, dynamic=False)
 
 
@@ -79,7 +91,9 @@ def _targets(labels: torch.Tensor, recipe: Recipe, classes: int) -> torch.Tensor
 def _optimiser(net: Backbone, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
     if recipe.optimiser == "adam":
         return torch.optim.Adam(net.parameters(), lr=lr)
-    return torch.optim.SGD(net.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        net.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
 
 
 def _loss(forward: Callable, x: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
@@ -92,13 +106,23 @@ def _share(recipe: Recipe, step: int, total: int) -> float:
     warm = min(recipe.warmup, total // 2)
     if step < warm:
         return step / warm
-    return recipe.cosine + (1 - recipe.cosine) * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) / 2
+    return (
+        recipe.cosine
+        + (1 - recipe.cosine) * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) / 2
+    )
 
 
-def train(net: Backbone, images: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor,
-          recipe: Recipe, rng: torch.Generator, *, forward: Callable | None = None,
-          after_epoch: Callable[[int], None] | None = None,
-          adjust: Callable[[Callable[[], torch.Tensor]], None] | None = None) -> Backbone:
+def train(
+    net: Backbone,
+    images: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    recipe: Recipe,
+    rng: torch.Generator,
+    *,
+    forward: Callable | None = None,
+    after_epoch: Callable[[int], None] | None = None,
+    adjust: Callable[[Callable[[], torch.Tensor]], None] | None = None,
+) -> Backbone:
     """Train `net` in place under `recipe` and return it.
 
     images: normalised float [n, C, H, W], or a function from an index [b] to such a batch; labels: int64 [n], or float
@@ -111,7 +135,11 @@ def train(net: Backbone, images: torch.Tensor | Callable[[torch.Tensor], torch.T
     net.train()
     classes = net.classifier.out_features
     labels, lr, loss = _targets(labels, recipe, classes), recipe.lr, torch.zeros(())
-    optimiser, step, total = _optimiser(net, recipe, lr), 0, recipe.epochs * math.ceil(n / recipe.batch)
+    optimiser, step, total = (
+        _optimiser(net, recipe, lr),
+        0,
+        recipe.epochs * math.ceil(n / recipe.batch),
+    )
     for epoch in range(recipe.epochs):
         if epoch in recipe.drops:
             lr *= recipe.drop
@@ -136,13 +164,21 @@ def train(net: Backbone, images: torch.Tensor | Callable[[torch.Tensor], torch.T
         if after_epoch:
             after_epoch(epoch)
     if not torch.isfinite(loss):
-        raise DDError(f"training of {net.spec} ended with loss {loss.item()}: lower the step size ({recipe.lr})")
+        raise DDError(
+            f"training of {net.spec} ended with loss {loss.item()}: lower the step size ({recipe.lr})"
+        )
     return net
 
 
 @torch.no_grad()
-def predict(net: Backbone, data: Dataset, split: str = "test", *, batch: int = 1000,
-            forward: Callable | None = None) -> torch.Tensor:
+def predict(
+    net: Backbone,
+    data: Dataset,
+    split: str = "test",
+    *,
+    batch: int = 1000,
+    forward: Callable | None = None,
+) -> torch.Tensor:
     """Logits [N, classes] of `net` in eval mode on the un-augmented images of a split."""
     net.eval()
     rows = torch.arange(len(data.labels[split]), device=data.device)
@@ -156,10 +192,21 @@ def embed(net: Backbone, data: Dataset, split: str = "train") -> torch.Tensor:
 
 def accuracy(net: Backbone, data: Dataset, split: str = "test", **options) -> float:
     """Top-1 accuracy of `net` on a split, in per cent."""
-    return 100 * (predict(net, data, split, **options).argmax(1) == data.labels[split]).float().mean().item()
+    return (
+        100
+        * (predict(net, data, split, **options).argmax(1) == data.labels[split])
+        .float()
+        .mean()
+        .item()
+    )
 
 
 def train_on(data: Dataset, net: Backbone, recipe: Recipe, seed: int) -> Backbone:
     """Train `net` on a dataset's whole training split, e.g. as the feature extractor of a coreset."""
-    return train(net, lambda index: data.batch("train", index), data.labels["train"], recipe,
-                 generator(seed, "train", net.spec))
+    return train(
+        net,
+        lambda index: data.batch("train", index),
+        data.labels["train"],
+        recipe,
+        generator(seed, "train", net.spec),
+    )

@@ -40,8 +40,10 @@ class FlatNet:
 
     def __init__(self, net: Backbone):
         if net.couples_samples:
-            raise DDError(f"{net.spec} has BatchNorm, whose statistics a parameter vector leaves out; allowed here: "
-                          "norm=in, ln, gn or none")
+            raise DDError(
+                f"{net.spec} has BatchNorm, whose statistics a parameter vector leaves out; allowed here: "
+                "norm=in, ln, gn or none"
+            )
         self.net = net
         self.names, tensors = zip(*net.named_parameters(), strict=True)
         self.shapes = [tensor.shape for tensor in tensors]
@@ -49,7 +51,10 @@ class FlatNet:
         self.size = sum(self.sizes)
 
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
-        pieces = (piece.view(shape) for piece, shape in zip(theta.split(self.sizes), self.shapes, strict=True))
+        pieces = (
+            piece.view(shape)
+            for piece, shape in zip(theta.split(self.sizes), self.shapes, strict=True)
+        )
         return functional_call(self.net, dict(zip(self.names, pieces, strict=True)), (x,))
 
     def vector(self) -> Tensor:
@@ -89,13 +94,25 @@ def parse_engine(engine: str) -> tuple[str, int | None]:
     """(name, window): "window=5" is the adjoint over the last five steps."""
     if engine.startswith("window="):
         if not engine[7:].isdecimal() or int(engine[7:]) < 1:
-            raise DDError(f"gradient {engine!r}: K of window=K must be a whole number of at least 1")
+            raise DDError(
+                f"gradient {engine!r}: K of window=K must be a whole number of at least 1"
+            )
         return "adjoint", int(engine[7:])
     return str(choose("gradient", engine, ENGINES[:-1])), None
 
 
-def match(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rates: Tensor, engine: str = "adjoint", *,
-          momentum: float = 0.0, micro: int = 0, criterion: Callable = F.cross_entropy) -> Match:
+def match(
+    net: FlatNet,
+    segment: Segment,
+    images: Tensor,
+    labels: Tensor,
+    rates: Tensor,
+    engine: str = "adjoint",
+    *,
+    momentum: float = 0.0,
+    micro: int = 0,
+    criterion: Callable = F.cross_entropy,
+) -> Match:
     """L of `segment` and its gradient by `engine`; `rates` [N] are the step sizes, one a step.
 
     `micro` splits every step's batch into pieces of so many images, which changes nothing but the memory (not for
@@ -104,21 +121,37 @@ def match(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rates:
     """
     name, window = parse_engine(engine)
     if len(rates) != len(segment.batches) or len(segment.params) != len(segment.batches):
-        raise DDError(f"{len(segment.batches)} steps need as many rates and augmentations, not {len(rates)} and "
-                      f"{len(segment.params)}")
+        raise DDError(
+            f"{len(segment.batches)} steps need as many rates and augmentations, not {len(rates)} and "
+            f"{len(segment.params)}"
+        )
     if not segment.start.is_meta and not segment.distance > 0:
-        raise DDError("the expert stands still between the segment's ends: zero distance to match; choose another "
-                      "start epoch, or train the experts with a larger step size")
+        raise DDError(
+            "the expert stands still between the segment's ends: zero distance to match; choose another "
+            "start epoch, or train the experts with a larger step size"
+        )
     images, labels, rates = images.detach(), labels.detach(), rates.detach()
     if name in ("unroll", "checkpoint"):
-        return _through_graph(net, segment, images, labels, rates, momentum, criterion, name == "checkpoint")
+        return _through_graph(
+            net, segment, images, labels, rates, momentum, criterion, name == "checkpoint"
+        )
     if name.startswith("tesla") and momentum:
-        raise DDError("tesla's gradient is defined for inner steps without momentum; allowed with it: adjoint, unroll")
+        raise DDError(
+            "tesla's gradient is defined for inner steps without momentum; allowed with it: adjoint, unroll"
+        )
     return _adjoint(net, segment, images, labels, rates, momentum, criterion, micro, name, window)
 
 
-def _through_graph(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rates: Tensor, momentum: float,
-                   criterion: Callable, recompute: bool) -> Match:
+def _through_graph(
+    net: FlatNet,
+    segment: Segment,
+    images: Tensor,
+    labels: Tensor,
+    rates: Tensor,
+    momentum: float,
+    criterion: Callable,
+    recompute: bool,
+) -> Match:
     images, rates = images.requires_grad_(), rates.requires_grad_()
     labels = labels.requires_grad_() if labels.is_floating_point() else labels
     theta = segment.start.clone().requires_grad_()
@@ -126,12 +159,18 @@ def _through_graph(net: FlatNet, segment: Segment, images: Tensor, labels: Tenso
     for i, (index, params) in enumerate(zip(segment.batches, segment.params, strict=True)):
         x = images[index] if params is None else augment(images[index], params)
 
-        def step(theta: Tensor, velocity: Tensor, x: Tensor, y: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-            velocity = momentum * velocity + grad(criterion(net(theta, x), y), theta, create_graph=True)[0]
+        def step(
+            theta: Tensor, velocity: Tensor, x: Tensor, y: Tensor, rate: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            velocity = (
+                momentum * velocity + grad(criterion(net(theta, x), y), theta, create_graph=True)[0]
+            )
             return theta - rate * velocity, velocity
 
         arguments = (theta, velocity, x, labels[index], rates[i])
-        theta, velocity = checkpoint(step, *arguments, use_reentrant=False) if recompute else step(*arguments)
+        theta, velocity = (
+            checkpoint(step, *arguments, use_reentrant=False) if recompute else step(*arguments)
+        )
     loss = (theta - segment.target).square().sum() / segment.distance
     wanted = [images, rates] + ([labels] if labels.is_floating_point() else [])
     dx, drates, *dy = grad(loss, wanted)
@@ -142,16 +181,34 @@ def _pieces(images: Tensor, labels: Tensor, index: Tensor, params: DSAParams | N
     """(rows, images, labels, augmentation, share of the batch) of a step's batch, in pieces of `micro` images."""
     for rows in torch.arange(len(index)).split(micro or len(index)):
         at = index[rows.to(index.device)]
-        yield at, images[at], labels[at], None if params is None else params.select(rows), len(rows) / len(index)
+        yield (
+            at,
+            images[at],
+            labels[at],
+            None if params is None else params.select(rows),
+            len(rows) / len(index),
+        )
 
 
-def _adjoint(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rates: Tensor, momentum: float,
-             criterion: Callable, micro: int, name: str, window: int | None) -> Match:
+def _adjoint(
+    net: FlatNet,
+    segment: Segment,
+    images: Tensor,
+    labels: Tensor,
+    rates: Tensor,
+    momentum: float,
+    criterion: Callable,
+    micro: int,
+    name: str,
+    window: int | None,
+) -> Match:
     steps, tesla, soft = len(rates), name.startswith("tesla"), labels.is_floating_point()
 
     def pieces(i: int, theta: Tensor, graph: bool):
         """g_i piece by piece: (rows, images, labels, their part of g_i), with a `graph` to differentiate once more."""
-        for at, x, y, params, share in _pieces(images, labels, segment.batches[i], segment.params[i], micro):
+        for at, x, y, params, share in _pieces(
+            images, labels, segment.batches[i], segment.params[i], micro
+        ):
             x, y = (x.requires_grad_(), y.requires_grad_() if soft else y) if graph else (x, y)
             loss = share * criterion(net(theta, x if params is None else augment(x, params)), y)
             yield at, x, y, grad(loss, theta, create_graph=graph)[0]
@@ -161,7 +218,9 @@ def _adjoint(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rat
     for i in range(steps):
         thetas.append(theta.detach().requires_grad_())
         found = pieces(i, thetas[-1], graph=i == steps - 1 and not micro)
-        if i == steps - 1 and not micro:  # the way back begins with this graph: no need to build it again
+        if (
+            i == steps - 1 and not micro
+        ):  # the way back begins with this graph: no need to build it again
             found = kept = list(found)
         g = sum(part.detach() for *_, part in found)
         velocity = momentum * velocity + g if momentum else g
@@ -177,10 +236,18 @@ def _adjoint(net: FlatNet, segment: Segment, images: Tensor, labels: Tensor, rat
     first = max(0, steps - (window or steps))
     for i in reversed(range(first, steps)):
         direction, at_theta = carried - rates[i] * adjoint, thetas.pop()
-        hessian, g, product = not tesla and i > first, torch.zeros_like(last), torch.zeros_like(last)
+        hessian, g, product = (
+            not tesla and i > first,
+            torch.zeros_like(last),
+            torch.zeros_like(last),
+        )
         for at, x, y, part in kept or pieces(i, at_theta, graph=True):
             g += part.detach()
-            found = list(grad(part @ direction, [x] + ([y] if soft else []) + ([at_theta] if hessian else [])))
+            found = list(
+                grad(
+                    part @ direction, [x] + ([y] if soft else []) + ([at_theta] if hessian else [])
+                )
+            )
             if hessian:
                 product += found.pop()
             dx.index_add_(0, at, found[0])

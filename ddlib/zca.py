@@ -13,7 +13,9 @@ from torch import Tensor
 from .core import DDError, checksum, choose, load_tensors, save_tensors
 
 KINDS = ("mtt", "frepo", "frepo_checkerboard")
-LARGEST = 12_288  # 3 x 64 x 64: the matrix takes 0.6 GB, its float64 eigendecomposition four times that
+LARGEST = (
+    12_288  # 3 x 64 x 64: the matrix takes 0.6 GB, its float64 eigendecomposition four times that
+)
 _ROWS = 1024  # |pixel - 128| <= 128 and 128^2 * 1024 = 2^24, so float32 adds a chunk's products without rounding
 
 
@@ -48,13 +50,17 @@ class ZCA:
         """
         choose("zca kind", kind, KINDS)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or len(pixels) < 2:
-            raise DDError(f"ZCA needs two or more uint8 images [N,C,H,W], not {pixels.dtype} {list(pixels.shape)}")
+            raise DDError(
+                f"ZCA needs two or more uint8 images [N,C,H,W], not {pixels.dtype} {list(pixels.shape)}"
+            )
         tiles, odd = _tiles(kind), pixels.shape[2] % 2 or pixels.shape[3] % 2
         n, channels, d = len(pixels), pixels.shape[1], pixels[0].numel() // tiles
         if d > LARGEST or tiles > 1 and odd:
-            raise DDError(f"ZCA {kind!r} cannot whiten images of {list(pixels.shape[1:])}; at most {LARGEST:,} values "
-                          "(3x64x64) an image are allowed, four times that and even sides for 'frepo_checkerboard': "
-                          "choose another resolution or no zca")
+            raise DDError(
+                f"ZCA {kind!r} cannot whiten images of {list(pixels.shape[1:])}; at most {LARGEST:,} values "
+                "(3x64x64) an image are allowed, four times that and even sides for 'frepo_checkerboard': "
+                "choose another resolution or no zca"
+            )
         device = torch.device(device if device is not None else pixels.device)
         total = torch.zeros(tiles, d, dtype=torch.float64, device=device)
         cov = torch.zeros(d, d, dtype=torch.float64, device=device)
@@ -76,15 +82,25 @@ class ZCA:
             eps = 0.1 * cov.trace() / d
         values, vectors = torch.linalg.eigh(cov)
         values = values.clamp(min=0) + eps
-        if kind != "mtt" and n < d:  # n centred images have rank n - 1: the whole null space, so no basis is preferred
+        if (
+            kind != "mtt" and n < d
+        ):  # n centred images have rank n - 1: the whole null space, so no basis is preferred
             values[: d - n + (kind == "frepo")] = 1
         root = values.sqrt()
         matrix = (vectors / root) @ vectors.T / scale[:, None]
         inverse = (vectors * root) @ vectors.T * scale
-        return ZCA(kind, _identity(kind, checksum(pixels)), mean.squeeze(0).float(), matrix.float(), inverse.float())
+        return ZCA(
+            kind,
+            _identity(kind, checksum(pixels)),
+            mean.squeeze(0).float(),
+            matrix.float(),
+            inverse.float(),
+        )
 
     @staticmethod
-    def fit_cached(pixels: Tensor, kind: str, device: torch.device, pixel_sha: str, folder: Path) -> ZCA:
+    def fit_cached(
+        pixels: Tensor, kind: str, device: torch.device, pixel_sha: str, folder: Path
+    ) -> ZCA:
         """`fit`, kept in `folder` under its id; a damaged file is refitted. `pixel_sha` is `checksum(pixels)`."""
         name = _identity(kind, pixel_sha)
         path = folder / f"zca-{kind}-{name}.safetensors"
@@ -96,7 +112,9 @@ class ZCA:
         return zca
 
     def to(self, device: torch.device | str) -> ZCA:
-        return replace(self, **{name: getattr(self, name).to(device) for name in ("mean", "matrix", "inverse")})
+        return replace(
+            self, **{name: getattr(self, name).to(device) for name in ("mean", "matrix", "inverse")}
+        )
 
     def whiten(self, x: Tensor) -> Tensor:
         """[...,C,H,W] in [0,1] -> whitened, same shape."""

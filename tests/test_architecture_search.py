@@ -36,22 +36,33 @@ def test_the_space_is_the_papers_720_convnets():
 def test_spearman_is_scipys_ties_included():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 6, (20, 15)), rng.normal(size=(20, 15))
-    assert spearman(a, b) == pytest.approx([spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)])
+    assert spearman(a, b) == pytest.approx(
+        [spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
+    )
     assert np.isnan(spearman(np.ones(4), np.arange(4)))
 
 
 def table(**proxies) -> pd.DataFrame:
     """Accuracies on val of 8 networks by proxy; the whole set's test accuracies fall from 90."""
-    columns = {"whole": 90 - np.arange(8.0)} | {name: np.array(v, float) for name, v in proxies.items()}
-    return pd.DataFrame([{"proxy": name, "network": f"n{k}", "val": v, "test": v, "seconds": 2.0, "images": 20}
-                         for name, values in columns.items() for k, v in enumerate(values)])
+    columns = {"whole": 90 - np.arange(8.0)} | {
+        name: np.array(v, float) for name, v in proxies.items()
+    }
+    return pd.DataFrame(
+        [
+            {"proxy": name, "network": f"n{k}", "val": v, "test": v, "seconds": 2.0, "images": 20}
+            for name, values in columns.items()
+            for k, v in enumerate(values)
+        ]
+    )
 
 
 def test_correlations_and_choices_by_hand():
     rows = table(good=range(80, 72, -1), bad=range(8), mixed=[8, 7, 6, 5, 4, 1, 2, 3])
     found = correlations(rows, tops=(5, 8, 10)).set_index(["proxy", "top"])
     assert list(found.index) == [(p, top) for p in ("good", "bad", "mixed") for top in ("5", "all")]
-    assert found.spearman["good", "all"] == pytest.approx(1) and found.spearman["bad", "all"] == pytest.approx(-1)
+    assert found.spearman["good", "all"] == pytest.approx(1) and found.spearman[
+        "bad", "all"
+    ] == pytest.approx(-1)
     assert found.spearman["mixed", "5"] == pytest.approx(1) and found.networks["mixed", "5"] == 5
     wanted = spearmanr([8, 7, 6, 5, 4, 1, 2, 3], range(8, 0, -1)).statistic
     assert found.spearman["mixed", "all"] == pytest.approx(wanted)
@@ -76,10 +87,12 @@ def test_networks_are_trained_on_the_set_and_ranked_on_images_it_never_saw(resul
     assert sizes == {"whole": (1167, 2, ()), "early stop": (1167, 1, ()), "random": (20, 6, ())}
     assert rows["whole"].val.max() > rows["early stop"].val.max() > 10
     data = dd.load("digits", device="cpu").minival(0.1)
-    path, = (results / "smoke" / "parts" / "smoke").glob("random-*.json")
+    (path,) = (results / "smoke" / "parts" / "smoke").glob("random-*.json")
     chosen = Run(path).synthetic.images.flatten(1)
     assert torch.cdist(chosen, data.batch("val", slice(None)).flatten(1)).min() > 0.1
-    assert torch.cdist(chosen, data.batch("train", slice(None)).flatten(1)).min(1).values.max() < 0.02
+    assert (
+        torch.cdist(chosen, data.batch("train", slice(None)).flatten(1)).min(1).values.max() < 0.02
+    )
     monkeypatch.setattr(search, "dataset_of", None)  # kept block by block
     assert len(list(results.rglob("architecture_search-*.json"))) == 6
     assert study("whole", "digits", networks[:1], **FAST, block=1).equals(rows["whole"][:1])

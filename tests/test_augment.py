@@ -51,10 +51,16 @@ def plain(x, op, v):
         return x * keep
     if op == "flip":
         return x.flip(3) if v[7] else x
-    a, b, c, d = (v[8], 0, 0, v[9]) if op == "scale" else (v[10].cos(), -v[10].sin(), v[10].sin(), v[10].cos())
+    a, b, c, d = (
+        (v[8], 0, 0, v[9])
+        if op == "scale"
+        else (v[10].cos(), -v[10].sin(), v[10].sin(), v[10].cos())
+    )
     i = torch.arange(h, dtype=x.dtype)[:, None] - (h - 1) / 2
     j = torch.arange(w, dtype=x.dtype)[None] - (w - 1) / 2
-    return bilinear(x, (c * j + d * i).expand(h, w) + (h - 1) / 2, (a * j + b * i).expand(h, w) + (w - 1) / 2)
+    return bilinear(
+        x, (c * j + d * i).expand(h, w) + (h - 1) / 2, (a * j + b * i).expand(h, w) + (w - 1) / 2
+    )
 
 
 def plain_frepo(x, op, v):
@@ -96,9 +102,19 @@ def loop(x, params, each):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("strategy", "mode"), [
-    *((op, "S") for op in OPS), (ALL, "S"), (ALL, "M"), *(("frepo:" + op, "S") for op in TABLES["frepo"].apply),
-    (FREPO, "S"), (FREPO, "M"), *((strategy, "S") for strategy in IDC), (IDC[2], "M")])
+@pytest.mark.parametrize(
+    ("strategy", "mode"),
+    [
+        *((op, "S") for op in OPS),
+        (ALL, "S"),
+        (ALL, "M"),
+        *(("frepo:" + op, "S") for op in TABLES["frepo"].apply),
+        (FREPO, "S"),
+        (FREPO, "M"),
+        *((strategy, "S") for strategy in IDC),
+        (IDC[2], "M"),
+    ],
+)
 def test_batch_equals_loop_over_classes(strategy, mode, channels):
     rng = generator(0, "augment", strategy)
     params = draw(strategy, 12, (9, 9), rng, mode=mode)
@@ -107,8 +123,9 @@ def test_batch_equals_loop_over_classes(strategy, mode, channels):
     torch.testing.assert_close(ours, slow, rtol=0, atol=1e-12)
     assert not torch.allclose(ours, x)
     weight = torch.randn(ours.shape, generator=rng, dtype=torch.float64)
-    torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, slow)),
-                               rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, slow)), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 32), (28, 28), (7, 10), (1, 1)])
@@ -119,7 +136,9 @@ def test_moving_pixels_is_exact(strategy, size):
     assert torch.equal(augment(x, params), loop(x, params, 1))
 
 
-@pytest.mark.parametrize("strategy", ["scale", "frepo:crop", "frepo:rotate", "frepo:translate", "frepo:cutout"])
+@pytest.mark.parametrize(
+    "strategy", ["scale", "frepo:crop", "frepo:rotate", "frepo:translate", "frepo:cutout"]
+)
 def test_an_image_that_is_not_square(strategy):
     params = draw(strategy, 8, (6, 11), generator(3))
     x = torch.randn(8, 1, 6, 11, generator=generator(4), dtype=torch.float64)
@@ -128,9 +147,19 @@ def test_an_image_that_is_not_square(strategy):
 
 def test_draws_are_those_of_the_committed_records():
     """sha256 of what the version behind the first records drew (adding 0 makes -0 and 0 the same)."""
-    drawn = [draw(strategy, n, size, generator(k, "golden"), op_every=every) for k, (strategy, n, size, every) in
-             enumerate([(ALL, 10, (32, 32), 1), (ALL, 25, (28, 28), 10), ("color_crop_cutout_scale_rotate", 7, (9, 5), 7)])]
-    assert checksum(*(t for p in drawn for t in (p.op[0], p.values[0] + 0)))[:16] == "14e1e67e36cfa5ed"
+    drawn = [
+        draw(strategy, n, size, generator(k, "golden"), op_every=every)
+        for k, (strategy, n, size, every) in enumerate(
+            [
+                (ALL, 10, (32, 32), 1),
+                (ALL, 25, (28, 28), 10),
+                ("color_crop_cutout_scale_rotate", 7, (9, 5), 7),
+            ]
+        )
+    ]
+    assert (
+        checksum(*(t for p in drawn for t in (p.op[0], p.values[0] + 0)))[:16] == "14e1e67e36cfa5ed"
+    )
 
 
 @pytest.mark.parametrize("strategy", [*IDC, "frepo:color+crop_rotate+flip"])
@@ -142,7 +171,12 @@ def test_stages_are_applied_one_after_the_other(strategy):
         names = list(params.table.apply)
         assert {names[k] for k in params.op[s].tolist()} == set(ops)
         assert all(len(set(run.tolist())) == 1 for run in params.op[s].split(3))
-        y = augment(y, replace(params, op=params.op[s : s + 1], values=params.values[s : s + 1], stages=(ops,)))
+        y = augment(
+            y,
+            replace(
+                params, op=params.op[s : s + 1], values=params.values[s : s + 1], stages=(ops,)
+            ),
+        )
     assert torch.equal(augment(x, params), y)
     one = draw(strategy.split("+")[0], 30, (8, 8), generator(20), op_every=3)
     assert one.values.shape[0] == 1 and len(params.values[:, 0].unique()) == 30 * len(params.stages)
@@ -163,11 +197,15 @@ def test_real_and_synthetic_share_the_transform(strategy):
     b = augment(synthetic.flatten(0, 1), params.repeat(3)).view_as(synthetic)
     assert torch.equal(a[:, 2:5], b)
     some = torch.tensor([7, 1])
-    assert torch.equal(augment(real[some].flatten(0, 1), params.select(some).repeat(7)), a[some].flatten(0, 1))
+    assert torch.equal(
+        augment(real[some].flatten(0, 1), params.select(some).repeat(7)), a[some].flatten(0, 1)
+    )
     assert len(params.select(slice(2, 5)).repeat(3)) == 9
 
 
-@pytest.mark.parametrize("strategy", ["crop", "scale", "rotate", "color+cutout+flip", "frepo:color+crop+rotate"])
+@pytest.mark.parametrize(
+    "strategy", ["crop", "scale", "rotate", "color+cutout+flip", "frepo:color+crop+rotate"]
+)
 def test_finite_differences(strategy):
     params = draw(strategy, 2, (5, 5), generator(7))
     x = torch.randn(2, 2, 5, 5, generator=generator(8), dtype=torch.float64, requires_grad=True)
@@ -205,9 +243,20 @@ def test_parameters_cover_their_ranges():
     frequencies(v[5], range(33))
     frequencies(v[6], range(29))
     frequencies(v[7], (0, 1))
-    assert set(draw("cutout", 999, (9, 9), generator(11)).values[0, 5].tolist()) == set(range(9))  # odd hole: 0..8
-    ranges(v, {0: (-0.5, 0.5), 1: (0, 2), 2: (0.5, 1.5), 8: (1 / 1.2, 1.2), 9: (1 / 1.2, 1.2),
-               10: (-math.pi / 12, math.pi / 12)})
+    assert set(draw("cutout", 999, (9, 9), generator(11)).values[0, 5].tolist()) == set(
+        range(9)
+    )  # odd hole: 0..8
+    ranges(
+        v,
+        {
+            0: (-0.5, 0.5),
+            1: (0, 2),
+            2: (0.5, 1.5),
+            8: (1 / 1.2, 1.2),
+            9: (1 / 1.2, 1.2),
+            10: (-math.pi / 12, math.pi / 12),
+        },
+    )
 
 
 def test_frepo_parameters_cover_their_ranges():
@@ -215,8 +264,20 @@ def test_frepo_parameters_cover_their_ranges():
     frequencies(v[6], range(25))  # the last hole of 8 rows starts at 24
     frequencies(v[7], range(22))
     frequencies(v[8], (0, 1))
-    ranges(v, {0: (-0.25, 0.25), 1: (-0.25, 0.25), 2: (-0.25, 0.25), 3: (math.log(0.8), math.log(1.25)), 4: (-1, 1),
-               5: (-1, 1), 9: (-math.pi / 12, math.pi / 12), 10: (-0.125, 0.125), 11: (-0.125, 0.125)})
+    ranges(
+        v,
+        {
+            0: (-0.25, 0.25),
+            1: (-0.25, 0.25),
+            2: (-0.25, 0.25),
+            3: (math.log(0.8), math.log(1.25)),
+            4: (-1, 1),
+            5: (-1, 1),
+            9: (-math.pi / 12, math.pi / 12),
+            10: (-0.125, 0.125),
+            11: (-0.125, 0.125),
+        },
+    )
 
 
 @pytest.mark.parametrize("strategy", [ALL, "color_crop+cutout_flip", FREPO])
@@ -230,7 +291,9 @@ def test_one_op_a_mini_batch_with_parameters_an_image():
     params = draw(ALL, 25, (8, 8), generator(12), op_every=10)
     assert [len(set(part.tolist())) for part in params.op[0].split(10)] == [1, 1, 1]
     assert len(params.values[0, 10].unique()) == 25
-    assert len({int(draw(ALL, 5, (8, 8), generator(k), op_every=5).op[0, 0]) for k in range(50)}) == 6
+    assert (
+        len({int(draw(ALL, 5, (8, 8), generator(k), op_every=5).op[0, 0]) for k in range(50)}) == 6
+    )
 
 
 def test_draws_repeat_and_leave_the_global_state_alone():
@@ -245,12 +308,21 @@ def test_draws_repeat_and_leave_the_global_state_alone():
 def test_no_strategy_changes_nothing(strategy):
     x = torch.randn(4, 3, 8, 8, generator=generator(14))
     for mode in "SM":
-        assert torch.equal(augment(x, draw(strategy, 2, (8, 8), generator(0), mode=mode).repeat(2)), x)
+        assert torch.equal(
+            augment(x, draw(strategy, 2, (8, 8), generator(0), mode=mode).repeat(2)), x
+        )
 
 
-@pytest.mark.parametrize("strategy", ["crop_scale_rotate", "frepo:flip_crop_cutout_translate", "flip+crop_scale"])
+@pytest.mark.parametrize(
+    "strategy", ["crop_scale_rotate", "frepo:flip_crop_cutout_translate", "flip+crop_scale"]
+)
 def test_no_images_and_half_precision(strategy):
-    assert augment(torch.zeros(0, 3, 8, 8), draw(strategy, 0, (8, 8), generator(0))).shape == (0, 3, 8, 8)
+    assert augment(torch.zeros(0, 3, 8, 8), draw(strategy, 0, (8, 8), generator(0))).shape == (
+        0,
+        3,
+        8,
+        8,
+    )
     x = torch.randn(60, 3, 8, 8, generator=generator(15))
     params = draw(strategy, 60, (8, 8), generator(16))
     half = augment(x.bfloat16(), params)
@@ -258,11 +330,19 @@ def test_no_images_and_half_precision(strategy):
     torch.testing.assert_close(half.float(), augment(x, params), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(("kwargs", "names"), [
-    ({"strategy": "color_crop_flop"}, "flop.*flip"), ({"strategy": "color+flop"}, "flop.*flip"),
-    ({"strategy": "frepo:flip_scale"}, "scale.*translate"), ({"strategy": "idc:color"}, "idc.*dsa, frepo"),
-    ({"strategy": "color++crop"}, "color, crop, cutout"), ({"strategy": "color__crop"}, "color, crop, cutout"),
-    ({"mode": "X"}, "S, M"), ({"op_every": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("kwargs", "names"),
+    [
+        ({"strategy": "color_crop_flop"}, "flop.*flip"),
+        ({"strategy": "color+flop"}, "flop.*flip"),
+        ({"strategy": "frepo:flip_scale"}, "scale.*translate"),
+        ({"strategy": "idc:color"}, "idc.*dsa, frepo"),
+        ({"strategy": "color++crop"}, "color, crop, cutout"),
+        ({"strategy": "color__crop"}, "color, crop, cutout"),
+        ({"mode": "X"}, "S, M"),
+        ({"op_every": 0}, "at least 1"),
+    ],
+)
 def test_bad_requests_are_named(kwargs, names):
     with pytest.raises(DDError, match=names):
         draw(**({"strategy": ALL, "n": 2, "size": (8, 8), "generator": generator(0)} | kwargs))
@@ -289,7 +369,9 @@ def box_of(mask):
 
 def test_cutmix_pastes_one_box_of_a_partner_and_weighs_the_labels_by_its_area():
     n, h, w, seen = 6, 8, 12, set()
-    x = (torch.arange(n) * 1.0).view(n, 1, 1, 1).expand(n, 2, h, w).clone()  # the value tells the source
+    x = (
+        (torch.arange(n) * 1.0).view(n, 1, 1, 1).expand(n, 2, h, w).clone()
+    )  # the value tells the source
     y = torch.tensor([0, 1, 2, 3, 0, 1])
     for k in range(300):
         mixed, soft = cutmix(x, y, generator(k, "cutmix"), 1.0, 5)
@@ -301,8 +383,13 @@ def test_cutmix_pastes_one_box_of_a_partner_and_weighs_the_labels_by_its_area():
         if moved.any():
             seen.add(box_of(moved))
             inside = mixed[:, 0, moved]
-            assert sorted(inside[:, 0].tolist()) == list(range(n)) and (inside == inside[:, :1]).all()
-    assert len(seen) > 20 and tuple(map(max, zip(*seen, strict=True))) == (h - 2, w - 2)  # sides are even, sqrt < 1
+            assert (
+                sorted(inside[:, 0].tolist()) == list(range(n)) and (inside == inside[:, :1]).all()
+            )
+    assert len(seen) > 20 and tuple(map(max, zip(*seen, strict=True))) == (
+        h - 2,
+        w - 2,
+    )  # sides are even, sqrt < 1
     assert torch.equal(x[:, 0, 0, 0], torch.arange(6.0))  # the batch handed in is left alone
 
 
@@ -311,7 +398,9 @@ def test_cutmix_area_and_frequency():
     s, trials = 8, 4000
     x, y = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, s, s), torch.tensor([0, 1])
     rng = generator(25)
-    shares = torch.tensor([cutmix(x, y, rng, 1.0, 2)[1][0, 1].item() for _ in range(trials)]).double()
+    shares = torch.tensor(
+        [cutmix(x, y, rng, 1.0, 2)[1][0, 1].item() for _ in range(trials)]
+    ).double()
     expected = 0.0
     for k in range(s // 2):
         length = sum(min(s, c + k) - max(0, c - k) for c in range(s)) / s**2
@@ -319,7 +408,10 @@ def test_cutmix_area_and_frequency():
     expected /= 2  # half of the permutations of two images are the identity
     assert abs(shares.mean() - expected) < 5 * shares.std() / math.sqrt(trials)
     images = torch.randn(5, 1, 32, 32, generator=rng)
-    mixed = sum(cutmix(images, torch.arange(5), rng, 0.3, 5)[0] is not images for _ in range(trials)) / trials
+    mixed = (
+        sum(cutmix(images, torch.arange(5), rng, 0.3, 5)[0] is not images for _ in range(trials))
+        / trials
+    )
     assert abs(mixed - 0.3) < 5 * math.sqrt(0.3 * 0.7 / trials)
     assert cutmix(images, torch.arange(5), rng, 0.0, 5)[0] is images
 

@@ -18,25 +18,39 @@ def parameters(net):
 
 # Released code of DC/DSA/DM, counted: (spec, shape, classes, parameters, features).
 COUNTS = [
-    ("convnet", CIFAR, 10, 320_010, 2048), ("convnet", MNIST, 10, 317_706, 2048),
-    ("convnet", CIFAR, 100, 504_420, 2048), ("convnet", TINY, 200, 857_160, 2048),
+    ("convnet", CIFAR, 10, 320_010, 2048),
+    ("convnet", MNIST, 10, 317_706, 2048),
+    ("convnet", CIFAR, 100, 504_420, 2048),
+    ("convnet", TINY, 200, 857_160, 2048),
     ("convnet:depth=3", TINY, 200, 1_938_120, 8192),
-    ("convnet:width=32", CIFAR, 10, 24_714, 512), ("convnet:width=64", CIFAR, 10, 86_282, 1024),
+    ("convnet:width=32", CIFAR, 10, 24_714, 512),
+    ("convnet:width=64", CIFAR, 10, 86_282, 1024),
     ("convnet:width=256", CIFAR, 10, 1_229_834, 4096),
-    ("convnet:depth=1", CIFAR, 10, 331_530, 32768), ("convnet:depth=2", CIFAR, 10, 233_610, 8192),
+    ("convnet:depth=1", CIFAR, 10, 331_530, 32768),
+    ("convnet:depth=2", CIFAR, 10, 233_610, 8192),
     ("convnet:depth=4", CIFAR, 10, 452_490, 512),
-    ("convnet:norm=none", CIFAR, 10, 319_242, 2048), ("convnet:norm=bn", CIFAR, 10, 320_010, 2048),
-    ("convnet:norm=ln", CIFAR, 10, 663_306, 2048), ("convnet:norm=gn", CIFAR, 10, 320_010, 2048),
-    ("convnet:pool=none", CIFAR, 10, 1_610_250, 131072), ("convnet:pool=max", CIFAR, 10, 320_010, 2048),
-    ("mlp", CIFAR, 10, 411_146, 128), ("mlp", MNIST, 10, 118_282, 128),
-    ("lenet", CIFAR, 10, 62_006, 84), ("lenet", MNIST, 10, 61_706, 84),
-    ("alexnet", CIFAR, 10, 1_872_202, 3072), ("alexnet", MNIST, 10, 1_865_802, 3072),
-    ("alexnet:norm=bn", CIFAR, 10, 1_874_122, 3072), ("alexnet:norm=bn", MNIST, 10, 1_867_722, 3072),
-    ("vgg11", CIFAR, 10, 9_231_114, 512), ("vgg11:norm=bn", CIFAR, 10, 9_231_114, 512),
+    ("convnet:norm=none", CIFAR, 10, 319_242, 2048),
+    ("convnet:norm=bn", CIFAR, 10, 320_010, 2048),
+    ("convnet:norm=ln", CIFAR, 10, 663_306, 2048),
+    ("convnet:norm=gn", CIFAR, 10, 320_010, 2048),
+    ("convnet:pool=none", CIFAR, 10, 1_610_250, 131072),
+    ("convnet:pool=max", CIFAR, 10, 320_010, 2048),
+    ("mlp", CIFAR, 10, 411_146, 128),
+    ("mlp", MNIST, 10, 118_282, 128),
+    ("lenet", CIFAR, 10, 62_006, 84),
+    ("lenet", MNIST, 10, 61_706, 84),
+    ("alexnet", CIFAR, 10, 1_872_202, 3072),
+    ("alexnet", MNIST, 10, 1_865_802, 3072),
+    ("alexnet:norm=bn", CIFAR, 10, 1_874_122, 3072),
+    ("alexnet:norm=bn", MNIST, 10, 1_867_722, 3072),
+    ("vgg11", CIFAR, 10, 9_231_114, 512),
+    ("vgg11:norm=bn", CIFAR, 10, 9_231_114, 512),
     ("vgg11", MNIST, 10, 9_229_962, 512),
-    ("resnet18", CIFAR, 10, 11_173_962, 512), ("resnet18:norm=bn", CIFAR, 10, 11_173_962, 512),
+    ("resnet18", CIFAR, 10, 11_173_962, 512),
+    ("resnet18:norm=bn", CIFAR, 10, 11_173_962, 512),
     ("resnet18", MNIST, 10, 11_172_810, 512),
-    ("resnet18_ap", CIFAR, 10, 11_250_762, 8192), ("resnet18_ap:norm=bn", CIFAR, 10, 11_250_762, 8192),
+    ("resnet18_ap", CIFAR, 10, 11_250_762, 8192),
+    ("resnet18_ap:norm=bn", CIFAR, 10, 11_250_762, 8192),
     ("resnet18_ap", MNIST, 10, 11_213_770, 4608),
 ]
 
@@ -51,16 +65,25 @@ def test_published_parameter_counts(spec, shape, classes, count, dim):
 
 # Counted from FRePo's ConvNet of width w: (3x3 convolutions of w, 2w, 4w, ..., linear), BatchNorm before all but the first.
 FREPO_COUNTS = [
-    (MNIST, 10, 8192, 1_558_538, 768), (CIFAR, 10, 8192, 1_560_842, 768), (CIFAR, 100, 8192, 2_298_212, 768),
-    (CIFAR, 200, 8192, 3_117_512, 768), (TINY, 200, 16384, 9_475_528, 1792), (TINY, 1000, 16384, 22_583_528, 1792),
-    ((3, 128, 128), 10, 32768, 25_402_634, 3840)]
+    (MNIST, 10, 8192, 1_558_538, 768),
+    (CIFAR, 10, 8192, 1_560_842, 768),
+    (CIFAR, 100, 8192, 2_298_212, 768),
+    (CIFAR, 200, 8192, 3_117_512, 768),
+    (TINY, 200, 16384, 9_475_528, 1792),
+    (TINY, 1000, 16384, 22_583_528, 1792),
+    ((3, 128, 128), 10, 32768, 25_402_634, 3840),
+]
 
 
 @pytest.mark.parametrize(("shape", "classes", "dim", "count", "norms"), FREPO_COUNTS)
 def test_frepos_parameter_counts(shape, classes, dim, count, norms):
     net = build(POOL, shape, classes)
     affine = sum(parameters(m) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
-    assert (net.feature_dim, parameters(net), affine) == (dim, count + norms, norms) and net.spec == POOL
+    assert (net.feature_dim, parameters(net), affine) == (
+        dim,
+        count + norms,
+        norms,
+    ) and net.spec == POOL
 
 
 def test_frepos_evaluation_network_has_no_norm():
@@ -73,7 +96,9 @@ def test_frepos_block_is_norm_convolution_relu_pool():
     kinds = [type(layer).__name__ for layer in net.body]
     assert kinds == ["Conv2d", "ReLU", "AvgPool2d", "BatchNorm2d", "Conv2d", "ReLU", "AvgPool2d"]
     assert [layer.out_channels for layer in net.body[::4]] == [4, 12]
-    assert net.body[3].momentum == 0.9 and build("convnet:norm=bn", DIGITS, 3).body[1].momentum == 0.1
+    assert (
+        net.body[3].momentum == 0.9 and build("convnet:norm=bn", DIGITS, 3).body[1].momentum == 0.1
+    )
 
 
 def test_lecun_initialisation():
@@ -90,7 +115,9 @@ def test_mnist_ends_in_a_4x4_map():
     assert build("convnet", (3, 28, 28), 10).body(torch.zeros(1, 3, 28, 28)).shape == (1, 128, 3, 3)
 
 
-@pytest.mark.parametrize("spec", [*DEFAULTS, "convnet:norm=bn", "resnet18:norm=ln,width=16", "alexnet:norm=in"])
+@pytest.mark.parametrize(
+    "spec", [*DEFAULTS, "convnet:norm=bn", "resnet18:norm=ln,width=16", "alexnet:norm=in"]
+)
 @pytest.mark.parametrize("shape", [DIGITS, (3, 9, 14), (1, 33, 16), TINY])
 def test_other_image_sizes_give_features_that_differ(spec, shape):
     net = build(spec, shape, 7)
@@ -131,7 +158,9 @@ def test_resnet_block_by_hand(pooled):
     x = torch.randn(2, 4, 16, 16, generator=generator(6))
 
     def conv(weight, x, halve=False):
-        return F.conv2d(x, weight, stride=2 if halve and not pooled else 1, padding=weight.shape[-1] // 2)
+        return F.conv2d(
+            x, weight, stride=2 if halve and not pooled else 1, padding=weight.shape[-1] // 2
+        )
 
     def pool(x):
         return F.avg_pool2d(x, 2) if pooled else x
@@ -145,8 +174,10 @@ def test_resnet_block_by_hand(pooled):
     torch.testing.assert_close(halving(x), (main + shortcut).relu())
 
 
-@pytest.mark.parametrize(("act", "value"), [("sigmoid", 0.11920292), ("relu", 0.0), ("leakyrelu", -0.02),
-                                            ("swish", -0.23840584)])
+@pytest.mark.parametrize(
+    ("act", "value"),
+    [("sigmoid", 0.11920292), ("relu", 0.0), ("leakyrelu", -0.02), ("swish", -0.23840584)],
+)
 def test_activations(act, value):
     layer = build(f"mlp:act={act}", DIGITS, 3).body[2]
     torch.testing.assert_close(layer(torch.tensor(-2.0)), torch.tensor(value))
@@ -187,7 +218,9 @@ def test_the_global_random_state_is_neither_read_nor_changed():
     torch.manual_seed(99)
     for net in first:
         again = build(net.spec, DIGITS, 3)
-        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True)
+        )
     torch.set_rng_state(state)
 
 
@@ -196,10 +229,17 @@ def test_initialise_refuses_a_layer_it_does_not_know():
         initialise(torch.nn.PReLU(), generator(0))
 
 
-@pytest.mark.parametrize(("spec", "canonical"), [
-    ("convnet", "convnet"), ("convnet:", "convnet"), ("convnet:norm=in,depth=3", "convnet"),
-    ("convnet:act=swish,width=32", "convnet:width=32,act=swish"), ("alexnet:norm=in", "alexnet:norm=in"),
-    ("convnet:depth=4", "convnet:depth=4")])
+@pytest.mark.parametrize(
+    ("spec", "canonical"),
+    [
+        ("convnet", "convnet"),
+        ("convnet:", "convnet"),
+        ("convnet:norm=in,depth=3", "convnet"),
+        ("convnet:act=swish,width=32", "convnet:width=32,act=swish"),
+        ("alexnet:norm=in", "alexnet:norm=in"),
+        ("convnet:depth=4", "convnet:depth=4"),
+    ],
+)
 def test_canonical_spec(spec, canonical):
     net = build(spec, CIFAR, 10)
     assert net.spec == canonical == build(net.spec, CIFAR, 10).spec
@@ -207,25 +247,41 @@ def test_canonical_spec(spec, canonical):
 
 def test_flops_of_the_papers_convnet():
     assert count_flops(build("convnet", CIFAR, 10), CIFAR) == 2 * (
-        1024 * 27 * 128 + (256 + 64) * 1152 * 128 + 20480)  # 101.5 M
+        1024 * 27 * 128 + (256 + 64) * 1152 * 128 + 20480
+    )  # 101.5 M
     net = build("convnet:norm=bn", DIGITS, 10).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     assert count_flops(net, DIGITS) > 0 and net.training
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-@pytest.mark.parametrize(("spec", "shape", "names"), [
-    ("convnett", CIFAR, "convnet.*mlp, lenet, alexnet, vgg11, resnet18"),
-    ("mlp:norm=in", CIFAR, "width, depth, act"), ("convnet:colour=red", CIFAR, "depth, norm, act, pool, grow, order, init"),
-    ("convnet:norm=batch", CIFAR, "in, bn, ln, gn, none"), ("vgg11:pool=none", CIFAR, "avg, max"),
-    ("convnet:act=gelu", CIFAR, "sigmoid, relu, leakyrelu, swish"), ("convnet:order=mid", CIFAR, "post, pre"),
-    ("convnet:init=he", CIFAR, "torch, lecun"), ("convnet:grow=0", CIFAR, "above 0"), ("mlp:grow=2", CIFAR, "width, dep"),
-    ("convnet:width=0", CIFAR, "above 0"), ("convnet:depth=two", CIFAR, "above 0"),
-    ("convnet:width", CIFAR, "key=value"), ("convnet:width=8,width=9", CIFAR, "each key once"),
-    ("convnet:width=6,norm=gn", CIFAR, "multiples of 4"),
-    ("convnet:depth=4", DIGITS, "largest depth that fits is 3"), ("convnet", (3, 3, 9), "largest depth that fits is 1"),
-    ("convnet", (3, 1, 1), "at least 2"), ("resnet18", (3, 7, 8), "at least 8"), ("alexnet", (3, 4, 4), "at least 8"),
-    ("convnet", (32, 32), "channels, height, width"), ("convnet", (0, 8, 8), "all positive")])
+@pytest.mark.parametrize(
+    ("spec", "shape", "names"),
+    [
+        ("convnett", CIFAR, "convnet.*mlp, lenet, alexnet, vgg11, resnet18"),
+        ("mlp:norm=in", CIFAR, "width, depth, act"),
+        ("convnet:colour=red", CIFAR, "depth, norm, act, pool, grow, order, init"),
+        ("convnet:norm=batch", CIFAR, "in, bn, ln, gn, none"),
+        ("vgg11:pool=none", CIFAR, "avg, max"),
+        ("convnet:act=gelu", CIFAR, "sigmoid, relu, leakyrelu, swish"),
+        ("convnet:order=mid", CIFAR, "post, pre"),
+        ("convnet:init=he", CIFAR, "torch, lecun"),
+        ("convnet:grow=0", CIFAR, "above 0"),
+        ("mlp:grow=2", CIFAR, "width, dep"),
+        ("convnet:width=0", CIFAR, "above 0"),
+        ("convnet:depth=two", CIFAR, "above 0"),
+        ("convnet:width", CIFAR, "key=value"),
+        ("convnet:width=8,width=9", CIFAR, "each key once"),
+        ("convnet:width=6,norm=gn", CIFAR, "multiples of 4"),
+        ("convnet:depth=4", DIGITS, "largest depth that fits is 3"),
+        ("convnet", (3, 3, 9), "largest depth that fits is 1"),
+        ("convnet", (3, 1, 1), "at least 2"),
+        ("resnet18", (3, 7, 8), "at least 8"),
+        ("alexnet", (3, 4, 4), "at least 8"),
+        ("convnet", (32, 32), "channels, height, width"),
+        ("convnet", (0, 8, 8), "all positive"),
+    ],
+)
 def test_bad_requests_are_named(spec, shape, names):
     with pytest.raises(DDError, match=names):
         build(spec, shape, 10)

@@ -33,8 +33,17 @@ def positive(row: dict, *names: str) -> None:
 
 def test_an_iteration():
     row = bench.iteration(classes=2, ipc=1, batch=3, device=CPU, rate=1e10, repeats=1)
-    positive(row, "seconds", "plain seconds", "plain seconds, heap kept", "times faster", "times faster, heap kept",
-             "over roofline", "peak MiB", "plain peak MiB")
+    positive(
+        row,
+        "seconds",
+        "plain seconds",
+        "plain seconds, heap kept",
+        "times faster",
+        "times faster, heap kept",
+        "over roofline",
+        "peak MiB",
+        "plain peak MiB",
+    )
     assert "DDLIB_HEAP" not in os.environ
     assert row["times faster"] == pytest.approx(row["plain seconds"] / row["seconds"])
     # 101.4 MFLOP an image at 32 px: forward for 2 x 3 real ones, forward and input gradient for 2 x 1 synthetic ones
@@ -60,7 +69,9 @@ def test_the_plain_loop_is_dms_gradient():
         plain = bench.plain_step(data, method.images, 2, 5, step, "convnet:width=16")
         before = method.velocity.clone()
         method.step()
-        torch.testing.assert_close(method.velocity - 0.5 * before, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
+        torch.testing.assert_close(
+            method.velocity - 0.5 * before, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max())
+        )
 
 
 def test_every_part_of_the_gpu_run_is_a_command_that_resolves(tmp_path, monkeypatch):
@@ -73,8 +84,12 @@ def test_every_part_of_the_gpu_run_is_a_command_that_resolves(tmp_path, monkeypa
             continue
         args = parser().parse_args(part[2:])
         if part[2] != "bench":
-            spec = resolve(args.method, args.dataset, args.ipc, args.profile, **_key_values(args.set))
+            spec = resolve(
+                args.method, args.dataset, args.ipc, args.profile, **_key_values(args.set)
+            )
             assert spec.profile == "paper" and spec.run.backbone
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "dm_cuda.json").write_text("[]")
-    assert len(gpu.commands("cifar10", "cuda")) == len(parts) - 1  # what is measured is not measured again
+    assert (
+        len(gpu.commands("cifar10", "cuda")) == len(parts) - 1
+    )  # what is measured is not measured again

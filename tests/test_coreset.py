@@ -18,7 +18,12 @@ def slow_herding(x: np.ndarray, n: int) -> list[int]:
     mean, picked = x.mean(0), []
     for i in range(n):
         residual = (i + 1) * mean - sum((x[j] for j in picked), np.zeros_like(mean))
-        picked.append(min((j for j in range(len(x)) if j not in picked), key=lambda j: ((x[j] - residual) ** 2).sum()))
+        picked.append(
+            min(
+                (j for j in range(len(x)) if j not in picked),
+                key=lambda j: ((x[j] - residual) ** 2).sum(),
+            )
+        )
     return picked
 
 
@@ -48,7 +53,9 @@ def test_herding_never_picks_twice():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_herding_is_the_plain_loop(dtype):
-    x = torch.randn(60, 7, generator=generator(0), dtype=dtype) + 100  # an offset that float32 sums would not survive
+    x = (
+        torch.randn(60, 7, generator=generator(0), dtype=dtype) + 100
+    )  # an offset that float32 sums would not survive
     assert herding(x, 60).tolist() == slow_herding(x.double().numpy(), 60)
 
 
@@ -68,7 +75,7 @@ def test_kmeans_takes_one_sample_of_each_blob():
     picked = kmeans(x, 4, seed=0)
     assert sorted((picked // 25).tolist()) == [0, 1, 2, 3]
     for row in picked:  # and the one nearest to the blob's own mean
-        blob = x[row // 25 * 25:][:25]
+        blob = x[row // 25 * 25 :][:25]
         assert row % 25 == (blob - blob.mean(0)).norm(dim=1).argmin()
     assert kmeans(x, 4, seed=0).equal(picked)
 
@@ -105,8 +112,10 @@ def test_random_is_class_major_distinct_and_seeded(data):
     assert len(set(picked.tolist())) == 18
 
 
-@pytest.mark.parametrize(("kind", "rule"), [("herding", herding), ("kcenter", kcenter),
-                                            ("kmeans", lambda x, n: kmeans(x, n, 5))])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [("herding", herding), ("kcenter", kcenter), ("kmeans", lambda x, n: kmeans(x, n, 5))],
+)
 def test_coreset_applies_the_rule_to_each_class(data, kind, rule, monkeypatch):
     monkeypatch.setattr("ddlib.methods.coreset.extract_features", lambda data, *_: (flat(data), {}))
     chosen = Coreset(CoresetConfig(kind), data, 4, "convnet", 5)
@@ -133,5 +142,11 @@ def test_coreset_trains_its_own_extractor(data):
     assert chosen.index.equal(again.index)
     record = chosen.record["extractor"]
     assert record["epochs"] == 12 and record["lr"] == 0.02 and record["momentum"] == 0.9
-    assert record["weight_decay"] == 5e-4 and record["augment"] == "none" and record["backbone"].startswith("convnet")
-    assert record["train_accuracy"] > 60 and record["seconds"] > 0  # chance is 44, the largest class
+    assert (
+        record["weight_decay"] == 5e-4
+        and record["augment"] == "none"
+        and record["backbone"].startswith("convnet")
+    )
+    assert (
+        record["train_accuracy"] > 60 and record["seconds"] > 0
+    )  # chance is 44, the largest class

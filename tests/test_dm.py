@@ -25,7 +25,9 @@ class Double(Dataset):
 def arrays(sizes=(9, 9, 9), device="cpu") -> Dataset:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(len(sizes)), sizes)
-    images = (60 * labels[:, None, None, None] + rng.integers(0, 90, (len(labels), 3, 8, 8))).astype(np.uint8)
+    images = (
+        60 * labels[:, None, None, None] + rng.integers(0, 90, (len(labels), 3, 8, 8))
+    ).astype(np.uint8)
     return from_arrays(images, labels, images, labels, device=device)
 
 
@@ -34,7 +36,9 @@ def double(data: Dataset) -> Double:
 
 
 def dm(data: Dataset, norm: str = "in", ipc: int = IPC, seed: int = 0, **config) -> DM:
-    method = DM(Config(**{"batch_real": BATCH} | config), data, ipc, f"convnet:width=8,norm={norm}", seed)
+    method = DM(
+        Config(**{"batch_real": BATCH} | config), data, ipc, f"convnet:width=8,norm={norm}", seed
+    )
     if isinstance(data, Double):
         method.net.double()
     return method
@@ -123,7 +127,9 @@ def test_seeds():
     assert torch.equal(after(dm(data), 3), after(dm(data), 3))
     torch.manual_seed(5)  # the global state is neither read ...
     first, state = after(dm(data), 3), torch.get_rng_state()
-    assert torch.equal(first, after(dm(data), 3)) and torch.equal(state, torch.get_rng_state())  # ... nor written
+    assert torch.equal(first, after(dm(data), 3)) and torch.equal(
+        state, torch.get_rng_state()
+    )  # ... nor written
     assert not torch.equal(first, after(dm(data, seed=1), 3))
 
 
@@ -134,7 +140,9 @@ def test_steps_differ_and_a_restored_method_goes_on_with_the_next_one():
     other.load_state_dict({key: value.clone() for key, value in half.state_dict().items()})
     assert torch.equal(after(other, 2), after(dm(data), 4))
     frozen = dm(data, lr_img=0.0)
-    assert frozen.step()["loss"] != frozen.step()["loss"]  # another network, batch and augmentation on the same images
+    assert (
+        frozen.step()["loss"] != frozen.step()["loss"]
+    )  # another network, batch and augmentation on the same images
 
 
 def test_the_average_is_the_result_and_leaves_the_path_alone():
@@ -163,8 +171,13 @@ def test_the_reported_loss_is_the_sum_over_classes_divided_by_their_number():
     start = method.images.clone()
     reported = method.step()["loss"]
     psi = method.net.features  # of step 0 still: one step draws one network
-    means = [(psi(x).unflatten(0, (CLASSES, -1)).mean(1)) for x in (data.batch("train", slice(None)), start)]
-    torch.testing.assert_close(reported, (means[0] - means[1]).square().sum() / CLASSES, rtol=1e-12, atol=0)
+    means = [
+        (psi(x).unflatten(0, (CLASSES, -1)).mean(1))
+        for x in (data.batch("train", slice(None)), start)
+    ]
+    torch.testing.assert_close(
+        reported, (means[0] - means[1]).square().sum() / CLASSES, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("init", ["real", "noise"])
@@ -195,5 +208,7 @@ def test_the_network_of_a_step_comes_from_the_seed_and_the_step_alone():
     method.step()
     weight = next(method.net.parameters())
     bound = weight[0].numel() ** -0.5
-    expected = torch.empty_like(weight).uniform_(-bound, bound, generator=generator(0, "dm", "network", 0))
+    expected = torch.empty_like(weight).uniform_(
+        -bound, bound, generator=generator(0, "dm", "network", 0)
+    )
     assert torch.equal(weight, expected)

@@ -13,7 +13,15 @@ from ddlib.data import Dataset, from_arrays
 from ddlib.experts import ExpertRecipe, folder, train_experts
 from ddlib.matching import class_gradients, matched
 from ddlib.methods.dm import DM, Config
-from ddlib.methods.dream import Sampler, by_distance, embed, expert_batches, initial_rows, plug_in, representatives
+from ddlib.methods.dream import (
+    Sampler,
+    by_distance,
+    embed,
+    expert_batches,
+    initial_rows,
+    plug_in,
+    representatives,
+)
 
 NET = "convnet:width=8"
 
@@ -23,7 +31,9 @@ def arrays(sizes=(40, 40, 40), seed: int = 0) -> Dataset:
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(len(sizes)), sizes)
     level = 20 + 60 * rng.integers(0, 4, len(labels))
-    images = (level[:, None, None, None] + rng.integers(0, 10, (len(labels), 1, 8, 8))).astype(np.uint8)
+    images = (level[:, None, None, None] + rng.integers(0, 10, (len(labels), 1, 8, 8))).astype(
+        np.uint8
+    )
     return from_arrays(images, labels, images, labels, device="cpu")
 
 
@@ -37,7 +47,11 @@ class Pixels(nn.Module):
 
 
 def level(data: Dataset, rows: torch.Tensor) -> torch.Tensor:
-    return (data.images["train"][rows].float().mean((-3, -2, -1)) - 20).div(60, rounding_mode="floor").long()
+    return (
+        (data.images["train"][rows].float().mean((-3, -2, -1)) - 20)
+        .div(60, rounding_mode="floor")
+        .long()
+    )
 
 
 def fresh(data: Dataset, seed: int = 0):
@@ -45,7 +59,10 @@ def fresh(data: Dataset, seed: int = 0):
 
 
 def of_their_class(data: Dataset, rows: torch.Tensor) -> bool:
-    return all((data.labels["train"][row] == c).all() and len(row.unique()) == len(row) for c, row in enumerate(rows))
+    return all(
+        (data.labels["train"][row] == c).all() and len(row.unique()) == len(row)
+        for c, row in enumerate(rows)
+    )
 
 
 def test_dream_picks_one_image_of_every_group():
@@ -63,8 +80,14 @@ def test_picks_cover_a_class_better_than_random_ones():
     x = embed(net, data, every).split(data.class_sizes().tolist())
 
     def coverage(rows: torch.Tensor) -> float:
-        return float(np.mean([torch.cdist(x[c], embed(net, data, row)).min(1).values.mean() for c, row in
-                              enumerate(rows)]))
+        return float(
+            np.mean(
+                [
+                    torch.cdist(x[c], embed(net, data, row)).min(1).values.mean()
+                    for c, row in enumerate(rows)
+                ]
+            )
+        )
 
     ours = coverage(Sampler(data, 16, "dream")(net, 0, rng))
     random = np.mean([coverage(Sampler(data, 16)(net, k, rng)) for k in range(5)])
@@ -110,7 +133,9 @@ def test_rows_are_kept_until_the_interval_is_over():
 
 def test_a_pool_is_a_random_part_of_every_class():
     data = arrays()
-    rows = Sampler(data, 6, "dream", pool=6)(Pixels(), 0, generator(0, "s"))  # six of six: the pool itself
+    rows = Sampler(data, 6, "dream", pool=6)(
+        Pixels(), 0, generator(0, "s")
+    )  # six of six: the pool itself
     pool = data.sample(6, generator(0, "s"))
     assert torch.equal(rows.sort(1).values, pool.sort(1).values)
 
@@ -123,8 +148,10 @@ def test_features_are_of_raw_pixels_unless_asked_and_the_mode_of_the_network_sta
     torch.testing.assert_close(raw, net.features(data.images["train"][rows] / 255))
     torch.testing.assert_close(normal, net.features(data.batch("train", rows)))
     assert (raw - normal).abs().max() > 1e-3 and net.training
-    assert not torch.equal(representatives(net, data, 9, generator(0, "s")),
-                           representatives(net, data, 9, generator(0, "s"), raw=False))
+    assert not torch.equal(
+        representatives(net, data, 9, generator(0, "s")),
+        representatives(net, data, 9, generator(0, "s"), raw=False),
+    )
 
 
 def test_initial_rows_and_groups_of_classes(monkeypatch):
@@ -137,14 +164,23 @@ def test_initial_rows_and_groups_of_classes(monkeypatch):
     assert of_their_class(data, initial_rows(net, data, 7, generator(0, "s")))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"kind": "dreem"}, "unknown sampling 'dreem'.*did you mean 'dream'.*random, dream, central, boundary"),
-    ({"interval": 0}, "interval must be at least 1.*not 0"),
-    ({"each": 26}, "cannot choose 26 representatives of the 25 samples of a class; allowed: 1 to 25"),
-    ({"each": 9, "pool": 8}, "of the 8 samples"),
-    ({"subsample": 4}, "subsample must divide the batch of 6.*not 4"),
-    ({"subsample": 0}, "subsample must divide"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"kind": "dreem"},
+            "unknown sampling 'dreem'.*did you mean 'dream'.*random, dream, central, boundary",
+        ),
+        ({"interval": 0}, "interval must be at least 1.*not 0"),
+        (
+            {"each": 26},
+            "cannot choose 26 representatives of the 25 samples of a class; allowed: 1 to 25",
+        ),
+        ({"each": 9, "pool": 8}, "of the 8 samples"),
+        ({"subsample": 4}, "subsample must divide the batch of 6.*not 4"),
+        ({"subsample": 0}, "subsample must divide"),
+    ],
+)
 def test_bad_input(options, message):
     with pytest.raises(DDError, match=message):
         Sampler(arrays((40, 25, 31)), **{"each": 6, "kind": "dream"} | options)
@@ -153,7 +189,10 @@ def test_bad_input(options, message):
 def test_plug_in_names_only_known_keys():
     for host in ("dc", "dsa", "idc", "dm", "mtt", "tesla", "ftd", "datm"):
         if host in dd.METHODS:
-            values = [dd.resolve(host, "digits", 1, **plug_in(host, plus)).values for plus in (False, True)]
+            values = [
+                dd.resolve(host, "digits", 1, **plug_in(host, plus)).values
+                for plus in (False, True)
+            ]
             assert values[0] != values[1] and all(v["init"] == "kmeans" for v in values)
     with pytest.raises(DDError, match="unknown host 'herding'.*dc, dsa, idc, dm, mtt"):
         plug_in("herding")
@@ -176,7 +215,9 @@ def test_dm_matches_the_representatives_of_its_network():
     expected = representatives(net, data, 2, generator(0, "dm", "init"))
     assert torch.equal(method.images, data.batch("train", expected.flatten()))
     method.step()
-    assert torch.equal(method.sampler.rows, representatives(net, data, 6, generator(0, "dm", "real", 0)))
+    assert torch.equal(
+        method.sampler.rows, representatives(net, data, 6, generator(0, "dm", "real", 0))
+    )
     assert not torch.equal(after(dm(data), 3), after(dm(data, sampling="dream"), 3))
 
 
@@ -191,16 +232,30 @@ def test_dm_resumes_between_two_clusterings():
 
 def test_dm_plus_adds_the_gradient_term():
     data = arrays()
-    methods = {match: dm(data, match=match, augment="none") for match in ("feature", "gradient", "both")}
+    methods = {
+        match: dm(data, match=match, augment="none") for match in ("feature", "gradient", "both")
+    }
     losses = {match: float(method.step()["loss"]) for match, method in methods.items()}
     assert losses["both"] == pytest.approx(losses["feature"] + losses["gradient"], rel=1e-5)
     velocity = {match: method.velocity for match, method in methods.items()}
-    torch.testing.assert_close(velocity["both"], velocity["feature"] + velocity["gradient"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        velocity["both"], velocity["feature"] + velocity["gradient"], rtol=1e-3, atol=1e-6
+    )
     # the gradient term by hand
     net, start = methods["both"].net, dm(data, augment="none").images
-    real = data.batch("train", data.sample(6, generator(0, "dm", "real", 0)).flatten()).unflatten(0, (3, 6))
-    found = [class_gradients(net, x, torch.arange(3)[:, None].expand(-1, x.shape[1]), matched(net, "conv"), engine="loop")
-             for x in (real, start.unflatten(0, (3, 2)))]
+    real = data.batch("train", data.sample(6, generator(0, "dm", "real", 0)).flatten()).unflatten(
+        0, (3, 6)
+    )
+    found = [
+        class_gradients(
+            net,
+            x,
+            torch.arange(3)[:, None].expand(-1, x.shape[1]),
+            matched(net, "conv"),
+            engine="loop",
+        )
+        for x in (real, start.unflatten(0, (3, 2)))
+    ]
     by_hand = sum((a - b).square().sum() for a, b in zip(*found, strict=True))
     assert losses["gradient"] == pytest.approx(float(by_hand) / 3, rel=1e-4)
     with pytest.raises(DDError, match="BatchNorm.*norm=in"):
@@ -212,10 +267,15 @@ def test_an_experts_batch_of_representatives_keeps_its_labels():
     fetch = expert_batches(data, Pixels(), 10, generator(0, "s"), interval=2)
     index = torch.arange(0, 120, 12)
     found = fetch(index)
-    rows = [(data.batch("train", slice(None)) == image).all((1, 2, 3)).nonzero()[0, 0] for image in found]
+    rows = [
+        (data.batch("train", slice(None)) == image).all((1, 2, 3)).nonzero()[0, 0]
+        for image in found
+    ]
     assert torch.equal(data.labels["train"][torch.stack(rows)], data.labels["train"][index])
     assert len(set(map(int, rows))) == len(rows)  # ten images, four a class and none twice
-    assert torch.equal(found, fetch(index)) and not torch.equal(found, fetch(index))  # renewed at the third call
+    assert torch.equal(found, fetch(index)) and not torch.equal(
+        found, fetch(index)
+    )  # renewed at the third call
 
 
 def test_mtt_with_dream(results, monkeypatch):
@@ -223,13 +283,29 @@ def test_mtt_with_dream(results, monkeypatch):
     data = arrays()
     recipe = ExpertRecipe(epochs=2, batch=12)
     assert "sampling" not in recipe.facts and folder(data, NET, recipe) != folder(
-        data, NET, ExpertRecipe(epochs=2, batch=12, sampling="dream"))
-    options = {"iterations": 2, "experts": 1, "expert_total": 3, "max_start": 1, "syn_steps": 2, "networks": 1,
-               "eval_epochs": 1, "expert_batch": 12, "backbone": NET, "progress": False}
+        data, NET, ExpertRecipe(epochs=2, batch=12, sampling="dream")
+    )
+    options = {
+        "iterations": 2,
+        "experts": 1,
+        "expert_total": 3,
+        "max_start": 1,
+        "syn_steps": 2,
+        "networks": 1,
+        "eval_epochs": 1,
+        "expert_batch": 12,
+        "backbone": NET,
+        "progress": False,
+    }
     run = dd.run("mtt", "arrays", ipc=2, data=data, teach=True, **plug_in("mtt", True), **options)
-    assert run.record["values"]["init"] == "kmeans" and len(list((results / "experts").rglob("*.safetensors"))) == 1
+    assert (
+        run.record["values"]["init"] == "kmeans"
+        and len(list((results / "experts").rglob("*.safetensors"))) == 1
+    )
     plain = train_experts(data, NET, ExpertRecipe(3, 0.05, 12, "none"), 1, progress=False)
-    dream = train_experts(data, NET, ExpertRecipe(3, 0.05, 12, "none", sampling="dream"), 1, progress=False)
+    dream = train_experts(
+        data, NET, ExpertRecipe(3, 0.05, 12, "none", sampling="dream"), 1, progress=False
+    )
     assert plain != dream and plain[0].read_bytes() != dream[0].read_bytes()
     with pytest.raises(DDError, match="init_epoch 4 is beyond"):
         dd.run("mtt", "arrays", ipc=2, data=data, **plug_in("mtt"), init_epoch=4, **options)

@@ -12,7 +12,14 @@ from torch.autograd import grad
 from ddlib.backbones import build
 from ddlib.core import DDError, generator, load_tensors, save_tensors
 from ddlib.data import from_arrays
-from ddlib.experts import ExpertRecipe, flatten_gradient, folder, load_experts, sharpness, train_experts
+from ddlib.experts import (
+    ExpertRecipe,
+    flatten_gradient,
+    folder,
+    load_experts,
+    sharpness,
+    train_experts,
+)
 from ddlib.methods.trajectory import Config, Trajectory
 from ddlib.unroll import FlatNet
 
@@ -24,7 +31,14 @@ def dataset(seed=0, **kwargs):
     rng = generator(seed, "experts")
     labels = torch.arange(3).repeat_interleave(8)
     images = 70 * labels[:, None, None, None] + torch.randint(40, (24, 1, 8, 8), generator=rng)
-    return from_arrays(images.to(torch.uint8), labels, images[::4].to(torch.uint8), labels[::4], device="cpu", **kwargs)
+    return from_arrays(
+        images.to(torch.uint8),
+        labels,
+        images[::4].to(torch.uint8),
+        labels[::4],
+        device="cpu",
+        **kwargs,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +62,11 @@ def test_round_trip():
         start = FlatNet(build(NET, data.shape, 3, generator(seed, "expert", "weights"))).vector()
         assert torch.equal(rows[0], start)
     header = load_tensors(paths[1], "expert", "")[1]
-    assert header["seed"] == 1 and header["dataset_checksum"] == data.checksum and header["recipe"]["lr"] == 0.05
+    assert (
+        header["seed"] == 1
+        and header["dataset_checksum"] == data.checksum
+        and header["recipe"]["lr"] == 0.05
+    )
     assert 0 <= header["test_accuracy"] <= 100
 
 
@@ -78,6 +96,7 @@ def test_one_step_of_the_stored_run_by_hand():
 
 def direction(net: FlatNet, theta, x, y, recipe):
     """The formulas of the papers and of FTD's code on the flat vector."""
+
     def slope(at):
         at = at.detach().requires_grad_()
         return grad(F.cross_entropy(net(at, x), y), at)[0]
@@ -93,8 +112,10 @@ def direction(net: FlatNet, theta, x, y, recipe):
     return ahead - recipe.alpha * across
 
 
-@pytest.mark.parametrize(("flat", "rho", "alpha"), [("sam", 0.05, 1.0), ("sam", 0.5, 0.3), ("agsam", 0.5, 0.3),
-                                                    ("agsam", 0.05, 1.0)])
+@pytest.mark.parametrize(
+    ("flat", "rho", "alpha"),
+    [("sam", 0.05, 1.0), ("sam", 0.5, 0.3), ("agsam", 0.5, 0.3), ("agsam", 0.05, 1.0)],
+)
 def test_flat_step_is_the_formula(flat, rho, alpha):
     net = build(NET, (1, 8, 8), 3, generator(1)).double()
     function = FlatNet(net)
@@ -109,7 +130,7 @@ def test_flat_step_is_the_formula(flat, rho, alpha):
     assert (function.vector() - theta).abs().max() < 1e-14  # the weights are back
     if flat == "sam" and alpha == 1:
         at = (theta + rho * plain / plain.norm()).requires_grad_()
-        sam, = grad(F.cross_entropy(function(at, x), y), at)
+        (sam,) = grad(F.cross_entropy(function(at, x), y), at)
         assert (found - sam).norm() < 1e-10 * sam.norm()
 
 
@@ -123,26 +144,40 @@ def test_same_files_again_and_a_stopped_call_goes_on(place):
     assert paths[0].stat().st_mtime == 1 and paths[1].stat().st_mtime > 1
 
 
-@pytest.mark.parametrize("other", [{"lr": 0.01}, {"epochs": 2}, {"augment": "none"}, {"flat": "sam"},
-                                   {"flat": "sam", "rho": 0.1}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"lr": 0.01},
+        {"epochs": 2},
+        {"augment": "none"},
+        {"flat": "sam"},
+        {"flat": "sam", "rho": 0.1},
+    ],
+)
 def test_recipes_live_apart(other):
     assert folder(dataset(), NET, replace(RECIPE, **other)) != folder(dataset(), NET, RECIPE)
 
 
 def test_a_missing_expert_names_the_command():
     trained(1)
-    with pytest.raises(DDError, match=r"no expert 1 of the 2 that this run needs at .*; make the experts first"):
+    with pytest.raises(
+        DDError, match=r"no expert 1 of the 2 that this run needs at .*; make the experts first"
+    ):
         load_experts(dataset(), NET, RECIPE, 2)
     with pytest.raises(DDError, match="at least 1"):
         trained(0)
 
 
-@pytest.mark.parametrize(("key", "source", "target"), [
-    ("dataset_checksum", {"data": dataset(1)}, {}),
-    ("dataset", {"data": dataset(name="other")}, {}),
-    ("backbone", {"net": "convnet:width=4,depth=1,act=swish"}, {}),
-    ("recipe", {"recipe": replace(RECIPE, lr=0.1)}, {}),
-    ("zca", {}, {"zca": "f00d"})])
+@pytest.mark.parametrize(
+    ("key", "source", "target"),
+    [
+        ("dataset_checksum", {"data": dataset(1)}, {}),
+        ("dataset", {"data": dataset(name="other")}, {}),
+        ("backbone", {"net": "convnet:width=4,depth=1,act=swish"}, {}),
+        ("recipe", {"recipe": replace(RECIPE, lr=0.1)}, {}),
+        ("zca", {}, {"zca": "f00d"}),
+    ],
+)
 def test_foreign_experts_are_refused(key, source, target):
     """A file that was moved to another run's place, or whose header says another ZCA."""
     [path] = trained(1, **source)
@@ -172,7 +207,9 @@ def test_damaged_files_are_refused():
 
 
 def test_segments_beyond_the_experts_are_refused():
-    config = Config(experts=2, expert_total=3, expert_lr=0.05, expert_batch=8, augment="crop_scale", syn_steps=2)
+    config = Config(
+        experts=2, expert_total=3, expert_lr=0.05, expert_batch=8, augment="crop_scale", syn_steps=2
+    )
     trained(2)
     Trajectory(replace(config, max_start=2, expert_epochs=2), dataset(), 1, NET, 0)
     for wrong in ({"max_start": 3, "expert_epochs": 2}, {"max_start": 1, "expert_epochs": 4}):
@@ -183,7 +220,10 @@ def test_segments_beyond_the_experts_are_refused():
 
 
 def test_sharpness_is_the_top_eigenvalue_of_the_hessian():
-    data, net = dataset(), FlatNet(build("mlp:width=3,depth=1,act=swish", (1, 8, 8), 3, generator(4)))
+    data, net = (
+        dataset(),
+        FlatNet(build("mlp:width=3,depth=1,act=swish", (1, 8, 8), 3, generator(4))),
+    )
     theta = net.vector()
     x, y = data.batch("train", slice(None)), data.labels["train"]
     hessian = torch.func.hessian(lambda at: F.cross_entropy(net(at, x), y))(theta)
@@ -194,5 +234,7 @@ def test_sharpness_is_the_top_eigenvalue_of_the_hessian():
     theta = -3 * net.vector()
     hessian = torch.func.hessian(lambda at: F.cross_entropy(net(at, x), y))(theta)
     spectrum = torch.linalg.eigvalsh(hessian.double())
-    assert -spectrum[0] > 4 * spectrum[-1] > 0  # a larger negative one, which plain power iteration would find
+    assert (
+        -spectrum[0] > 4 * spectrum[-1] > 0
+    )  # a larger negative one, which plain power iteration would find
     assert sharpness(net, theta, data) == pytest.approx(float(spectrum[-1]), rel=1e-3)

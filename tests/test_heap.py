@@ -12,7 +12,9 @@ import torch
 
 from ddlib import heap
 
-pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+pytestmark = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
+)
 ROUNDS, SIZE = 10, 64 << 20  # bytes; above glibc's largest threshold of its own
 PAGES = ROUNDS * SIZE // resource.getpagesize()
 
@@ -33,9 +35,19 @@ def resident() -> int:
 
 def faults_alone(**changes: str) -> int:
     """`faults` in a process of its own: in this one other tests' blocks may lie in the way."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("DDLIB_HEAP", "MALLOC_"))}
-    done = subprocess.run([sys.executable, "-c", "import tests.test_heap as t; print(t.faults())"], text=True, check=True,
-                          capture_output=True, cwd=Path(__file__).parents[1], env=own | changes)
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DDLIB_HEAP", "MALLOC_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "import tests.test_heap as t; print(t.faults())"],
+        text=True,
+        check=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        env=own | changes,
+    )
     return int(done.stdout)
 
 

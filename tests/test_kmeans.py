@@ -8,19 +8,25 @@ from ddlib.core import DDError, generator
 from ddlib.kmeans import _lloyd, kmeans, nearest
 
 
-def clouds(classes: int, rows: int, columns: int, blobs: int = 12, spread: float = 1.0, seed: int = 0) -> torch.Tensor:
+def clouds(
+    classes: int, rows: int, columns: int, blobs: int = 12, spread: float = 1.0, seed: int = 0
+) -> torch.Tensor:
     """[C, N, D] of Gaussian clouds, overlapping at spread 1; each class has its own."""
     rng = generator(seed, "clouds")
     centres = torch.randn(classes, blobs, columns, generator=rng)
     which = torch.randint(blobs, (classes, rows), generator=rng)
-    return centres[torch.arange(classes)[:, None], which] + spread * torch.randn(classes, rows, columns, generator=rng)
+    return centres[torch.arange(classes)[:, None], which] + spread * torch.randn(
+        classes, rows, columns, generator=rng
+    )
 
 
 def inertia_of(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     return torch.cdist(x.double(), centres.double()).min(2).values.square().sum(1)
 
 
-def plain(x: torch.Tensor, centres: torch.Tensor, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(
+    x: torch.Tensor, centres: torch.Tensor, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Lloyd's algorithm by loops over clusters."""
     centres = centres.clone()
     for _ in range(iterations):
@@ -31,14 +37,21 @@ def plain(x: torch.Tensor, centres: torch.Tensor, iterations: int) -> tuple[torc
     return centres, assignment
 
 
-@pytest.mark.parametrize("columns", [24, 1100])  # in the whole space; by way of the sketch, 1,100 being no multiple
+@pytest.mark.parametrize(
+    "columns", [24, 1100]
+)  # in the whole space; by way of the sketch, 1,100 being no multiple
 def test_inertia_is_scikit_learns(columns):
     # Both end in local minima, which differ by the seeds: means over classes, and over oracle's three seeds.
     x = clouds(4, 900, columns)
     centres, _, inertia = kmeans(x, 40, generator(0, "k"))
     torch.testing.assert_close(inertia, inertia_of(x, centres), rtol=5e-3, atol=0)
-    oracle = [KMeans(40, init="random", n_init=1, random_state=seed).fit(rows.numpy()).inertia_  # to convergence
-              for rows in x for seed in range(3)]
+    oracle = [
+        KMeans(40, init="random", n_init=1, random_state=seed)
+        .fit(rows.numpy())
+        .inertia_  # to convergence
+        for rows in x
+        for seed in range(3)
+    ]
     assert float(inertia.mean()) < 1.01 * sum(oracle) / len(oracle)
 
 
@@ -50,7 +63,9 @@ def test_it_is_the_plain_loop_in_float64():
         expected, where = plain(x[c], start[c], 6)
         torch.testing.assert_close(centres[c], expected, rtol=0, atol=1e-12)
         assert torch.equal(assignment[c], where)
-        torch.testing.assert_close(inertia[c], (x[c] - expected[where]).square().sum(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            inertia[c], (x[c] - expected[where]).square().sum(), rtol=1e-12, atol=0
+        )
 
 
 def test_ragged_classes_are_clustered_as_if_alone():
@@ -61,20 +76,26 @@ def test_ragged_classes_are_clustered_as_if_alone():
     padding = torch.arange(60) >= torch.tensor(sizes)[:, None]
     centres, assignment, inertia = _lloyd(padded, x[:, :8], 5, padding)
     for c, size in enumerate(sizes):
-        alone = _lloyd(x[c:c + 1, :size], x[c:c + 1, :8], 5, padding[c:c + 1, :size])
+        alone = _lloyd(x[c : c + 1, :size], x[c : c + 1, :8], 5, padding[c : c + 1, :size])
         torch.testing.assert_close(centres[c], alone[0][0], rtol=0, atol=1e-12)
         torch.testing.assert_close(inertia[c], alone[2][0], rtol=1e-10, atol=0)
         assert torch.equal(assignment[c, :size], alone[1][0]) and (assignment[c, size:] == 8).all()
     centres, assignment, _ = kmeans(padded, 8, generator(0, "k"), sizes)
     assert centres.abs().max() < 100 and torch.equal(assignment == 8, padding)
     rows = nearest(padded, centres, 2, sizes)
-    assert all(row.max() < size and len(row.unique()) == 16 for row, size in zip(rows, sizes, strict=True))
+    assert all(
+        row.max() < size and len(row.unique()) == 16 for row, size in zip(rows, sizes, strict=True)
+    )
 
 
 def test_seeds_are_different_rows_and_an_empty_cluster_keeps_its_centre():
     x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])[None]
-    centres, assignment, _ = _lloyd(x, torch.tensor([[[0.0], [10.0], [-90.0]]]), 3, torch.zeros(1, 4, dtype=torch.bool))
-    assert centres.flatten().tolist() == [0.5, 10.5, -90.0] and assignment.tolist() == [[0, 0, 1, 1]]
+    centres, assignment, _ = _lloyd(
+        x, torch.tensor([[[0.0], [10.0], [-90.0]]]), 3, torch.zeros(1, 4, dtype=torch.bool)
+    )
+    assert centres.flatten().tolist() == [0.5, 10.5, -90.0] and assignment.tolist() == [
+        [0, 0, 1, 1]
+    ]
     for seed in range(20):  # as many clusters as rows: every row is its own seed
         assert float(kmeans(x, 4, generator(seed, "k"))[2]) == pytest.approx(0, abs=1e-3)
 
@@ -119,11 +140,17 @@ def test_cuda_agrees_with_the_cpu():
     assert all(torch.equal(a, b) for a, b in zip(cuda, again, strict=True))
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda x: kmeans(x, 8, generator(0, "k"), [9, 7]), "cannot make 8 clusters of the 7 samples of class 1.*1 to 7"),
-    (lambda x: kmeans(x, 0, generator(0, "k")), "cannot make 0 clusters"),
-    (lambda x: nearest(x, x[:, :5], 2), "cannot pick 10 samples of the 9"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: kmeans(x, 8, generator(0, "k"), [9, 7]),
+            "cannot make 8 clusters of the 7 samples of class 1.*1 to 7",
+        ),
+        (lambda x: kmeans(x, 0, generator(0, "k")), "cannot make 0 clusters"),
+        (lambda x: nearest(x, x[:, :5], 2), "cannot pick 10 samples of the 9"),
+    ],
+)
 def test_bad_input(call, message):
     with pytest.raises(DDError, match=message):
         call(clouds(2, 9, 3))

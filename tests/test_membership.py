@@ -14,7 +14,13 @@ from ddlib.applications.membership import ATTACKS, attack, auc, chunk, pooled, s
 from ddlib.core import DDError
 from ddlib.records import Run
 
-FAST = {"ipc": 1, "per_class": 10, "backbone": "convnet:width=16,norm=none", "augment": "none", "progress": False}
+FAST = {
+    "ipc": 1,
+    "per_class": 10,
+    "backbone": "convnet:width=16,norm=none",
+    "augment": "none",
+    "progress": False,
+}
 
 
 def test_auc_and_its_error_by_all_pairs():
@@ -23,7 +29,9 @@ def test_auc_and_its_error_by_all_pairs():
     pairs = (np.sign(scores[member][:, None] - scores[~member]) + 1) / 2
     value, *parts = auc(scores, member)
     assert value == pytest.approx(pairs.mean()) == pytest.approx(roc_auc_score(member, scores))
-    assert parts == pytest.approx([pairs.mean(1).var(ddof=1) / 25, pairs.mean(0).var(ddof=1) / 35])  # DeLong's
+    assert parts == pytest.approx(
+        [pairs.mean(1).var(ddof=1) / 25, pairs.mean(0).var(ddof=1) / 35]
+    )  # DeLong's
 
 
 def test_attackers_find_a_leak_in_any_direction_and_learn_nothing_of_the_half_that_scores_them():
@@ -47,7 +55,11 @@ def test_chunks_are_disjoint_and_balanced():
     for c in chunks:
         assert c.class_sizes("train").tolist() == c.class_sizes("test").tolist() == [20] * 10
         assert torch.equal(c.mean, data.mean)
-    assert len({c.checksum for c in chunks} | {data.checksum}) == len({c.name for c in chunks}) + 1 == 6
+    assert (
+        len({c.checksum for c in chunks} | {data.checksum})
+        == len({c.name for c in chunks}) + 1
+        == 6
+    )
     with pytest.raises(DDError, match="cannot sample 140 images of each class"):
         chunk(data, 6, 20)
 
@@ -70,24 +82,37 @@ def test_the_distilled_set_is_attacked_and_its_start_is_an_arm_of_its_own(result
     monkeypatch.setattr(membership, "train", spy)
     for arm in ("dm", "dm start"):
         study(arm, "digits", steps=(5, 8), **FAST)
-    path, = (results / "smoke" / "parts" / "smoke").glob("dm-*.json")
+    (path,) = (results / "smoke" / "parts" / "smoke").glob("dm-*.json")
     syn = Run(path).synthetic
-    assert torch.equal(trained["dm"][0], syn.images) and torch.equal(trained["dm start"][0], syn.snapshots[0])
+    assert torch.equal(trained["dm"][0], syn.images) and torch.equal(
+        trained["dm start"][0], syn.snapshots[0]
+    )
     assert not torch.equal(syn.images, syn.snapshots[0])
     victim = chunk(dd.load("digits", device="cpu"), 0, 10)
     members = victim.batch("train", slice(None)).flatten(1)
     start, labels, recipe = trained["dm start"]
     nearest = torch.cdist(start.flatten(1), members).min(1)
-    assert (nearest.values < 0.02).all() and torch.equal(victim.labels["train"][nearest.indices], labels)
+    assert (nearest.values < 0.02).all() and torch.equal(
+        victim.labels["train"][nearest.indices], labels
+    )
     assert (recipe.loss, recipe.warmup, recipe.cosine, recipe.epochs) == ("mse", 0, 1.0, 8)
     monkeypatch.setattr(membership, "dataset_of", None)  # a second call is answered from the record
     assert list(study("dm", "digits", steps=(8, 5), **FAST).steps.unique()) == [5, 8]
 
 
 def test_pooled_intervals_by_hand():
-    rows = pd.DataFrame({"arm": "a", "steps": 1, "attack": "knn", "chunk": [0, 1], "auc": [0.6, 0.8],
-                         "accuracy": [90.0, 92.0],
-                         "var members": [0.0015, 0.0017], "var others": [0.0001, 0.0009]})
+    rows = pd.DataFrame(
+        {
+            "arm": "a",
+            "steps": 1,
+            "attack": "knn",
+            "chunk": [0, 1],
+            "auc": [0.6, 0.8],
+            "accuracy": [90.0, 92.0],
+            "var members": [0.0015, 0.0017],
+            "var others": [0.0001, 0.0009],
+        }
+    )
     row = pooled(rows).iloc[0]
     assert (row.auc, row.accuracy, row.chunks) == (pytest.approx(0.7), 91, 2)
     half = 1.96 * math.sqrt(0.0016 / 2 + 0.02**2)
@@ -96,5 +121,7 @@ def test_pooled_intervals_by_hand():
 
 @pytest.mark.parametrize("arm", ["dn", "dm stat", "members start"])
 def test_unknown_arms(arm):
-    with pytest.raises(DDError, match=f"unknown arm '{arm}'.* allowed: members, random, .*dm start"):
+    with pytest.raises(
+        DDError, match=f"unknown arm '{arm}'.* allowed: members, random, .*dm start"
+    ):
         study(arm, "digits", **FAST)

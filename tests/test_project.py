@@ -21,7 +21,10 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 
 def declared() -> list[Requirement]:
     """Every direct dependency, core and extras."""
-    return [Requirement(r) for r in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])]
+    return [
+        Requirement(r)
+        for r in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])
+    ]
 
 
 def pins(lines: list[str]) -> dict[str, str]:
@@ -46,7 +49,9 @@ def test_every_dependency_is_pinned_within_its_bounds():
     for need in declared():
         name = canonicalize_name(need.name)
         assert name in pinned, f"{name} has no pin in constraints.txt"
-        assert len(need.specifier) == 1 and str(need.specifier).startswith(">="), f"{need} has no lower bound"
+        assert len(need.specifier) == 1 and str(need.specifier).startswith(">="), (
+            f"{need} has no lower bound"
+        )
         assert need.specifier.contains(pinned[name]), f"{name}=={pinned[name]} is outside {need}"
 
 
@@ -54,11 +59,17 @@ def test_environment_yml_carries_the_same_pins():
     (pip,) = [entry["pip"] for entry in CONDA if isinstance(entry, dict)]
     assert pip[0] == "-c constraints.txt" and pip[-1] == "-e .[lab,test]"
     names = {canonicalize_name(need.name) for need in declared()}
-    assert pins(pip[1:-1]) == {name: version for name, version in constraints().items() if name in names}
+    assert pins(pip[1:-1]) == {
+        name: version for name, version in constraints().items() if name in names
+    }
 
 
 def test_python_versions_agree():
-    (conda,) = [entry.split("=")[1] for entry in CONDA if isinstance(entry, str) and entry.startswith("python=")]
+    (conda,) = [
+        entry.split("=")[1]
+        for entry in CONDA
+        if isinstance(entry, str) and entry.startswith("python=")
+    ]
     assert SpecifierSet(PROJECT["requires-python"]).contains(conda)
     floor = PROJECT["requires-python"].removeprefix(">=")
     assert f"sys.version_info < ({floor.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
@@ -69,7 +80,9 @@ def test_python_versions_agree():
 def test_library_files_stay_small():
     files = sorted((ROOT / "ddlib").rglob("*.py"))
     assert files
-    long = {str(f.relative_to(ROOT)): n for f in files if (n := len(f.read_text().splitlines())) > 300}
+    long = {
+        str(f.relative_to(ROOT)): n for f in files if (n := len(f.read_text().splitlines())) > 300
+    }
     assert not long, f"over 300 lines: {long}"
 
 
@@ -79,7 +92,9 @@ def test_importing_the_library_needs_no_jupyter():
         "assert ddlib.__file__, 'ddlib/__init__.py is missing'\n"
         "print(*[m for m in ('IPython', 'papermill', 'nbformat', 'ipykernel', 'jupyterlab') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
 
@@ -98,7 +113,9 @@ def test_readme_names_only_commands_that_exist():
     # `make word` at the start of a code span or of a line, so that "make a figure" in prose is no command
     named = set(re.findall(r"(?:^|`|\$ )make ([a-z]+)", readme.read_text(), re.MULTILINE))
     assert named, "README.md names no make command"
-    assert named <= targets(), f"README.md names {sorted(named - targets())}, which the Makefile lacks"
+    assert named <= targets(), (
+        f"README.md names {sorted(named - targets())}, which the Makefile lacks"
+    )
 
 
 # A stand-in interpreter: `-m venv` copies it into .venv, `-m pip install` writes a line to log (and fails if asked to).
@@ -127,8 +144,12 @@ def checkout(tmp_path) -> Path:
 def make_env(folder: Path) -> tuple[subprocess.CompletedProcess, int]:
     """`make env`, and the number of installs so far."""
     command = ["make", "-s", "env", "PYTHON=./python"]
-    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # these tests may run under make -j
-    done = subprocess.run(command, cwd=folder, env=outside, capture_output=True, text=True, check=False)
+    outside = {
+        k: v for k, v in os.environ.items() if not k.startswith("MAKE")
+    }  # these tests may run under make -j
+    done = subprocess.run(
+        command, cwd=folder, env=outside, capture_output=True, text=True, check=False
+    )
     log = folder / "log"
     return done, len(log.read_text().splitlines()) if log.exists() else 0
 
@@ -148,7 +169,9 @@ def test_make_env_installs_once_and_again_when_a_pin_changes(checkout):
 
     for n, name in enumerate(("constraints.txt", "pyproject.toml"), 2):
         text = (checkout / name).read_text()
-        (checkout / name).write_text(text.replace("safetensors", "safetensorz"))  # as many lines and bytes
+        (checkout / name).write_text(
+            text.replace("safetensors", "safetensorz")
+        )  # as many lines and bytes
         assert make_env(checkout)[1] == n
 
 
@@ -161,7 +184,9 @@ def test_make_env_repeats_a_failed_install(checkout):
     (checkout / "broken").touch()
     assert make_env(checkout)[0].returncode != 0
 
-    pinned.write_text(text)  # back to what was installed before: the failed attempt may have changed half of it
+    pinned.write_text(
+        text
+    )  # back to what was installed before: the failed attempt may have changed half of it
     (checkout / "broken").unlink()
     done, installs = make_env(checkout)
     assert (done.returncode, installs) == (0, 3)

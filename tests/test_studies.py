@@ -14,8 +14,17 @@ from ddlib.methods.trajectory import soft_cross_entropy
 from ddlib.training import accuracy, train_on
 from ddlib.unroll import FlatNet, Segment, match
 
-TINY = {"experts": 1, "expert_total": 4, "iterations": 2, "syn_steps": 3, "backbone": "convnet:width=8",
-        "max_start": 2, "eval_epochs": 2, "networks": 1, "snapshots": 0}
+TINY = {
+    "experts": 1,
+    "expert_total": 4,
+    "iterations": 2,
+    "syn_steps": 3,
+    "backbone": "convnet:width=8",
+    "max_start": 2,
+    "eval_epochs": 2,
+    "networks": 1,
+    "snapshots": 0,
+}
 
 
 @pytest.fixture
@@ -32,7 +41,9 @@ def test_unrolling_compares_engines_and_is_computed_once(spec, monkeypatch):
     assert table.loc[(1, "tesla"), "norm ratio"] == pytest.approx(1, abs=1e-4)
     assert abs(table.loc[(4, "tesla"), "norm ratio"] - 1) > 1e-2
     assert table.loc[(4, "unroll"), "graph bytes"] > 3 * table.loc[(1, "unroll"), "graph bytes"]
-    assert table.loc[(4, "adjoint"), "graph bytes"] < 1.05 * table.loc[(1, "adjoint"), "graph bytes"]
+    assert (
+        table.loc[(4, "adjoint"), "graph bytes"] < 1.05 * table.loc[(1, "adjoint"), "graph bytes"]
+    )
     monkeypatch.setattr(studies, "dataset_of", None)  # a second call must not need the data
     again = studies.unrolling(spec, steps=(1, 4)).set_index(["steps", "engine"])
     assert again.equals(table)
@@ -43,13 +54,29 @@ def test_unrolling_takes_the_runs_own_loss(results):
     options = TINY | {"flat": "plain", "labels": "learned", "init": "real"}
     dd.prepare("datm", "digits", ipc=1, progress=False, **options)
     spec = dd.resolve("datm", "digits", 1, **options)
-    row, = studies.unrolling(spec, steps=(3,), engines=("tesla",)).to_dict("records")
-    method = dd.METHODS["datm"](spec.config, dd.load("digits", device="cpu"), 1, spec.run.backbone, 0)
+    (row,) = studies.unrolling(spec, steps=(3,), engines=("tesla",)).to_dict("records")
+    method = dd.METHODS["datm"](
+        spec.config, dd.load("digits", device="cpu"), 1, spec.run.backbone, 0
+    )
     segment, labels = method.segment(generator(0, "unrolling"))
-    exact, tesla = (match(method.net, segment, method.raw, labels, method.rate.expand(3), engine,
-                          criterion=soft_cross_entropy) for engine in ("adjoint", "tesla"))
-    assert row["norm ratio"] == pytest.approx(float(tesla.images.norm() / exact.images.norm()), rel=1e-6)
-    assert row["rate ratio"] == pytest.approx(float(tesla.rates.sum() / exact.rates.sum()), rel=1e-6)
+    exact, tesla = (
+        match(
+            method.net,
+            segment,
+            method.raw,
+            labels,
+            method.rate.expand(3),
+            engine,
+            criterion=soft_cross_entropy,
+        )
+        for engine in ("adjoint", "tesla")
+    )
+    assert row["norm ratio"] == pytest.approx(
+        float(tesla.images.norm() / exact.images.norm()), rel=1e-6
+    )
+    assert row["rate ratio"] == pytest.approx(
+        float(tesla.rates.sum() / exact.rates.sum()), rel=1e-6
+    )
 
 
 def test_unroll_is_left_out_where_it_would_not_fit(spec):
@@ -65,9 +92,14 @@ def test_memory_is_predicted_as_measured(engine):
     rng = torch.Generator().manual_seed(0)
     index = torch.arange(batch)
     with SavedTensors() as saved:
-        match(net, Segment(net.vector(), net.vector() + 1, [index] * steps, [None] * steps),
-              torch.randn(batch, *shape, generator=rng), torch.full((batch, classes), 1 / classes),
-              torch.full((steps,), 0.01), engine)
+        match(
+            net,
+            Segment(net.vector(), net.vector() + 1, [index] * steps, [None] * steps),
+            torch.randn(batch, *shape, generator=rng),
+            torch.full((batch, classes), 1 / classes),
+            torch.full((steps,), 0.01),
+            engine,
+        )
     predicted = studies.predicted_memory(backbone, shape, classes, batch, steps, engine)
     assert predicted["graph bytes"] == pytest.approx(saved.peak, rel=0.05)
 
@@ -84,7 +116,7 @@ def test_flatness_and_trajectory_error(spec):
 
 def test_a_damaged_study_is_named(spec, results):
     studies.flatness(spec, images=64)
-    path, = results.rglob("flatness-*.json")
+    (path,) = results.rglob("flatness-*.json")
     path.write_text("{")
     with pytest.raises(DDError, match="flatness-.*damaged"):
         studies.flatness(spec, images=64)
@@ -108,8 +140,20 @@ def test_a_run_teaches_the_experts_that_it_lacks_and_a_kept_one_needs_none(resul
 def test_full_is_the_whole_training_set_under_the_same_protocol(results, monkeypatch):
     spec = dd.resolve("random", "digits", 1, backbone="convnet:width=8", eval_epochs=4)
     (row,) = studies.full(spec).to_dict("records")
-    few = dd.run("random", "digits", ipc=1, backbone="convnet:width=8", eval_epochs=4, networks=2, progress=False)
-    assert row["accuracy"] > few.accuracy + 20 and len(row["networks"]) == 2 and row["networks"][0] != row["networks"][1]
+    few = dd.run(
+        "random",
+        "digits",
+        ipc=1,
+        backbone="convnet:width=8",
+        eval_epochs=4,
+        networks=2,
+        progress=False,
+    )
+    assert (
+        row["accuracy"] > few.accuracy + 20
+        and len(row["networks"]) == 2
+        and row["networks"][0] != row["networks"][1]
+    )
     assert row["accuracy"] == pytest.approx(sum(row["networks"]) / 2)
     data, net = dd.load("digits"), build("convnet:width=8", (1, 8, 8), 10, generator(0, "full", 1))
     assert row["networks"][1] == accuracy(train_on(data, net, spec.recipe, 1), data)

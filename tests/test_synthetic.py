@@ -22,15 +22,21 @@ def by_loops(images: torch.Tensor, factor: int, fill: float) -> torch.Tensor:
         for c in range(factor):
             for image in images:
                 image = F.pad(image, (0, extra, 0, extra), value=fill)
-                cut = image[:, r * tile:(r + 1) * tile, c * tile:(c + 1) * tile]
-                out.append(F.interpolate(cut[None], size=(side, side), mode="bilinear", align_corners=False)[0])
+                cut = image[:, r * tile : (r + 1) * tile, c * tile : (c + 1) * tile]
+                out.append(
+                    F.interpolate(
+                        cut[None], size=(side, side), mode="bilinear", align_corners=False
+                    )[0]
+                )
     return torch.stack(out)
 
 
 @pytest.mark.parametrize(("side", "factor"), [(32, 1), (32, 2), (32, 3), (28, 2), (28, 3)])
 def test_decode_is_the_loop_over_images_and_tiles(side, factor):
     images = torch.rand(3, 2, side, side, generator=generator(0))
-    assert torch.equal(decode(images, factor, 0.5), by_loops(images, factor, 0.5) if factor > 1 else images)
+    assert torch.equal(
+        decode(images, factor, 0.5), by_loops(images, factor, 0.5) if factor > 1 else images
+    )
 
 
 def test_decode_pads_each_channel_with_its_own_grey_and_lets_gradients_through():
@@ -42,8 +48,10 @@ def test_decode_pads_each_channel_with_its_own_grey_and_lets_gradients_through()
     assert (images.grad > 0).all()
 
 
-@pytest.mark.parametrize(("side", "factor", "cuts"), [(32, 2, [16, 16]), (32, 3, [11, 11, 10]), (28, 2, [14, 14]),
-                                                      (28, 3, [10, 9, 9])])
+@pytest.mark.parametrize(
+    ("side", "factor", "cuts"),
+    [(32, 2, [16, 16]), (32, 3, [11, 11, 10]), (28, 2, [14, 14]), (28, 3, [10, 9, 9])],
+)
 def test_encode_puts_source_k_x_ipc_plus_i_into_tile_k_of_image_i(side, factor, cuts):
     ipc, classes = 2, 3
     value = torch.arange(classes * ipc * factor**2, dtype=torch.float32).view(classes, -1)
@@ -56,7 +64,7 @@ def test_encode_puts_source_k_x_ipc_plus_i_into_tile_k_of_image_i(side, factor, 
             for r, high in enumerate(cuts):
                 left = 0
                 for k, wide in enumerate(cuts):
-                    tile = image[top:top + high, left:left + wide]
+                    tile = image[top : top + high, left : left + wide]
                     assert (tile == value[c, (r * factor + k) * ipc + i]).all()
                     left += wide
                 top += high
@@ -70,14 +78,18 @@ def test_encode_shrinks_by_nearest_neighbour():
 def test_a_factor_that_does_not_fit():
     assert check_factor(4, (1, 8, 8)) == 4
     for factor in (0, 5):
-        with pytest.raises(DDError, match=f"factor {factor} does not fit images of 8x8 px; allowed: 1 to 4"):
+        with pytest.raises(
+            DDError, match=f"factor {factor} does not fit images of 8x8 px; allowed: 1 to 4"
+        ):
             check_factor(factor, (1, 8, 8))
 
 
 def test_a_decoded_set_trains_on_all_tiles_and_survives_the_disk(tmp_path):
     data = load("digits", device="cpu")
     soft = torch.rand(20, 10, generator=generator(1))
-    syn = Synthetic.of(data, data.batch("train", range(20)), soft, Recipe(epochs=1), "convnet", factor=2)
+    syn = Synthetic.of(
+        data, data.batch("train", range(20)), soft, Recipe(epochs=1), "convnet", factor=2
+    )
     images, labels = syn.training_set()
     assert images.shape == (80, 1, 8, 8) and torch.equal(labels, soft.repeat(4, 1)) and syn.ipc == 2
     again = Synthetic.load(syn.save(tmp_path / "set.safetensors"))

@@ -21,10 +21,33 @@ from ddlib.spec import PRESETS
 from ddlib.unroll import FlatNet, match, parse_engine
 
 NET, OPS = "convnet:width=8", "color_crop_cutout_scale_rotate"
-CONFIG = Config(experts=2, expert_total=4, expert_lr=0.05, expert_batch=64, augment=OPS, max_start=3, expert_epochs=1,
-                syn_steps=5, lr_img=30.0, lr_teacher=0.05, lr_lr=1e-4)
-SMALL = {"backbone": NET, "experts": 2, "expert_total": 4, "max_start": 3, "expert_epochs": 1, "syn_steps": 5,
-         "iterations": 4, "eval_epochs": 2, "networks": 1, "snapshots": 0, "device": "cpu", "progress": False}
+CONFIG = Config(
+    experts=2,
+    expert_total=4,
+    expert_lr=0.05,
+    expert_batch=64,
+    augment=OPS,
+    max_start=3,
+    expert_epochs=1,
+    syn_steps=5,
+    lr_img=30.0,
+    lr_teacher=0.05,
+    lr_lr=1e-4,
+)
+SMALL = {
+    "backbone": NET,
+    "experts": 2,
+    "expert_total": 4,
+    "max_start": 3,
+    "expert_epochs": 1,
+    "syn_steps": 5,
+    "iterations": 4,
+    "eval_epochs": 2,
+    "networks": 1,
+    "snapshots": 0,
+    "device": "cpu",
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +91,44 @@ def test_one_update_by_hand(data):
     before, found = tensors(method), []
     for k in range(2):
         segment, labels = method.segment(generator(0, "trajectory", 1, k))
-        found.append(match(method.net, segment, method.raw, labels, method.rate.expand(5),
-                           criterion=soft_cross_entropy))
+        found.append(
+            match(
+                method.net,
+                segment,
+                method.raw,
+                labels,
+                method.rate.expand(5),
+                criterion=soft_cross_entropy,
+            )
+        )
     method.step()
-    for key, momentum, lr, gradients in (("raw", 0.5, 30.0, [m.images for m in found]),
-                                         ("rate", 0.5, 1e-4, [m.rates.sum() for m in found]),
-                                         ("logits", 0.9, 2.0, [m.labels for m in found])):
+    for key, momentum, lr, gradients in (
+        ("raw", 0.5, 30.0, [m.images for m in found]),
+        ("rate", 0.5, 1e-4, [m.rates.sum() for m in found]),
+        ("logits", 0.9, 2.0, [m.labels for m in found]),
+    ):
         velocity = momentum * before[f"velocity_{key}"] + sum(gradients) / 2
         torch.testing.assert_close(getattr(method, key), before[key] - lr * velocity)
         assert not torch.equal(getattr(method, key), before[key])
 
 
-@pytest.mark.parametrize("changes", [{}, {"labels": "assigned", "gradient": "tesla"}, {"ema": 0.9},
-                                     {"labels": "learned", "lr_label": 2.0, "init": "correct", "threshold": 0.9,
-                                      "grow_from": 1, "grow_until": 6, "batch_syn": 4}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"labels": "assigned", "gradient": "tesla"},
+        {"ema": 0.9},
+        {
+            "labels": "learned",
+            "lr_label": 2.0,
+            "init": "correct",
+            "threshold": 0.9,
+            "grow_from": 1,
+            "grow_until": 6,
+            "batch_syn": 4,
+        },
+    ],
+)
 def test_a_restored_state_goes_on_to_the_same_bytes(data, tmp_path, changes):
     whole, first = work(data, **changes), work(data, **changes)
     for _ in range(6):
@@ -102,7 +149,9 @@ def test_seeds_differ_and_repeat(data):
     runs = [work(data, seed) for seed in (0, 0, 1)]
     for method in runs:
         method.step()
-    assert same(runs[0].state_dict(), runs[1].state_dict()) and not torch.equal(runs[0].raw, runs[2].raw)
+    assert same(runs[0].state_dict(), runs[1].state_dict()) and not torch.equal(
+        runs[0].raw, runs[2].raw
+    )
 
 
 def test_beta_stays_positive_and_is_refused_where_it_would_not(data):
@@ -115,7 +164,9 @@ def test_beta_stays_positive_and_is_refused_where_it_would_not(data):
     free = work(data, lr_lr=1e4, clip_rate=0.0)
     free.velocity["rate"] += 1e3
     before = tensors(free)
-    with pytest.raises(DDError, match=r"step size beta would turn from 0.05 to -.* at step 1: lower lr_lr"):
+    with pytest.raises(
+        DDError, match=r"step size beta would turn from 0.05 to -.* at step 1: lower lr_lr"
+    ):
         free.step()
     assert same(free.state_dict(), before)
 
@@ -129,7 +180,9 @@ def test_an_update_that_is_not_finite_changes_nothing(data):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_state(results):
-    with pytest.raises(DDError, match=r"matching loss is nan at step 2: lower lr_img .*state, step 1, is kept in"):
+    with pytest.raises(
+        DDError, match=r"matching loss is nan at step 2: lower lr_img .*state, step 1, is kept in"
+    ):
         dd.run("mtt", "digits", ipc=1, lr_img=1e30, **SMALL)
     [path] = (results / "smoke" / "checkpoints").iterdir()
     kept, header = load_tensors(path, "checkpoint", "")
@@ -141,17 +194,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_state(results)
 def test_the_learned_rate_travels_with_the_set(results):
     done = dd.run("mtt", "digits", ipc=1, lr_lr=1e-3, **SMALL)
     syn = done.synthetic
-    assert syn.recipe.lr == done.record["extra"]["beta"] == pytest.approx(done.record["history"][-1]["beta"])
+    assert (
+        syn.recipe.lr
+        == done.record["extra"]["beta"]
+        == pytest.approx(done.record["history"][-1]["beta"])
+    )
     assert abs(syn.recipe.lr - 0.05) > 1e-3 and syn.recipe.name == "mtt"
     assert done.record["extra"]["mean loss after"] < done.record["extra"]["mean loss before"]
-    assert dd.run("mtt", "digits", ipc=1, lr_lr=1e-3, eval_lr=0.02, **SMALL).synthetic.recipe.lr == 0.02
+    assert (
+        dd.run("mtt", "digits", ipc=1, lr_lr=1e-3, eval_lr=0.02, **SMALL).synthetic.recipe.lr
+        == 0.02
+    )
 
 
 def test_a_run_without_experts_names_the_command(results, monkeypatch):
     monkeypatch.setenv("DDLIB_EXPERTS", str(results / "none"))
-    options = SMALL | {"iterations": 1, "lr_lr": 1e-7, "zca": "mtt"}  # what a shell or YAML could misread
+    options = SMALL | {
+        "iterations": 1,
+        "lr_lr": 1e-7,
+        "zca": "mtt",
+    }  # what a shell or YAML could misread
     for wanted in ({"augment": "none"}, {"zca": "", "eval_lr": 0.1}):
-        with pytest.raises(DDError, match="make the experts first: python -m ddlib experts ftd --dataset digits") as error:
+        with pytest.raises(
+            DDError, match="make the experts first: python -m ddlib experts ftd --dataset digits"
+        ) as error:
             dd.run("ftd", "digits", ipc=1, **options | wanted)
         args = parser().parse_args(shlex.split(str(error.value).partition("python -m ddlib ")[2]))
         args.call(args)  # the very command, and the run works
@@ -161,6 +227,7 @@ def test_a_run_without_experts_names_the_command(results, monkeypatch):
 
 
 # DATM and TESLA on experts that are made up: three classes, and networks that answer the same to every image.
+
 
 def blocks():
     labels = torch.arange(3).repeat_interleave(20)
@@ -180,10 +247,26 @@ def made_up(monkeypatch, biases, epochs=4, noise=0.0):
 
 def test_window_grows_by_the_formula(monkeypatch):
     made_up(monkeypatch, [[0.0, 0.0, 0.0]], epochs=30, noise=0.1)
-    config = replace(CONFIG, experts=1, expert_total=30, min_start=3, max_start=20, grow_from=10, grow_until=1000,
-                     syn_steps=1)
+    config = replace(
+        CONFIG,
+        experts=1,
+        expert_total=30,
+        min_start=3,
+        max_start=20,
+        grow_from=10,
+        grow_until=1000,
+        syn_steps=1,
+    )
     method = Trajectory(config, blocks(), 1, NET, 0)
-    for step, window in ((0, 10), (99, 10), (100, 11), (250, 12), (999, 19), (1000, 20), (5000, 20)):
+    for step, window in (
+        (0, 10),
+        (99, 10),
+        (100, 11),
+        (250, 12),
+        (999, 19),
+        (1000, 20),
+        (5000, 20),
+    ):
         method.steps = step
         assert method._window() == window
     for step, stop in ((0, 10), (5000, 20)):
@@ -201,7 +284,11 @@ def test_threshold_skips_images_labels_and_beta(data):
     before = tensors(method)
     report = method.step()
     after = tensors(method)
-    assert report["skipped"] == 1 and after.pop("count").tolist() == [1, 1] and before.pop("count").tolist() == [0, 0]
+    assert (
+        report["skipped"] == 1
+        and after.pop("count").tolist() == [1, 1]
+        and before.pop("count").tolist() == [0, 0]
+    )
     assert same(before, after)
     method = work(data, labels="learned", lr_label=2.0, threshold=1e3, ema=0.5)
     before = tensors(method)
@@ -214,10 +301,16 @@ def test_threshold_skips_images_labels_and_beta(data):
 
 
 def test_label_logits_are_the_mean_over_the_experts_that_are_right(monkeypatch):
-    biases = [[3.0, 1.0, 0.0], [5.0, -2.0, 1.0], [0.0, 4.0, 2.0]]  # the answers: class 0, class 0, class 1
+    biases = [
+        [3.0, 1.0, 0.0],
+        [5.0, -2.0, 1.0],
+        [0.0, 4.0, 2.0],
+    ]  # the answers: class 0, class 0, class 1
     made_up(monkeypatch, biases)
     method = Trajectory(replace(CONFIG, experts=3, labels="learned"), blocks(), 2, NET, 0)
-    wanted = [[4.0, -0.5, 0.5]] * 2 + [[0.0, 4.0, 2.0]] * 2 + [[0.0, 0.0, 5.0]] * 2  # class 2: none is right
+    wanted = (
+        [[4.0, -0.5, 0.5]] * 2 + [[0.0, 4.0, 2.0]] * 2 + [[0.0, 0.0, 5.0]] * 2
+    )  # class 2: none is right
     torch.testing.assert_close(method.logits, torch.tensor(wanted))
     torch.testing.assert_close(method.labels, torch.tensor(wanted).softmax(1))
 
@@ -230,7 +323,7 @@ def test_correct_images_are_those_that_the_expert_gets_right(data):
     right = found == torch.arange(10)[:, None]
     assert not right[:, :5].all()  # without the choice some would be wrong
     for c in range(10):
-        assert (answers[5 * c:5 * c + 5] == c).sum() == min(5, int(right[c].sum()))
+        assert (answers[5 * c : 5 * c + 5] == c).sum() == min(5, int(right[c].sum()))
 
 
 def test_ema_formula(data):
@@ -261,8 +354,13 @@ def test_radius_and_weight_make_no_other_run_of_plain_experts():
     def name(**options) -> str:
         return dd.resolve("ftd", "digits", 1, **options).name
 
-    assert name(flat="plain", rho=0.1, alpha=0.5) == name(flat="plain") and name(flat="sam") != name(flat="plain")
-    assert len({name(flat="sam", rho=0.1), name(flat="sam", rho=0.2), name(flat="sam", alpha=0.5)}) == 3
+    assert name(flat="plain", rho=0.1, alpha=0.5) == name(flat="plain") and name(
+        flat="sam"
+    ) != name(flat="plain")
+    assert (
+        len({name(flat="sam", rho=0.1), name(flat="sam", rho=0.2), name(flat="sam", alpha=0.5)})
+        == 3
+    )
 
 
 def test_tesla_labels_come_from_the_segments_target(data):
@@ -272,12 +370,19 @@ def test_tesla_labels_come_from_the_segments_target(data):
     for k in range(4):
         segment, labels = method.segment(generator(k, "labels"))
         torch.testing.assert_close(labels, method.net(segment.target, method.raw).softmax(1))
-    last = torch.stack([method.net(weights[3], method.raw).softmax(1) for weights in method.experts.weights])
-    torch.testing.assert_close(method.labels, last.mean(0))  # epoch max_start - 1 + expert_epochs = 3
+    last = torch.stack(
+        [method.net(weights[3], method.raw).softmax(1) for weights in method.experts.weights]
+    )
+    torch.testing.assert_close(
+        method.labels, last.mean(0)
+    )  # epoch max_start - 1 + expert_epochs = 3
 
 
 def test_soft_cross_entropy_is_datms():
-    logits, labels = torch.randn(4, 3, generator=generator(0)), torch.randn(4, 3, generator=generator(1))
+    logits, labels = (
+        torch.randn(4, 3, generator=generator(0)),
+        torch.randn(4, 3, generator=generator(1)),
+    )
     wanted = -(labels.softmax(1) * logits.log_softmax(1)).sum() / 4
     torch.testing.assert_close(soft_cross_entropy(logits, labels), wanted)
     assert not torch.isclose(F.cross_entropy(logits, labels), wanted)
@@ -293,8 +398,12 @@ def test_inner_batches_are_passes_over_the_set(data):
 
 
 METHODS = yaml.safe_load((PRESETS / "trajectory.yaml").read_text())["methods"]
-ROWS = [(method, dataset, ipc) for method, level in METHODS.items() for dataset, row in level["datasets"].items()
-        for ipc in sorted({*row.get("ipc", {}), *([1, 10] if dataset.startswith("image") else [])})]
+ROWS = [
+    (method, dataset, ipc)
+    for method, level in METHODS.items()
+    for dataset, row in level["datasets"].items()
+    for ipc in sorted({*row.get("ipc", {}), *([1, 10] if dataset.startswith("image") else [])})
+]
 
 
 def test_there_is_a_row_for_every_published_setting():
@@ -305,7 +414,11 @@ def test_there_is_a_row_for_every_published_setting():
 def test_every_preset_row_resolves(profile):
     for method, dataset, ipc in ROWS:
         config = dd.resolve(method, dataset, ipc, profile).config
-        assert config.max_start - 1 + config.expert_epochs <= config.expert_total, (method, dataset, ipc)
+        assert config.max_start - 1 + config.expert_epochs <= config.expert_total, (
+            method,
+            dataset,
+            ipc,
+        )
         assert config.min_start < config.max_start and config.lr_img > 0 and config.lr_teacher > 0
         assert config.flat == {"ftd": "agsam", "datm": "agsam"}.get(method, "plain")
         assert config.labels != "learned" or config.lr_label > 0
@@ -314,31 +427,121 @@ def test_every_preset_row_resolves(profile):
 
 KEYS = ("syn_steps", "expert_epochs", "max_start", "batch_syn", "lr_img", "lr_lr", "lr_teacher")
 TABLE = [  # the released settings, keys as above, then what is the row's own
-    ("mtt", "cifar10", 1, (50, 2, 2, 0, 100, 1e-7, 0.01), {"zca": "mtt", "gradient": "adjoint", "labels": "hard"}),
-    ("mtt", "cifar10", 10, (30, 2, 20, 0, 100, 1e-5, 0.001), {"zca": "mtt", "ema": 0, "protocol": "mtt"}),
+    (
+        "mtt",
+        "cifar10",
+        1,
+        (50, 2, 2, 0, 100, 1e-7, 0.01),
+        {"zca": "mtt", "gradient": "adjoint", "labels": "hard"},
+    ),
+    (
+        "mtt",
+        "cifar10",
+        10,
+        (30, 2, 20, 0, 100, 1e-5, 0.001),
+        {"zca": "mtt", "ema": 0, "protocol": "mtt"},
+    ),
     ("mtt", "cifar10", 50, (30, 2, 40, 0, 1000, 1e-5, 0.001), {"zca": ""}),
     ("mtt", "cifar100", 1, (20, 3, 20, 0, 1000, 1e-5, 0.01), {"zca": "mtt"}),
     ("mtt", "cifar100", 10, (20, 2, 20, 0, 1000, 1e-5, 0.01), {"zca": ""}),
     ("mtt", "cifar100", 50, (80, 2, 40, 125, 1000, 1e-5, 0.01), {"zca": "mtt", "expert_lr": 0.01}),
-    ("mtt", "tinyimagenet", 10, (20, 2, 40, 200, 1e4, 1e-4, 0.01), {"zca": "", "expert_batch": 256}),
+    (
+        "mtt",
+        "tinyimagenet",
+        10,
+        (20, 2, 40, 200, 1e4, 1e-4, 0.01),
+        {"zca": "", "expert_batch": 256},
+    ),
     ("mtt", "imagewoof", 1, (20, 2, 10, 0, 1e5, 1e-6, 0.01), {"zca": "", "experts": 100}),
     ("mtt", "imageyellow", 10, (20, 2, 10, 20, 1e5, 1e-6, 0.01), {"iterations": 5000}),
-    ("tesla", "cifar10", 1, (50, 2, 5, 0, 1000, 1e-7, 0.01), {"gradient": "tesla_repo", "labels": "hard"}),
-    ("tesla", "cifar100", 50, (80, 2, 40, 125, 1000, 1e-5, 0.01), {"zca": "mtt", "iterations": 10000}),
-    ("tesla", "imagenet1k", 1, (10, 3, 10, 100, 1e4, 1e-4, 0.01), {"labels": "assigned", "zca": "", "experts": 50}),
-    ("ftd", "cifar10", 1, (50, 2, 2, 0, 100, 1e-7, 0.01), {"alpha": 0.3, "rho": 0.01, "ema": 0.9999, "zca": "mtt"}),
+    (
+        "tesla",
+        "cifar10",
+        1,
+        (50, 2, 5, 0, 1000, 1e-7, 0.01),
+        {"gradient": "tesla_repo", "labels": "hard"},
+    ),
+    (
+        "tesla",
+        "cifar100",
+        50,
+        (80, 2, 40, 125, 1000, 1e-5, 0.01),
+        {"zca": "mtt", "iterations": 10000},
+    ),
+    (
+        "tesla",
+        "imagenet1k",
+        1,
+        (10, 3, 10, 100, 1e4, 1e-4, 0.01),
+        {"labels": "assigned", "zca": "", "experts": 50},
+    ),
+    (
+        "ftd",
+        "cifar10",
+        1,
+        (50, 2, 2, 0, 100, 1e-7, 0.01),
+        {"alpha": 0.3, "rho": 0.01, "ema": 0.9999, "zca": "mtt"},
+    ),
     ("ftd", "cifar10", 50, (30, 2, 40, 0, 1000, 1e-5, 0.01), {"alpha": 1, "ema": 0.999}),
-    ("ftd", "cifar100", 1, (40, 3, 20, 0, 1000, 1e-5, 0.01), {"alpha": 1, "ema": 0.9995, "gradient": "adjoint"}),
+    (
+        "ftd",
+        "cifar100",
+        1,
+        (40, 3, 20, 0, 1000, 1e-5, 0.01),
+        {"alpha": 1, "ema": 0.9995, "gradient": "adjoint"},
+    ),
     ("ftd", "tinyimagenet", 10, (20, 2, 40, 500, 1e4, 1e-4, 0.01), {"zca": "", "ema": 0.999}),
     ("ftd", "imagefruit", 1, (20, 2, 10, 64, 1e4, 1e-4, 0.01), {"zca": "", "alpha": 1}),
-    ("datm", "cifar10", 1, (80, 2, 4, 10, 100, 1e-7, 0.01), {"lr_label": 5, "threshold": 1.1, "grow_from": 0}),
-    ("datm", "cifar10", 10, (80, 2, 20, 100, 100, 1e-5, 0.01), {"lr_label": 2, "grow_from": 10, "grow_until": 1000}),
-    ("datm", "cifar10", 1000, (100, 2, 60, 1000, 50, 1e-5, 0.01), {"lr_label": 10, "min_start": 40, "threshold": 1}),
-    ("datm", "cifar100", 1, (40, 3, 20, 1000, 1000, 1e-5, 0.01), {"grow_from": 10, "init": "correct", "zca": "mtt"}),
-    ("datm", "cifar100", 50, (80, 2, 70, 1000, 1000, 1e-5, 0.01), {"init": "real", "min_start": 20, "alpha": 0.3}),
-    ("datm", "tinyimagenet", 50, (20, 2, 70, 1000, 100, 1e-4, 0.01), {"min_start": 40, "expert_total": 100}),
-    ("datm", "tinyimagenet", 1, (40, 2, 20, 1000, 1e4, 1e-4, 0.01), {"grow_from": 15, "grow_until": 2000,
-                                                                       "zca": "mtt", "protocol": "datm"})]
+    (
+        "datm",
+        "cifar10",
+        1,
+        (80, 2, 4, 10, 100, 1e-7, 0.01),
+        {"lr_label": 5, "threshold": 1.1, "grow_from": 0},
+    ),
+    (
+        "datm",
+        "cifar10",
+        10,
+        (80, 2, 20, 100, 100, 1e-5, 0.01),
+        {"lr_label": 2, "grow_from": 10, "grow_until": 1000},
+    ),
+    (
+        "datm",
+        "cifar10",
+        1000,
+        (100, 2, 60, 1000, 50, 1e-5, 0.01),
+        {"lr_label": 10, "min_start": 40, "threshold": 1},
+    ),
+    (
+        "datm",
+        "cifar100",
+        1,
+        (40, 3, 20, 1000, 1000, 1e-5, 0.01),
+        {"grow_from": 10, "init": "correct", "zca": "mtt"},
+    ),
+    (
+        "datm",
+        "cifar100",
+        50,
+        (80, 2, 70, 1000, 1000, 1e-5, 0.01),
+        {"init": "real", "min_start": 20, "alpha": 0.3},
+    ),
+    (
+        "datm",
+        "tinyimagenet",
+        50,
+        (20, 2, 70, 1000, 100, 1e-4, 0.01),
+        {"min_start": 40, "expert_total": 100},
+    ),
+    (
+        "datm",
+        "tinyimagenet",
+        1,
+        (40, 2, 20, 1000, 1e4, 1e-4, 0.01),
+        {"grow_from": 15, "grow_until": 2000, "zca": "mtt", "protocol": "datm"},
+    ),
+]
 
 
 @pytest.mark.parametrize(("method", "dataset", "ipc", "row", "own"), TABLE)
@@ -355,8 +558,12 @@ def test_every_method_beats_random_images_by_ten_points(monkeypatch):
     monkeypatch.delenv("DDLIB_EXPERTS")
 
     def mean(method: str, **options) -> float:
-        return fmean(dd.run(method, "digits", ipc=1, seed=seed, device="cpu", progress=False, **options).accuracy
-                     for seed in range(3))
+        return fmean(
+            dd.run(
+                method, "digits", ipc=1, seed=seed, device="cpu", progress=False, **options
+            ).accuracy
+            for seed in range(3)
+        )
 
     random = mean("random")
     for method in ("mtt", "tesla", "ftd", "datm"):

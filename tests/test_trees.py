@@ -31,6 +31,7 @@ Split = tuple[np.ndarray, np.ndarray]  # uint8 [N,C,H,W], labels [N]
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     """The data root that DDLIB_DATA names, without internet."""
+
     def offline(*_, **__):
         raise URLError("no internet in this test")
 
@@ -42,15 +43,23 @@ def root(tmp_path, monkeypatch) -> Path:
 def made(channels: int, side: int, classes: int) -> dict[str, Split]:
     """Random images, two a class in train and one in test, in random order."""
     draw = np.random.default_rng(side + classes)
-    return {split: (draw.integers(0, 256, (n * classes, channels, side, side), dtype=np.uint8),
-                    draw.permutation(n * classes) % classes) for split, n in (("train", 2), ("test", 1))}
+    return {
+        split: (
+            draw.integers(0, 256, (n * classes, channels, side, side), dtype=np.uint8),
+            draw.permutation(n * classes) % classes,
+        )
+        for split, n in (("train", 2), ("test", 1))
+    }
 
 
 def write_mnist(folder: Path, splits: dict[str, Split]) -> None:
     """IDX: two zero bytes, the type (8: uint8), the number of axes, each length as a big-endian int32, the bytes."""
     (folder / "raw").mkdir(parents=True)
     for split, (x, y) in zip(("train", "t10k"), splits.values(), strict=True):
-        for what, array in ((f"{split}-images-idx3", x[:, 0]), (f"{split}-labels-idx1", y.astype(np.uint8))):
+        for what, array in (
+            (f"{split}-images-idx3", x[:, 0]),
+            (f"{split}-labels-idx1", y.astype(np.uint8)),
+        ):
             head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
             (folder / "raw" / f"{what}-ubyte").write_bytes(head + array.tobytes())
 
@@ -58,22 +67,40 @@ def write_mnist(folder: Path, splits: dict[str, Split]) -> None:
 def write_svhn(folder: Path, splits: dict[str, Split], sums) -> None:
     """MATLAB files: X uint8 [32,32,3,N], y [N,1] in 1..10, where 10 is the digit 0."""
     for split, (x, y) in splits.items():
-        savemat(folder / f"{split}_32x32.mat", {"X": x.transpose(2, 3, 1, 0), "y": np.where(y == 0, 10, y)[:, None]})
-    sums(torchvision.datasets.SVHN, "split_list", {
-        split: ["http://nowhere", f"{split}_32x32.mat", md5(folder / f"{split}_32x32.mat")] for split in splits})
+        savemat(
+            folder / f"{split}_32x32.mat",
+            {"X": x.transpose(2, 3, 1, 0), "y": np.where(y == 0, 10, y)[:, None]},
+        )
+    sums(
+        torchvision.datasets.SVHN,
+        "split_list",
+        {
+            split: ["http://nowhere", f"{split}_32x32.mat", md5(folder / f"{split}_32x32.mat")]
+            for split in splits
+        },
+    )
 
 
 def write_cifar(folder: Path, splits: dict[str, Split], sums, archive: bool) -> None:
     """Pickles: data uint8 [N,3072] channel by channel, and a list of labels; `archive` leaves the .tar.gz alone."""
-    kind = torchvision.datasets.CIFAR100 if len(splits["test"][1]) == 100 else torchvision.datasets.CIFAR10
+    kind = (
+        torchvision.datasets.CIFAR100
+        if len(splits["test"][1]) == 100
+        else torchvision.datasets.CIFAR10
+    )
     tens = kind is torchvision.datasets.CIFAR10
     (x, y), (test_x, test_y) = splits.values()
     batches = {"test_batch" if tens else "test": (test_x, test_y)} | (
-        {f"data_batch_{i + 1}": (x[i::5], y[i::5]) for i in range(5)} if tens else {"train": (x, y)})
+        {f"data_batch_{i + 1}": (x[i::5], y[i::5]) for i in range(5)} if tens else {"train": (x, y)}
+    )
     label = "labels" if tens else "fine_labels"
-    contents = {name: {"data": x.reshape(len(x), -1), label: y.tolist()} for name, (x, y) in batches.items()}
+    contents = {
+        name: {"data": x.reshape(len(x), -1), label: y.tolist()} for name, (x, y) in batches.items()
+    }
     meta = "batches.meta" if tens else "meta"
-    contents[meta] = {"label_names" if tens else "fine_label_names": [f"class {i}" for i in range(max(y) + 1)]}
+    contents[meta] = {
+        "label_names" if tens else "fine_label_names": [f"class {i}" for i in range(max(y) + 1)]
+    }
     below = folder / kind.base_folder
     below.mkdir()
     for name, content in contents.items():
@@ -98,7 +125,9 @@ def md5(path: Path) -> str:
 def check(name: str, splits: dict[str, Split]) -> data.Dataset:
     found = load(name)
     for split, (x, y) in splits.items():
-        order = np.lexsort((*x.reshape(len(x), -1).T[:4],))  # CIFAR-10's five batches come in an order of their own
+        order = np.lexsort(
+            (*x.reshape(len(x), -1).T[:4],)
+        )  # CIFAR-10's five batches come in an order of their own
         again = np.lexsort((*found.images[split].flatten(1).numpy().T[:4],))
         assert np.array_equal(found.images[split].numpy()[again], x[order])
         assert np.array_equal(found.labels[split].numpy()[again], y[order])
@@ -139,7 +168,9 @@ def test_without_internet_a_wrong_layout_says_what_to_put_where(root, monkeypatc
         write_cifar(wrong, splits, monkeypatch.setattr, archive=False)
     with pytest.raises(DDError) as caught:
         load(name)
-    assert str(caught.value).endswith(f"put {data.TORCHVISION[name][1]} into {root}") and "\n" not in str(caught.value)
+    assert str(caught.value).endswith(
+        f"put {data.TORCHVISION[name][1]} into {root}"
+    ) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
@@ -153,7 +184,9 @@ def test_a_damaged_file_says_so_too(root, monkeypatch, name):
         write_cifar(root, splits, monkeypatch.setattr, archive=False)
     file = next(path for path in sorted(root.rglob("*")) if path.is_file())
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(DDError, match=f"cannot read {name} from {root} or download it .*; without internet, put "):
+    with pytest.raises(
+        DDError, match=f"cannot read {name} from {root} or download it .*; without internet, put "
+    ):
         load(name)
 
 
@@ -168,7 +201,9 @@ def imagenet(tmp_path_factory) -> Path:
         for i in range(1000):
             (top / "imagenet1k" / split / f"n{10 * i:08d}").mkdir(parents=True)
         for i in {index for ids in folders.SUBSETS.values() for index in ids}:
-            Image.new("RGB", (20, 16), colour(i)).save(top / "imagenet1k" / split / f"n{10 * i:08d}" / "x.JPEG")
+            Image.new("RGB", (20, 16), colour(i)).save(
+                top / "imagenet1k" / split / f"n{10 * i:08d}" / "x.JPEG"
+            )
     return top
 
 
@@ -183,7 +218,9 @@ def test_imagenet_subsets(imagenet, name):
     want = torch.tensor([colour(i) for i in folders.SUBSETS[name]])[:, :, None, None]
     for split in ("train", "test"):
         assert found.labels[split].tolist() == list(range(10))
-        assert (found.images[split].int() - want).abs().max() < 12  # JPEG; neighbouring colours are 25 apart
+        assert (
+            found.images[split].int() - want
+        ).abs().max() < 12  # JPEG; neighbouring colours are 25 apart
 
 
 def test_the_subsets_hold_the_classes_of_their_names(own_folders):  # noqa: F811
@@ -193,13 +230,36 @@ def test_the_subsets_hold_the_classes_of_their_names(own_folders):  # noqa: F811
         pytest.skip("needs DDLIB_DATA with the folder imagenet1k-sample64/train")
     ids = sorted(os.listdir(ids))
     assert [ids[i] for i in folders.SUBSETS["imagenette"]] == [
-        "n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413",
-        "n03445777", "n03888257"]
+        "n01440764",
+        "n02102040",
+        "n02979186",
+        "n03000684",
+        "n03028079",
+        "n03394916",
+        "n03417042",
+        "n03425413",
+        "n03445777",
+        "n03888257",
+    ]
     assert {ids[i] for i in folders.SUBSETS["imagewoof"]} == {
-        "n02086240", "n02087394", "n02088364", "n02089973", "n02093754", "n02096294", "n02099601", "n02105641",
-        "n02111889", "n02115641"}
+        "n02086240",
+        "n02087394",
+        "n02088364",
+        "n02089973",
+        "n02093754",
+        "n02096294",
+        "n02099601",
+        "n02105641",
+        "n02111889",
+        "n02115641",
+    }
     assert [ids[i] for i in folders.SUBSETS["imagemeow"]][:5] == [
-        "n02123045", "n02123159", "n02123394", "n02123597", "n02124075"]
+        "n02123045",
+        "n02123159",
+        "n02123394",
+        "n02123597",
+        "n02124075",
+    ]
 
 
 def test_wrong_layouts_of_the_imagenets_say_what_to_put_where(root):
@@ -207,11 +267,15 @@ def test_wrong_layouts_of_the_imagenets_say_what_to_put_where(root):
         (root / "imagenet1k" / "train" / f"n{i:08d}").mkdir(parents=True)
     picture(root / "imagenet1k" / "val" / "ILSVRC2012_val_00000001.JPEG")
     for name in ("imagenet1k", "imagemeow"):
-        with pytest.raises(DDError, match=rf"same class folders.*{name} needs .*val/WNID/\*\.JPEG$"):
+        with pytest.raises(
+            DDError, match=rf"same class folders.*{name} needs .*val/WNID/\*\.JPEG$"
+        ):
             load(name)
     tiny = tree(root / "tinyimagenet", ("train",), ("n01", "n02"))  # val/images/ without its list
     picture(tiny / "val" / "images" / "val_0.JPEG")
-    with pytest.raises(DDError, match="same class folders.*tinyimagenet needs .*val/val_annotations.txt"):
+    with pytest.raises(
+        DDError, match="same class folders.*tinyimagenet needs .*val/val_annotations.txt"
+    ):
         load("tinyimagenet")
 
 

@@ -44,8 +44,10 @@ def class_order(classes: int, steps: int, seed: int) -> list[list[int]]:
     """The classes of each of `steps` tasks: numpy.random.RandomState(seed).permutation(classes), as both papers do."""
     if steps < 1 or classes % steps or classes < 2 * steps:
         allowed = [n for n in range(1, classes // 2 + 1) if classes % n == 0]
-        raise DDError(f"{classes} classes cannot come in {steps} equal tasks of two or more; allowed: "
-                      f"{', '.join(map(str, allowed))}")
+        raise DDError(
+            f"{classes} classes cannot come in {steps} equal tasks of two or more; allowed: "
+            f"{', '.join(map(str, allowed))}"
+        )
     return np.random.RandomState(seed).permutation(classes).reshape(steps, -1).tolist()
 
 
@@ -67,7 +69,11 @@ def memory(sets: Sequence[Synthetic], tasks: Sequence[Sequence[int]], data: Data
         if not syn.labels.is_floating_point():
             labels.append(places[syn.labels])
             continue
-        wide, k, total = syn.labels.new_zeros(len(syn.labels), data.num_classes), len(places), data.num_classes
+        wide, k, total = (
+            syn.labels.new_zeros(len(syn.labels), data.num_classes),
+            len(places),
+            data.num_classes,
+        )
         if syn.recipe.loss == "mse":
             wide[:, places] = syn.labels * (k / 10) ** 0.5 + 1 / k
             wide = (wide - 1 / total) / (total / 10) ** 0.5
@@ -75,12 +81,29 @@ def memory(sets: Sequence[Synthetic], tasks: Sequence[Sequence[int]], data: Data
             wide[:, places] = syn.labels
         labels.append(wide)
     first = sets[0]
-    return Synthetic.of(data, torch.cat([syn.images for syn in sets]), torch.cat(labels), first.recipe, first.backbone,
-                        factor=first.factor)
+    return Synthetic.of(
+        data,
+        torch.cat([syn.images for syn in sets]),
+        torch.cat(labels),
+        first.recipe,
+        first.backbone,
+        factor=first.factor,
+    )
 
 
-def study(method: str, dataset: str, *, ipc: int = 20, steps: int = 5, order: int = 0, profile: str = "smoke",
-          networks: int = 3, device: str = "auto", progress: bool = True, **overrides: Any) -> pd.DataFrame:
+def study(
+    method: str,
+    dataset: str,
+    *,
+    ipc: int = 20,
+    steps: int = 5,
+    order: int = 0,
+    profile: str = "smoke",
+    networks: int = 3,
+    device: str = "auto",
+    progress: bool = True,
+    **overrides: Any,
+) -> pd.DataFrame:
     """Learn the classes in `steps` tasks of class order `order` with a memory of `ipc` images a class.
 
     `overrides` are keys of the method's Config or of `RunConfig`; seed `order` distils. One row a task: method, ipc,
@@ -92,23 +115,53 @@ def study(method: str, dataset: str, *, ipc: int = 20, steps: int = 5, order: in
         data = dataset_of(spec, pick_device(device))
         tasks, sets, rows = class_order(data.num_classes, steps, order), [], []
         for count, classes in enumerate(tasks, 1):
-            task = part(data, f"classes {','.join(map(str, classes))}",
-                        {split: seen(data, classes, split) for split in ("train", "test")}, classes)
+            task = part(
+                data,
+                f"classes {','.join(map(str, classes))}",
+                {split: seen(data, classes, split) for split in ("train", "test")},
+                classes,
+            )
             sets.append(distil(spec, task, progress))
             so_far = [c for group in tasks[:count] for c in group]
-            tested = part(data, f"{len(so_far)} classes seen", {s: seen(data, so_far, s) for s in ("train", "test")})
-            found = evaluate(memory(sets, tasks[:count], data), tested, networks=networks, seed=order)
-            rows.append({"method": method, "ipc": ipc, "protocol": spec.run.protocol, "steps": steps, "order": order,
-                         "classes seen": len(so_far), "accuracy": found.mean, "std": found.std,
-                         "networks": list(found.accuracies)})
+            tested = part(
+                data,
+                f"{len(so_far)} classes seen",
+                {s: seen(data, so_far, s) for s in ("train", "test")},
+            )
+            found = evaluate(
+                memory(sets, tasks[:count], data), tested, networks=networks, seed=order
+            )
+            rows.append(
+                {
+                    "method": method,
+                    "ipc": ipc,
+                    "protocol": spec.run.protocol,
+                    "steps": steps,
+                    "order": order,
+                    "classes seen": len(so_far),
+                    "accuracy": found.mean,
+                    "std": found.std,
+                    "networks": list(found.accuracies),
+                }
+            )
         return rows
 
-    return cached("continual", spec, {"steps": steps, "networks": networks, "version": VERSION}, compute)
+    return cached(
+        "continual", spec, {"steps": steps, "networks": networks, "version": VERSION}, compute
+    )
 
 
 def final(rows: pd.DataFrame) -> pd.DataFrame:
     """After the last task, by protocol, method and tasks: mean and spread over all networks of all orders (ddof 0)."""
-    last = rows[rows["classes seen"] == rows["classes seen"].max()].explode("networks").astype({"networks": float})
+    last = (
+        rows[rows["classes seen"] == rows["classes seen"].max()]
+        .explode("networks")
+        .astype({"networks": float})
+    )
     pooled = last.groupby(["protocol", "method", "steps"], sort=False)
-    return pooled.agg(accuracy=("networks", "mean"), std=("networks", lambda v: v.std(ddof=0)),
-                      orders=("order", "nunique"), networks=("networks", "size")).reset_index()
+    return pooled.agg(
+        accuracy=("networks", "mean"),
+        std=("networks", lambda v: v.std(ddof=0)),
+        orders=("order", "nunique"),
+        networks=("networks", "size"),
+    ).reset_index()

@@ -6,6 +6,9 @@ from .frepo import FRePo
 from .gradient import Gradient
 from .trajectory import Trajectory
 
-METHODS = ({kind: Coreset for kind in KINDS} | {"dm": DM, "frepo": FRePo}
-           | dict.fromkeys(("dc", "dsa", "idc", "dream", "dream_plus"), Gradient)
-           | dict.fromkeys(("mtt", "tesla", "ftd", "datm"), Trajectory))
+METHODS = (
+    {kind: Coreset for kind in KINDS}
+    | {"dm": DM, "frepo": FRePo}
+    | dict.fromkeys(("dc", "dsa", "idc", "dream", "dream_plus"), Gradient)
+    | dict.fromkeys(("mtt", "tesla", "ftd", "datm"), Trajectory)
+)

@@ -31,9 +31,15 @@ class CoresetConfig:
 
     kind: str = option("random", allowed=KINDS)  # the rule of selection
     iterations: int = option(0, allowed=(0,))  # a coreset is chosen, not optimised
-    extractor_epochs: int = option(20, least=1)  # passes over the whole training set that train the extractor
-    extractor_lr: float = option(0.01, least=0)  # its SGD step size; momentum 0.9, weight decay 5e-4 as in evaluation
-    restarts: int = option(10, least=1)  # k-means runs from new seeds; the one with the least inertia is kept
+    extractor_epochs: int = option(
+        20, least=1
+    )  # passes over the whole training set that train the extractor
+    extractor_lr: float = option(
+        0.01, least=0
+    )  # its SGD step size; momentum 0.9, weight decay 5e-4 as in evaluation
+    restarts: int = option(
+        10, least=1
+    )  # k-means runs from new seeds; the one with the least inertia is kept
 
 
 def herding(features: torch.Tensor, n: int) -> torch.Tensor:
@@ -46,7 +52,9 @@ def herding(features: torch.Tensor, n: int) -> torch.Tensor:
     residual, picked = torch.zeros_like(mean), []
     for _ in range(n):
         residual += mean
-        row = (square - 2 * (x @ residual)).argmin(keepdim=True)  # |x - r|^2 less the constant |r|^2
+        row = (square - 2 * (x @ residual)).argmin(
+            keepdim=True
+        )  # |x - r|^2 less the constant |r|^2
         residual -= x[row][0]
         square.index_fill_(0, row, torch.inf)
         picked.append(row)
@@ -65,7 +73,9 @@ def kcenter(features: torch.Tensor, n: int) -> torch.Tensor:
     picked, nearest = [row], torch.full_like(square, torch.inf)
     for _ in range(n - 1):
         nearest = torch.minimum(nearest, square + square[row] - 2 * (x @ x[row][0]))
-        nearest.index_fill_(0, row, -torch.inf)  # never again, even where every other row is a duplicate
+        nearest.index_fill_(
+            0, row, -torch.inf
+        )  # never again, even where every other row is a duplicate
         row = nearest.argmax(keepdim=True)
         picked.append(row)
     return torch.cat(picked)
@@ -103,7 +113,9 @@ def forgetting(events: torch.Tensor, n: int, rng: torch.Generator) -> torch.Tens
 def _points(features: torch.Tensor, n: int) -> torch.Tensor:
     """Checked features as float64: the sums of squares would cost float32 the digits that tell neighbours apart."""
     if features.ndim != 2 or not features.is_floating_point():
-        raise DDError(f"features must be floats [samples, d], not {features.dtype} {tuple(features.shape)}")
+        raise DDError(
+            f"features must be floats [samples, d], not {features.dtype} {tuple(features.shape)}"
+        )
     _check_n(n, len(features))
     if not torch.isfinite(features).all():
         raise DDError("features hold NaN or infinity: lower extractor_lr")
@@ -112,17 +124,31 @@ def _points(features: torch.Tensor, n: int) -> torch.Tensor:
 
 def _check_n(n: int, available: int) -> None:
     if not 1 <= n <= available:
-        raise DDError(f"cannot choose {n} of {available} samples of a class; allowed: 1 to {available}")
+        raise DDError(
+            f"cannot choose {n} of {available} samples of a class; allowed: 1 to {available}"
+        )
 
 
-def extract_features(data: Dataset, backbone: str, config: CoresetConfig, seed: int) -> tuple[torch.Tensor, dict]:
+def extract_features(
+    data: Dataset, backbone: str, config: CoresetConfig, seed: int
+) -> tuple[torch.Tensor, dict]:
     """Features [N, d] of the training images from a network trained on all of them, and how it was trained."""
     # No augmentation: the one choice that suits digits and photographs alike (a flipped digit is another sign).
-    recipe = Recipe("extractor", epochs=config.extractor_epochs, lr=config.extractor_lr, drops=(), augment="none")
+    recipe = Recipe(
+        "extractor",
+        epochs=config.extractor_epochs,
+        lr=config.extractor_lr,
+        drops=(),
+        augment="none",
+    )
     start = time.perf_counter()
-    net = build(backbone, data.shape, data.num_classes, generator(seed, "coreset", "weights")).to(data.device)
+    net = build(backbone, data.shape, data.num_classes, generator(seed, "coreset", "weights")).to(
+        data.device
+    )
     train_on(data, net, recipe, seed)
-    record = {key: value for key, value in asdict(recipe).items() if key not in ("name", "drops", "drop")}
+    record = {
+        key: value for key, value in asdict(recipe).items() if key not in ("name", "drops", "drop")
+    }
     record |= {"backbone": net.spec, "train_accuracy": accuracy(net, data, "train")}
     return embed(net, data), record | {"seconds": time.perf_counter() - start}
 
@@ -136,8 +162,16 @@ class Coreset:
 
     Config, version, preset = CoresetConfig, 1, "coreset"
 
-    def __init__(self, config: CoresetConfig, data: Dataset, ipc: int, backbone: str, seed: int) -> None:
-        self.config, self.data, self.ipc, self.backbone, self.seed = config, data, ipc, backbone, seed
+    def __init__(
+        self, config: CoresetConfig, data: Dataset, ipc: int, backbone: str, seed: int
+    ) -> None:
+        self.config, self.data, self.ipc, self.backbone, self.seed = (
+            config,
+            data,
+            ipc,
+            backbone,
+            seed,
+        )
         self.extractor_record: dict = {}
 
     @cached_property
@@ -145,9 +179,14 @@ class Coreset:
         """Indices int64 [C * ipc] into the training images, class by class."""
         if self.config.kind == "random":
             return self.data.sample(self.ipc, generator(self.seed, "coreset", "random")).flatten()
-        features, self.extractor_record = extract_features(self.data, self.backbone, self.config, self.seed)
-        pick = {"herding": herding, "kcenter": kcenter,
-                "kmeans": partial(kmeans, seed=self.seed, restarts=self.config.restarts)}[self.config.kind]
+        features, self.extractor_record = extract_features(
+            self.data, self.backbone, self.config, self.seed
+        )
+        pick = {
+            "herding": herding,
+            "kcenter": kcenter,
+            "kmeans": partial(kmeans, seed=self.seed, restarts=self.config.restarts),
+        }[self.config.kind]
         order = self.data.labels["train"].argsort(stable=True)
         table = order.split(self.data.class_sizes("train").tolist())  # class -> its indices
         return torch.cat([rows[pick(features[rows], self.ipc)] for rows in table])

@@ -40,16 +40,26 @@ class Config:
     iterations: int = option(20000, least=0)  # image updates; every one uses a fresh network
     lr_img: float = option(1.0, least=0)  # step size of the images; the gradient shrinks as 1/IPC
     momentum: float = option(0.5, least=0, below=1)  # of the image optimiser, plain SGD
-    ema: float = option(0.0, least=0, below=1)  # decay of the images' moving average, then the result; 0 is off
+    ema: float = option(
+        0.0, least=0, below=1
+    )  # decay of the images' moving average, then the result; 0 is off
     batch_real: int = option(256, least=1)  # real images a class and step; all of a smaller class
-    init: str = option("real", allowed=("real", "noise", "kmeans"))  # IPC real images a class, or N(0, 1) pixels
+    init: str = option(
+        "real", allowed=("real", "noise", "kmeans")
+    )  # IPC real images a class, or N(0, 1) pixels
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA, one operation a class and step
-    chunk: int = option(0, least=0)  # images at a time, whole classes; 0: 256 on a CPU, 8,192 on a GPU
+    chunk: int = option(
+        0, least=0
+    )  # images at a time, whole classes; 0: 256 on a CPU, 8,192 on a GPU
     compile: bool = False  # torch.compile the network; same numbers to about 1e-5
-    sampling: str = option("random", allowed=SAMPLINGS)  # of the real images; all but random look at features
+    sampling: str = option(
+        "random", allowed=SAMPLINGS
+    )  # of the real images; all but random look at features
     interval: int = option(10, least=1)  # steps between two choices of them
     subsample: int = option(1, least=1)  # images a cluster
-    pool: int = option(0, least=0)  # images of a class that are clustered, drawn anew each time; 0 is all
+    pool: int = option(
+        0, least=0
+    )  # images of a class that are clustered, drawn anew each time; 0 is all
     match: str = option("feature", allowed=("feature", "gradient", "both"))  # both: DREAM+
 
 
@@ -60,11 +70,18 @@ class DM:
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
         self.config, self.data, self.ipc, self.seed, self.steps = config, data, ipc, seed, 0
-        self.net = build(backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False).train()
+        self.net = (
+            build(backbone, data.shape, data.num_classes)
+            .to(data.device)
+            .requires_grad_(False)
+            .train()
+        )
         self.psi = compiled(self.net.features) if config.compile else self.net.features
         if self.net.couples_samples and config.match != "feature":
-            raise DDError(f"{self.net.spec} has BatchNorm, which couples the classes' gradients; allowed with match "
-                          f"{config.match!r}: norm=in, ln, gn or none")
+            raise DDError(
+                f"{self.net.spec} has BatchNorm, which couples the classes' gradients; allowed with match "
+                f"{config.match!r}: norm=in, ln, gn or none"
+            )
         if config.init == "kmeans":
             initialise(self.net, generator(seed, "dm", "network", 0))
             chosen = initial_rows(self.net, data, ipc, generator(seed, "dm", "init"))
@@ -78,12 +95,18 @@ class DM:
         self.labels = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
         self.average, self.velocity = self.raw, torch.zeros_like(self.raw)
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
-        self.sampler = Sampler(data, self.batch, config.sampling, config.interval, config.subsample, pool=config.pool)
+        self.sampler = Sampler(
+            data, self.batch, config.sampling, config.interval, config.subsample, pool=config.pool
+        )
         # On a CPU a larger chunk leaves the cache and is half as fast; on a GPU a smaller one leaves it idle.
         gpu = data.device.type == "cuda"
         self.chunk = config.chunk or (8192 if gpu else 256)
         # Without a graph a CPU takes 32 images of 32 x 32 px at a time: what a layer writes, the next reads from cache.
-        self.piece = 0 if gpu or self.net.couples_samples else max(1, 2**15 // data.shape[1] // data.shape[2])
+        self.piece = (
+            0
+            if gpu or self.net.couples_samples
+            else max(1, 2**15 // data.shape[1] // data.shape[2])
+        )
 
     @property
     def images(self) -> torch.Tensor:
@@ -94,34 +117,63 @@ class DM:
         size = self.data.num_classes if self.net.couples_samples else max(1, self.chunk // each)
         return list(torch.arange(self.data.num_classes).split(size))
 
-    def means(self, images: torch.Tensor, params, each: int, part: torch.Tensor, graph: bool) -> list[torch.Tensor]:
+    def means(
+        self, images: torch.Tensor, params, each: int, part: torch.Tensor, graph: bool
+    ) -> list[torch.Tensor]:
         """What is matched of augmented images [c * each, C, H, W] of the classes `part`: the class means [c, d] of the
         features, or with `match` the gradients [c, *weight.shape] of the convolutions, or both; `graph` for images."""
         x = augment(images, params.repeat(each))
         if self.config.match == "feature":
             with torch.set_grad_enabled(graph):
-                features = torch.cat([self.psi(piece) for piece in x.split(len(x) if graph else self.piece or len(x))])
+                features = torch.cat(
+                    [
+                        self.psi(piece)
+                        for piece in x.split(len(x) if graph else self.piece or len(x))
+                    ]
+                )
                 return [features.unflatten(0, (-1, each)).mean(1)]
         y = part.to(x.device)[:, None].expand(-1, each)
-        found = class_gradients(self.net, x.unflatten(0, (-1, each)), y, matched(self.net, "conv"), graph=graph,
-                                embed=True)
-        return [value if graph else value.detach() for value in found[:None if self.config.match == "both" else -1]]
+        found = class_gradients(
+            self.net,
+            x.unflatten(0, (-1, each)),
+            y,
+            matched(self.net, "conv"),
+            graph=graph,
+            embed=True,
+        )
+        return [
+            value if graph else value.detach()
+            for value in found[: None if self.config.match == "both" else -1]
+        ]
 
     def step(self) -> dict[str, torch.Tensor]:
         """One update of all images; returns the loss divided by the number of classes, as the released log does."""
         rng = lambda purpose: generator(self.seed, "dm", purpose, self.steps)
         initialise(self.net, rng("network"))
         real = self.sampler(self.net, self.steps, rng("real"))
-        params = draw(self.config.augment, self.data.num_classes, self.data.shape[1:], rng("augment"))
-        target = [self.means(self.data.batch("train", real[part].flatten()), params.select(part), self.batch, part,
-                             graph=False) for part in self.parts(self.batch)]
+        params = draw(
+            self.config.augment, self.data.num_classes, self.data.shape[1:], rng("augment")
+        )
+        target = [
+            self.means(
+                self.data.batch("train", real[part].flatten()),
+                params.select(part),
+                self.batch,
+                part,
+                graph=False,
+            )
+            for part in self.parts(self.batch)
+        ]
         target = [torch.cat(values) for values in zip(*target, strict=True)]
         gradient, total = [], 0.0
         images = self.raw.unflatten(0, (-1, self.ipc))
         for part in self.parts(self.ipc):
             x = images[part].flatten(0, 1).requires_grad_()
             found = self.means(x, params.select(part), self.ipc, part, graph=True)
-            loss = sum((real[part] - value).square().sum() for real, value in zip(target, found, strict=True))
+            loss = sum(
+                (real[part] - value).square().sum()
+                for real, value in zip(target, found, strict=True)
+            )
             gradient += torch.autograd.grad(loss, x)
             total = total + loss.detach()
         self.velocity.mul_(self.config.momentum).add_(torch.cat(gradient))
@@ -131,10 +183,17 @@ class DM:
         return {"loss": total / self.data.num_classes}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        state = {"raw": self.raw, "average": self.average, "velocity": self.velocity, "steps": torch.tensor(self.steps)}
+        state = {
+            "raw": self.raw,
+            "average": self.average,
+            "velocity": self.velocity,
+            "steps": torch.tensor(self.steps),
+        }
         return state | ({} if self.sampler.rows is None else {"rows": self.sampler.rows})
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.raw, self.average, self.velocity = (state[k].to(self.raw.device) for k in ("raw", "average", "velocity"))
+        self.raw, self.average, self.velocity = (
+            state[k].to(self.raw.device) for k in ("raw", "average", "velocity")
+        )
         self.steps = int(state["steps"])
         self.sampler.rows = state["rows"].to(self.raw.device) if "rows" in state else None

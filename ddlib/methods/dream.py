@@ -49,19 +49,33 @@ class Sampler:
     normalised ones. pool: images of a class to choose from, drawn anew; 0 is all. `rows` is what a resumed run needs.
     """
 
-    def __init__(self, data: Dataset, each: int, kind: str = "random", interval: int = 10, subsample: int = 1,
-                 raw: bool = True, pool: int = 0):
+    def __init__(
+        self,
+        data: Dataset,
+        each: int,
+        kind: str = "random",
+        interval: int = 10,
+        subsample: int = 1,
+        raw: bool = True,
+        pool: int = 0,
+    ):
         choose("sampling", kind, SAMPLINGS)
         least = int(data.class_sizes().min())
         if pool:
             least = min(pool, least)
         if interval < 1:
-            raise DDError(f"interval must be at least 1 step between two clusterings, not {interval}")
+            raise DDError(
+                f"interval must be at least 1 step between two clusterings, not {interval}"
+            )
         if subsample < 1 or each % subsample:
-            raise DDError(f"subsample must divide the batch of {each} real images a class, not {subsample}")
+            raise DDError(
+                f"subsample must divide the batch of {each} real images a class, not {subsample}"
+            )
         if each > least:
-            raise DDError(f"cannot choose {each} representatives of the {least} samples of a class; "
-                          f"allowed: 1 to {least}")
+            raise DDError(
+                f"cannot choose {each} representatives of the {least} samples of a class; "
+                f"allowed: 1 to {least}"
+            )
         self.data, self.each, self.kind, self.interval = data, each, kind, interval
         self.subsample, self.raw, self.pool = subsample, raw, min(pool, least)
         self.rows: Tensor | None = None
@@ -70,8 +84,16 @@ class Sampler:
         if self.kind == "random":
             return self.data.sample(self.each, rng)
         if self.rows is None or step % self.interval == 0:
-            self.rows = representatives(net, self.data, self.each, rng, kind=self.kind, subsample=self.subsample,
-                                        raw=self.raw, pool=self.pool)
+            self.rows = representatives(
+                net,
+                self.data,
+                self.each,
+                rng,
+                kind=self.kind,
+                subsample=self.subsample,
+                raw=self.raw,
+                pool=self.pool,
+            )
         return self.rows
 
 
@@ -84,8 +106,17 @@ def initial_rows(net: Backbone, data: Dataset, n: int, rng: torch.Generator) -> 
 
 
 @torch.no_grad()
-def representatives(net: Backbone, data: Dataset, each: int, rng: torch.Generator, *, kind: str = "dream",
-                    subsample: int = 1, raw: bool = True, pool: int = 0) -> Tensor:
+def representatives(
+    net: Backbone,
+    data: Dataset,
+    each: int,
+    rng: torch.Generator,
+    *,
+    kind: str = "dream",
+    subsample: int = 1,
+    raw: bool = True,
+    pool: int = 0,
+) -> Tensor:
     """Training rows int64 [C, each] by the features of `net`; see `Sampler`."""
     table, sizes = data._by_class["train"]
     if pool:
@@ -106,9 +137,15 @@ def representatives(net: Backbone, data: Dataset, each: int, rng: torch.Generato
 def by_distance(x: Tensor, each: int, sizes: list[int], far: bool) -> Tensor:
     """The `each` rows [C, each] of x [C, N, D] nearest to the mean of their class, or farthest from it."""
     counts = torch.tensor(sizes, device=x.device)
-    distance = (x - (x.sum(1) / counts[:, None])[:, None]).norm(dim=2)  # padding is zeros: the sum is the rows'
+    distance = (x - (x.sum(1) / counts[:, None])[:, None]).norm(
+        dim=2
+    )  # padding is zeros: the sum is the rows'
     padding = torch.arange(x.shape[1], device=x.device) >= counts[:, None]
-    return distance.masked_fill_(padding, -torch.inf if far else torch.inf).topk(each, dim=1, largest=far).indices
+    return (
+        distance.masked_fill_(padding, -torch.inf if far else torch.inf)
+        .topk(each, dim=1, largest=far)
+        .indices
+    )
 
 
 @torch.no_grad()
@@ -118,14 +155,21 @@ def embed(net: Backbone, data: Dataset, rows: Tensor, raw: bool = True) -> Tenso
     net.eval()
     # A larger piece leaves a CPU's cache; a smaller one leaves a GPU idle.
     pieces = rows.split(256 if data.device.type == "cpu" else 4096)
-    found = [net.features(images[piece.to(images.device)].to(data.device).float() / 255 if raw else
-                          data.batch("train", piece)).float() for piece in pieces]
+    found = [
+        net.features(
+            images[piece.to(images.device)].to(data.device).float() / 255
+            if raw
+            else data.batch("train", piece)
+        ).float()
+        for piece in pieces
+    ]
     net.train(training)
     return torch.cat(found)
 
 
-def expert_batches(data: Dataset, net: Backbone, batch: int, rng: torch.Generator, interval: int = 10
-                   ) -> Callable[[Tensor], Tensor]:
+def expert_batches(
+    data: Dataset, net: Backbone, batch: int, rng: torch.Generator, interval: int = 10
+) -> Callable[[Tensor], Tensor]:
     """A function from an index [b] of training rows to their stand-ins [b, C, H, W], for an expert's training (ours).
 
     The j-th image of a class in the batch gives way to the j-th of ceil(batch / classes) representatives of that class
@@ -156,19 +200,35 @@ def plug_in(host: str, plus: bool = False) -> dict[str, Any]:
     return found | ({"warm_epochs": 1} if plus and host in GRADIENT_HOSTS else {})
 
 
-def work(config: Any, net: Backbone, shape: tuple[int, int, int], sizes: Sequence[int], ipc: int) -> dict[str, float]:
+def work(
+    config: Any, net: Backbone, shape: tuple[int, int, int], sizes: Sequence[int], ipc: int
+) -> dict[str, float]:
     """FLOPs of one outer iteration of gradient matching, by part; `config` is that of `ddlib.methods.gradient`.
 
     Counted in forward passes F of one image: 3 for a gradient, 7 for the second-order gradient of a synthetic image, 1
     for a feature. `sizes`: training images of each class. K-means: its products, and those of the nearest images.
     """
-    f, c, each, wide = count_flops(net, shape), len(sizes), ipc * config.factor**2, net.feature_dim >= 4 * SKETCH
-    batch, pool = min(config.batch_real, min(sizes)), [min(config.pool or size, size) for size in sizes]
+    f, c, each, wide = (
+        count_flops(net, shape),
+        len(sizes),
+        ipc * config.factor**2,
+        net.feature_dim >= 4 * SKETCH,
+    )
+    batch, pool = (
+        min(config.batch_real, min(sizes)),
+        [min(config.pool or size, size) for size in sizes],
+    )
     real = -(-config.net_images // config.net_batch) * config.net_batch
     trained = real if config.net_data == "real" else config.net_epochs * c * each
-    columns = (ITERATIONS - WHOLE) * (SKETCH if wide else net.feature_dim) + (WHOLE + 1) * net.feature_dim
+    columns = (ITERATIONS - WHOLE) * (SKETCH if wide else net.feature_dim) + (
+        WHOLE + 1
+    ) * net.feature_dim
     chosen = 0 if config.sampling == "random" else -(-config.inner // config.interval) * sum(pool)
     clusters = batch // config.subsample if config.sampling == "dream" else 0
-    return {"matching": config.inner * c * f * (3 * batch + 7 * min(each, config.batch_syn)),
-            "network": 3 * f * (config.inner - 1) * trained, "warm epoch": 3 * f * config.warm_epochs * sum(sizes),
-            "features": chosen * f, "k-means": 2 * chosen * clusters * columns}
+    return {
+        "matching": config.inner * c * f * (3 * batch + 7 * min(each, config.batch_syn)),
+        "network": 3 * f * (config.inner - 1) * trained,
+        "warm epoch": 3 * f * config.warm_epochs * sum(sizes),
+        "features": chosen * f,
+        "k-means": 2 * chosen * clusters * columns,
+    }

@@ -42,16 +42,24 @@ class Config:
     """FRePo's hyperparameters; the defaults are the released code's, the same for almost every dataset."""
 
     iterations: int = option(500_000, least=0)  # updates of the images
-    lr_img: float = option(3e-4, least=0)  # of LAMB: every step moves X, and Y, by this share of its norm; cosine to 10 %
+    lr_img: float = option(
+        3e-4, least=0
+    )  # of LAMB: every step moves X, and Y, by this share of its norm; cosine to 10 %
     learn_label: bool = True  # False: the labels stay centred one-hot rows
     batch_real: int = option(1024, least=1)  # real images a step, of all classes
     pool_size: int = option(10, least=1)  # m, networks
     max_age: int = option(100, least=0)  # K: a network older than this many steps is replaced
     lr_net: float = option(3e-4, least=0)  # of the networks' Adam, constant
-    batch_net: int = option(1000, least=1)  # synthetic images in a network's step; fewer are all taken
+    batch_net: int = option(
+        1000, least=1
+    )  # synthetic images in a network's step; fewer are all taken
     ridge: float = option(1e-6, least=0)  # lambda, relative to the mean diagonal of the kernel
-    flip: str = option("", allowed=("", "on", "off"))  # mirrored copies in the regression; "": unknown, refused
-    recompute: int = option(0, least=0)  # synthetic images in one graph, recomputed in the backward pass; 0: all, kept
+    flip: str = option(
+        "", allowed=("", "on", "off")
+    )  # mirrored copies in the regression; "": unknown, refused
+    recompute: int = option(
+        0, least=0
+    )  # synthetic images in one graph, recomputed in the backward pass; 0: all, kept
     compile: bool = False  # torch.compile the networks; same numbers to about 1e-5
 
 
@@ -79,19 +87,28 @@ def krr(f_test: Tensor, f_train: Tensor, labels: Tensor, lam: float = 1e-6) -> t
     fit and for features that are not finite or all zero.
     """
     if labels.ndim != 2 or len(labels) != len(f_train) or f_test.shape[1:] != f_train.shape[1:]:
-        raise DDError(f"regression needs labels [n, C] and features [n, d] and [N, d], not {list(labels.shape)}, "
-                      f"{list(f_train.shape)} and {list(f_test.shape)}")
+        raise DDError(
+            f"regression needs labels [n, C] and features [n, d] and [N, d], not {list(labels.shape)}, "
+            f"{list(f_train.shape)} and {list(f_test.shape)}"
+        )
     f_test, f_train = f_test.double(), f_train.double()
     kernel = f_train @ f_train.T
-    mean, eye = kernel.diagonal().mean(), torch.eye(len(kernel), dtype=torch.float64, device=kernel.device)
+    mean, eye = (
+        kernel.diagonal().mean(),
+        torch.eye(len(kernel), dtype=torch.float64, device=kernel.device),
+    )
     for raised in range(RAISES + 1):
         ridged = kernel + lam * 10**raised * mean * eye
         factor, info = torch.linalg.cholesky_ex(ridged.detach())
         if not (info.bool() | ~mean.isfinite()):  # one wait for the device
-            layer = f_train.T @ _Solve.apply(ridged, labels.double(), factor)  # [d, C], the last layer solved for
+            layer = f_train.T @ _Solve.apply(
+                ridged, labels.double(), factor
+            )  # [d, C], the last layer solved for
             return f_test @ layer, raised
-    raise DDError(f"the regression kernel of {len(kernel)} images cannot be factorised (mean diagonal {mean.item():.3g}): "
-                  "the features are not finite or all zero")
+    raise DDError(
+        f"the regression kernel of {len(kernel)} images cannot be factorised (mean diagonal {mean.item():.3g}): "
+        "the features are not finite or all zero"
+    )
 
 
 class FRePo:
@@ -101,8 +118,10 @@ class FRePo:
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
         if not config.flip:
-            raise DDError(f"no flip setting is known for {data.name} at ipc {ipc}: choose flip=on (mirrored copies in "
-                          "the regression; helps small sets of things without a handedness) or flip=off")
+            raise DDError(
+                f"no flip setting is known for {data.name} at ipc {ipc}: choose flip=on (mirrored copies in "
+                "the regression; helps small sets of things without a handedness) or flip=off"
+            )
         from timm.optim import Lamb  # here: it takes a second to import
 
         self.config, self.data, self.seed, self.steps, self.raised = config, data, seed, 0, 0
@@ -110,18 +129,31 @@ class FRePo:
         rows = data.sample(ipc, generator(seed, "frepo", "init")).flatten()
         self.images = data.batch("train", rows).requires_grad_()
         one_hot = torch.eye(classes, device=device).repeat_interleave(ipc, 0)
-        self.labels = ((one_hot - 1 / classes) / math.sqrt(classes / 10)).requires_grad_(config.learn_label)
+        self.labels = ((one_hot - 1 / classes) / math.sqrt(classes / 10)).requires_grad_(
+            config.learn_label
+        )
         # One trust ratio a tensor, also without weight decay (always_adapt), and no hidden clipping of the gradient.
-        self.lamb = Lamb([self.images] + [self.labels] * config.learn_label, lr=config.lr_img, weight_decay=0.0,
-                         eps=1e-6, max_grad_norm=None, always_adapt=True)
-        self.nets = [build(backbone, data.shape, classes).to(device) for _ in range(config.pool_size)]
+        self.lamb = Lamb(
+            [self.images] + [self.labels] * config.learn_label,
+            lr=config.lr_img,
+            weight_decay=0.0,
+            eps=1e-6,
+            max_grad_norm=None,
+            always_adapt=True,
+        )
+        self.nets = [
+            build(backbone, data.shape, classes).to(device) for _ in range(config.pool_size)
+        ]
         self.adams: list[torch.optim.Adam] = [None] * config.pool_size
         for i in range(config.pool_size):
             self._renew(i)
         self.ages = [i * (config.max_age // config.pool_size) for i in range(config.pool_size)]
         wrap = compiled if config.compile else lambda function: function
         self.features, self.forward = wrap(Backbone.features), wrap(Backbone.forward)
-        self.order = -1, torch.empty(0, dtype=torch.int64)  # epoch, and its order of the real images
+        self.order = (
+            -1,
+            torch.empty(0, dtype=torch.int64),
+        )  # epoch, and its order of the real images
         self.real = self._whitened()
 
     def _whitened(self) -> Tensor | None:
@@ -130,7 +162,9 @@ class FRePo:
         room = torch.cuda.mem_get_info(data.device)[0] // 4 if data.device.type == "cuda" else 2**30
         if not data.zca or 4 * pixels.numel() > room:
             return None
-        return torch.cat([data.batch("train", rows) for rows in torch.arange(len(pixels)).split(1000)])
+        return torch.cat(
+            [data.batch("train", rows) for rows in torch.arange(len(pixels)).split(1000)]
+        )
 
     def _renew(self, i: int) -> None:
         """A fresh network i of age 0, and its optimiser."""
@@ -144,8 +178,13 @@ class FRePo:
         size = min(self.config.batch_real, len(labels))
         epoch, k = divmod(self.steps, len(labels) // size)
         if self.order[0] != epoch:
-            self.order = epoch, torch.randperm(len(labels), generator=generator(self.seed, "frepo", "epoch", epoch))
-        rows = self.order[1][k * size:(k + 1) * size].to(labels.device)
+            self.order = (
+                epoch,
+                torch.randperm(
+                    len(labels), generator=generator(self.seed, "frepo", "epoch", epoch)
+                ),
+            )
+        rows = self.order[1][k * size : (k + 1) * size].to(labels.device)
         x = self.data.batch("train", rows) if self.real is None else self.real[rows]
         return x, F.one_hot(labels[rows], classes).double() - 1 / classes
 
@@ -156,9 +195,17 @@ class FRePo:
             z, y = torch.cat([z, z.flip(3)]), y.repeat(2, 1)
         with torch.no_grad():
             # On a CPU a larger chunk leaves the cache; on a GPU this is the released batch.
-            f_t = torch.cat([self.features(net, part) for part in x.split(1024 if x.is_cuda else 128)])
-        f_s = torch.cat([checkpoint(self.features, net, part, use_reentrant=False) if c.recompute else
-                         self.features(net, part) for part in z.split(c.recompute or len(z))])
+            f_t = torch.cat(
+                [self.features(net, part) for part in x.split(1024 if x.is_cuda else 128)]
+            )
+        f_s = torch.cat(
+            [
+                checkpoint(self.features, net, part, use_reentrant=False)
+                if c.recompute
+                else self.features(net, part)
+                for part in z.split(c.recompute or len(z))
+            ]
+        )
         predicted, raised = krr(f_t, f_s, y, c.ridge)
         first, second = self.labels.topk(2, dim=1).values.unbind(1)
         margin = -(first - second).clamp(max=1 / self.data.num_classes).mean()
@@ -169,13 +216,19 @@ class FRePo:
         times lambda was raised so far. Raises DDError, before anything is changed, where features or gradients are
         not finite."""
         c = self.config
-        i = int(torch.randint(c.pool_size, (), generator=generator(self.seed, "frepo", "model", self.steps)))
+        i = int(
+            torch.randint(
+                c.pool_size, (), generator=generator(self.seed, "frepo", "model", self.steps)
+            )
+        )
         loss, margin, raised = self.losses(self.nets[i], *self._batch())
         moved = self.lamb.param_groups[0]["params"]
         gradients = torch.autograd.grad(loss + margin, moved)
         if not torch.stack([value.isfinite().all() for value in (loss, *gradients)]).all():
-            raise DDError(f"the regression loss is {loss.item():.3g} and its gradient is not finite at step "
-                          f"{self.steps + 1} (network {i} of the pool, {self.ages[i]} steps old)")
+            raise DDError(
+                f"the regression loss is {loss.item():.3g} and its gradient is not finite at step "
+                f"{self.steps + 1} (network {i} of the pool, {self.ages[i]} steps old)"
+            )
         for tensor, gradient in zip(moved, gradients, strict=True):
             tensor.grad = gradient
         wave = (1 + math.cos(math.pi * self.steps / c.iterations)) / 2
@@ -196,7 +249,7 @@ class FRePo:
         x, y = self.images.detach(), self.labels.detach()
         if n > self.config.batch_net:
             rows = torch.randperm(n, generator=generator(self.seed, "frepo", "online", self.steps))
-            rows = rows[:self.config.batch_net].to(x.device)
+            rows = rows[: self.config.batch_net].to(x.device)
             x, y = x[rows], y[rows]
         (0.5 * (self.forward(net, x) - y).square().sum(1).mean()).backward()
         self.adams[i].step()
@@ -204,8 +257,12 @@ class FRePo:
         net.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"images": self.images.detach(), "labels": self.labels.detach(), "ages": torch.tensor(self.ages),
-                 "count": torch.tensor([self.steps, self.raised])}
+        state = {
+            "images": self.images.detach(),
+            "labels": self.labels.detach(),
+            "ages": torch.tensor(self.ages),
+            "count": torch.tensor([self.steps, self.raised]),
+        }
         for i, (net, adam) in enumerate(zip(self.nets, self.adams, strict=True)):
             state |= {f"net{i}.{key}": value for key, value in net.state_dict().items()}
             state |= {f"adam{i}.{key}": value for key, value in _flat(adam).items()}
@@ -213,12 +270,18 @@ class FRePo:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         def part(name: str) -> dict[str, Tensor]:
-            return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            return {
+                key.removeprefix(f"{name}."): value
+                for key, value in state.items()
+                if key.startswith(f"{name}.")
+            }
 
         self.images.data.copy_(state["images"])
         self.labels.data.copy_(state["labels"])
         self.ages, (self.steps, self.raised) = state["ages"].tolist(), state["count"].tolist()
-        self.lamb.param_groups[0]["step"] = torch.tensor(float(self.steps))  # LAMB counts for all tensors together
+        self.lamb.param_groups[0]["step"] = torch.tensor(
+            float(self.steps)
+        )  # LAMB counts for all tensors together
         _restore(self.lamb, part("lamb"))
         for i, net in enumerate(self.nets):
             net.load_state_dict(part(f"net{i}"))
@@ -227,7 +290,11 @@ class FRePo:
 
 def _flat(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser as tensors by "parameter.name"."""
-    return {f"{i}.{key}": value for i, kept in optimiser.state_dict()["state"].items() for key, value in kept.items()}
+    return {
+        f"{i}.{key}": value
+        for i, kept in optimiser.state_dict()["state"].items()
+        for key, value in kept.items()
+    }
 
 
 def _restore(optimiser: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:

@@ -52,14 +52,20 @@ class Config:
     lr_by_ipc: bool = True  # the step size is lr_img * IPC / 10
     momentum: float = option(0.5, least=0, below=1)  # of the image optimiser, plain SGD
     class_steps: bool = True  # as if that optimiser stepped once a class (difference 2)
-    batch_real: int = option(64, least=1)  # real images a class and image step; all of a smaller class
+    batch_real: int = option(
+        64, least=1
+    )  # real images a class and image step; all of a smaller class
     batch_syn: int = option(128, least=1)  # most decoded images a class and image step
     distance: str = option("mse", allowed=DISTANCES)
-    layers: str = option("conv", allowed=LAYERS)  # weights that are matched; biases and norms never are
+    layers: str = option(
+        "conv", allowed=LAYERS
+    )  # weights that are matched; biases and norms never are
     match: str = option("gradient", allowed=MATCHES)
     factor: int = option(2, least=1)  # training images an image side: factor^2 an image
     pixels: bool = True  # X holds pixels in [0, 1], clamped when an outer iteration starts; False: normalised images
-    init: str = option("mix", allowed=("real", "mix", "noise", "kmeans"))  # mix: factor^2 real images in each image
+    init: str = option(
+        "mix", allowed=("real", "mix", "noise", "kmeans")
+    )  # mix: factor^2 real images in each image
     augment: str = "color_crop_cutout_flip_scale_rotate"  # of matching, one draw a class
     augment_match: str = ""  # in place of `augment`
     augment_net: str = ""  # of the network's training, a draw an image; "" is that of matching
@@ -70,15 +76,25 @@ class Config:
     net_lr: float = option(0.01, least=0)
     net_momentum: float = option(0.9, least=0, below=1)
     net_decay: float = option(5e-4, least=0)
-    cutmix: float = option(0.5, least=0)  # share of mixed batches in the training of networks, also in evaluation
+    cutmix: float = option(
+        0.5, least=0
+    )  # share of mixed batches in the training of networks, also in evaluation
     warm_epochs: int = option(0, least=0)  # real epochs of each network before its first image step
-    sampling: str = option("random", allowed=SAMPLINGS)  # of the real images; all but random look at features
+    sampling: str = option(
+        "random", allowed=SAMPLINGS
+    )  # of the real images; all but random look at features
     interval: int = option(10, least=1)  # image steps between two choices of them
     subsample: int = option(1, least=1)  # images a cluster
-    pool: int = option(0, least=0)  # images of a class to choose from, drawn anew each time; 0 is all
+    pool: int = option(
+        0, least=0
+    )  # images of a class to choose from, drawn anew each time; 0 is all
     engine: str = option("auto", allowed=ENGINES)
-    chunk: int = option(0, least=0)  # images in one pass, whole classes; 0: of 32 px, 256 on a CPU, 2,048 on a GPU
-    compile: bool = False  # torch.compile matching and the network's training; same numbers to about 1e-5
+    chunk: int = option(
+        0, least=0
+    )  # images in one pass, whole classes; 0: of 32 px, 256 on a CPU, 2,048 on a GPU
+    compile: bool = (
+        False  # torch.compile matching and the network's training; same numbers to about 1e-5
+    )
 
 
 class Gradient:
@@ -90,23 +106,41 @@ class Gradient:
         self.config, self.data, self.ipc, self.seed, self.steps = config, data, ipc, seed, 0
         self.factor, self.each = check_factor(config.factor, data.shape), ipc * config.factor**2
         if config.pixels and data.zca:
-            raise DDError("whitened images have no pixels in [0, 1]: set pixels to false, or zca to ''")
-        self.net = build(backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False).train()
-        self.matching = Matching(self.net, config.distance, config.layers, config.match, config.engine)
+            raise DDError(
+                "whitened images have no pixels in [0, 1]: set pixels to false, or zca to ''"
+            )
+        self.net = (
+            build(backbone, data.shape, data.num_classes)
+            .to(data.device)
+            .requires_grad_(False)
+            .train()
+        )
+        self.matching = Matching(
+            self.net, config.distance, config.layers, config.match, config.engine
+        )
         self.forward = self.net.forward
         if config.compile:
             self.forward, self.matching = compiled(self.forward), Traced(self.matching)
             if data.device.type == "cpu":
-                self.net.to(memory_format=torch.channels_last)  # a tenth faster, compiled; no matter otherwise
+                self.net.to(
+                    memory_format=torch.channels_last
+                )  # a tenth faster, compiled; no matter otherwise
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
-        self.sampler = Sampler(data, self.batch, config.sampling, config.interval, config.subsample, pool=config.pool)
-        self._order: tuple = (None, None)  # (outer iteration, epoch) and its order of the real images
+        self.sampler = Sampler(
+            data, self.batch, config.sampling, config.interval, config.subsample, pool=config.pool
+        )
+        self._order: tuple = (
+            None,
+            None,
+        )  # (outer iteration, epoch) and its order of the real images
         self.labels = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
         self.raw = self._initial()
         self.velocity = torch.zeros_like(self.raw)
         m, n = config.momentum, data.num_classes if config.class_steps else 1
         self.momentum = m**n
-        self.lr = config.lr_img * sum(m**k for k in range(n)) * (ipc / 10 if config.lr_by_ipc else 1)
+        self.lr = (
+            config.lr_img * sum(m**k for k in range(n)) * (ipc / 10 if config.lr_by_ipc else 1)
+        )
         # On a CPU a larger chunk leaves the cache; on a GPU a smaller one leaves it idle.
         pixels = 2**21 if data.device.type == "cuda" else 2**18
         self.chunk = config.chunk or pixels // (data.shape[1] * data.shape[2])
@@ -164,8 +198,13 @@ class Gradient:
                 for index in torch.randperm(len(y), generator=rng).to(y.device).split(c.net_batch):
                     self._update(x[index], y[index], rng)
             return
-        count, epoch = -(-c.net_images // c.net_batch), -(-len(self.data.labels["train"]) // c.net_batch)
-        for k in range(c.warm_epochs * epoch + inner * count, c.warm_epochs * epoch + (inner + 1) * count):
+        count, epoch = (
+            -(-c.net_images // c.net_batch),
+            -(-len(self.data.labels["train"]) // c.net_batch),
+        )
+        for k in range(
+            c.warm_epochs * epoch + inner * count, c.warm_epochs * epoch + (inner + 1) * count
+        ):
             self._train_real(outer, k)
 
     def _train_real(self, outer: int, k: int) -> None:
@@ -173,9 +212,14 @@ class Gradient:
         labels, size = self.data.labels["train"], self.config.net_batch
         epoch, place = divmod(k, -(-len(labels) // size))
         if self._order[0] != (outer, epoch):
-            self._order = (outer, epoch), torch.randperm(len(labels), generator=self._rng("order", outer, epoch))
-        rows = self._order[1][place * size:(place + 1) * size].to(labels.device)
-        self._update(self.data.batch("train", rows), labels[rows], self._rng("train", outer, "real", k))
+            self._order = (
+                (outer, epoch),
+                torch.randperm(len(labels), generator=self._rng("order", outer, epoch)),
+            )
+        rows = self._order[1][place * size : (place + 1) * size].to(labels.device)
+        self._update(
+            self.data.batch("train", rows), labels[rows], self._rng("train", outer, "real", k)
+        )
 
     def _update(self, x: Tensor, y: Tensor, rng: torch.Generator) -> None:
         """One step of SGD of the network on augmented images x [n, ch, H, W]."""
@@ -218,12 +262,20 @@ class Gradient:
         if self.net.couples_samples:
             self._settle(self._rng("settle", outer, inner))
         rows = self.sampler(self.net, inner, self._rng("real", outer, inner))
-        params = draw(c.augment_match or c.augment, data.num_classes, data.shape[1:], self._rng("augment", outer, inner))
+        params = draw(
+            c.augment_match or c.augment,
+            data.num_classes,
+            data.shape[1:],
+            self._rng("augment", outer, inner),
+        )
         keep = min(self.each, c.batch_syn)
         kept = torch.rand(data.num_classes, self.each, generator=self._rng("subset", outer, inner))
         kept = kept.topk(keep, dim=1).indices.to(data.device) if keep < self.each else None
         parts = self._parts(self.batch)
-        target = [self._match(data.batch("train", rows[part]), params.select(part), part) for part in parts]
+        target = [
+            self._match(data.batch("train", rows[part]), params.select(part), part)
+            for part in parts
+        ]
         target = [torch.cat(layer) for layer in zip(*target, strict=True)]
         gradients, total = [], 0.0
         for part in self._parts(keep):
@@ -232,7 +284,9 @@ class Gradient:
             x = x.transpose(0, 1).flatten(1, 2)  # [c, each, ch, H, W]
             if kept is not None:
                 x = x[torch.arange(len(part), device=x.device)[:, None], kept[part]]
-            loss, gradient = self._match(x, params.select(part), part, [layer[part] for layer in target], raw)
+            loss, gradient = self._match(
+                x, params.select(part), part, [layer[part] for layer in target], raw
+            )
             gradients.append(gradient)
             total = total + loss
         return total, torch.cat(gradients).flatten(0, 1)
@@ -240,10 +294,20 @@ class Gradient:
     def _parts(self, each: int) -> list[Tensor]:
         """The classes in equal groups that go through the network together, `each` images of every class."""
         count, most = self.data.num_classes, max(1, self.chunk // each)
-        return list(torch.arange(count).split(max(k for k in range(1, count + 1) if count % k == 0 and k <= most)))
+        return list(
+            torch.arange(count).split(
+                max(k for k in range(1, count + 1) if count % k == 0 and k <= most)
+            )
+        )
 
-    def _match(self, x: Tensor, params: DSAParams, part: Tensor, target: list[Tensor] | None = None,
-               raw: Tensor | None = None) -> list[Tensor]:
+    def _match(
+        self,
+        x: Tensor,
+        params: DSAParams,
+        part: Tensor,
+        target: list[Tensor] | None = None,
+        raw: Tensor | None = None,
+    ) -> list[Tensor]:
         """Statistics of images x [c, B, ch, H, W] of the classes `part`; with a target: L, and its gradient in `raw`."""
         x = augment(x.flatten(0, 1), params.repeat(x.shape[1])).unflatten(0, x.shape[:2])
         y = part.to(x.device)[:, None].expand(-1, x.shape[1])

@@ -48,7 +48,9 @@ class Config:
     expert_epochs: int = option(2, least=1)  # M, epochs of the expert that N steps should match
     max_start: int = option(2, least=1)  # T+, start epochs are below it
     min_start: int = option(0, least=0)  # T-, the first start epoch
-    grow_from: int = option(0, least=0)  # DATM: the window's upper end at iteration 0; 0 is max_start throughout
+    grow_from: int = option(
+        0, least=0
+    )  # DATM: the window's upper end at iteration 0; 0 is max_start throughout
     grow_until: int = option(0, least=0)  # DATM: the iteration at which it has grown to max_start
     batch_syn: int = option(0, least=0)  # images an inner step; 0 is all of them
     lr_img: float = option(100.0, least=0)  # step size of the images
@@ -56,13 +58,23 @@ class Config:
     lr_teacher: float = option(0.01, least=0)  # beta at the start
     lr_label: float = option(0.0, least=0)  # step size of learned label logits, momentum 0.9
     momentum: float = option(0.5, least=0, below=1)  # of images and beta
-    labels: str = option("hard", allowed=("hard", "assigned", "learned"))  # one-hot, TESLA's teacher, DATM's logits
-    init: str = option("real", allowed=("real", "correct", "noise", "kmeans"))  # correct: images an expert gets right
-    init_epoch: int = option(0, least=0)  # kmeans: clusters features of an expert after so many epochs
-    ema: float = option(0.0, least=0, below=1)  # FTD: decay of the images' moving average, then the result; 0: off
+    labels: str = option(
+        "hard", allowed=("hard", "assigned", "learned")
+    )  # one-hot, TESLA's teacher, DATM's logits
+    init: str = option(
+        "real", allowed=("real", "correct", "noise", "kmeans")
+    )  # correct: images an expert gets right
+    init_epoch: int = option(
+        0, least=0
+    )  # kmeans: clusters features of an expert after so many epochs
+    ema: float = option(
+        0.0, least=0, below=1
+    )  # FTD: decay of the images' moving average, then the result; 0: off
     threshold: float = option(0.0, least=0)  # DATM: skip an update whose loss is above it; 0 is off
     segments: int = option(1, least=1)  # segments an iteration, their gradients averaged
-    clip_rate: float = option(0.05, least=0)  # largest relative change of beta an iteration; 0 is off
+    clip_rate: float = option(
+        0.05, least=0
+    )  # largest relative change of beta an iteration; 0 is off
     micro: int = option(0, least=0)  # images in one graph; 0 is the whole inner batch
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA, one operation an inner step
     experts: int = option(100, least=1)  # trajectories to draw from
@@ -70,20 +82,32 @@ class Config:
     expert_lr: float = option(0.01, least=0)
     expert_batch: int = option(256, least=1)
     expert_sampling: str = option("random", allowed=("random", "dream"))  # of the experts' batches
-    flat: str = option("plain", allowed=("plain", "sam", "agsam"))  # FTD: paper's SAM, or its code's adaptive GSAM
+    flat: str = option(
+        "plain", allowed=("plain", "sam", "agsam")
+    )  # FTD: paper's SAM, or its code's adaptive GSAM
     rho: float = option(0.01, least=0)  # radius of flat experts
     alpha: float = option(1.0, least=0)  # weight of flatness
 
     def __post_init__(self) -> None:
         parse_engine(self.gradient)  # here, so that a wrong one is named before experts are trained
-        if self.flat == "plain":  # where rho and alpha do nothing, and so must not make another run of it
+        if (
+            self.flat == "plain"
+        ):  # where rho and alpha do nothing, and so must not make another run of it
             for name in ("rho", "alpha"):
                 object.__setattr__(self, name, getattr(ExpertRecipe, name))
 
     @property
     def expert_recipe(self) -> ExpertRecipe:
-        return ExpertRecipe(self.expert_total, self.expert_lr, self.expert_batch, self.augment, self.flat, self.rho,
-                            self.alpha, self.expert_sampling)
+        return ExpertRecipe(
+            self.expert_total,
+            self.expert_lr,
+            self.expert_batch,
+            self.augment,
+            self.flat,
+            self.rho,
+            self.alpha,
+            self.expert_sampling,
+        )
 
 
 def soft_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -97,23 +121,41 @@ class Trajectory:
     Config, version, preset = Config, 1, "trajectory"
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
-        self.config, self.data, self.ipc, self.seed, self.steps, self.skipped = config, data, ipc, seed, 0, 0
+        self.config, self.data, self.ipc, self.seed, self.steps, self.skipped = (
+            config,
+            data,
+            ipc,
+            seed,
+            0,
+            0,
+        )
         last = config.max_start - 1 + config.expert_epochs
         if config.min_start >= config.max_start:
-            raise DDError(f"min_start {config.min_start} must be below max_start {config.max_start}")
+            raise DDError(
+                f"min_start {config.min_start} must be below max_start {config.max_start}"
+            )
         if last > config.expert_total:
-            raise DDError(f"a segment from epoch max_start - 1 = {config.max_start - 1} over {config.expert_epochs} "
-                          f"epochs ends at {last}, beyond the experts' expert_total = {config.expert_total} epochs")
+            raise DDError(
+                f"a segment from epoch max_start - 1 = {config.max_start - 1} over {config.expert_epochs} "
+                f"epochs ends at {last}, beyond the experts' expert_total = {config.expert_total} epochs"
+            )
         if config.init_epoch > config.expert_total:
-            raise DDError(f"init_epoch {config.init_epoch} is beyond the experts' expert_total = {config.expert_total}")
+            raise DDError(
+                f"init_epoch {config.init_epoch} is beyond the experts' expert_total = {config.expert_total}"
+            )
         self.experts = load_experts(data, backbone, config.expert_recipe, config.experts)
-        self.net = FlatNet(build(backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False))
+        self.net = FlatNet(
+            build(backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False)
+        )
         self.hard = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
         self.raw, self.logits = self._initial()
         self.average = self.raw.clone()
         self.rate = torch.tensor(config.lr_teacher, device=data.device)
-        self.velocity = {"raw": torch.zeros_like(self.raw), "rate": torch.zeros_like(self.rate),
-                         "logits": torch.zeros_like(self.logits)}
+        self.velocity = {
+            "raw": torch.zeros_like(self.raw),
+            "rate": torch.zeros_like(self.rate),
+            "logits": torch.zeros_like(self.logits),
+        }
 
     def _theta(self, expert: int, epoch: int) -> torch.Tensor:
         return self.experts.weights[expert][epoch].to(self.data.device)
@@ -122,13 +164,22 @@ class Trajectory:
         """Images [n, C, H, W] and, for learned labels, logits [n, classes] (else empty)."""
         config, data, empty = self.config, self.data, torch.zeros(0, device=self.data.device)
         if config.init == "noise":
-            images = torch.randn((len(self.hard), *data.shape), generator=generator(self.seed, "trajectory", "noise"))
+            images = torch.randn(
+                (len(self.hard), *data.shape), generator=generator(self.seed, "trajectory", "noise")
+            )
             images = images.to(data.device)
         elif config.init == "real":
-            images = data.batch("train", data.sample(self.ipc, generator(self.seed, "trajectory", "init")).flatten())
+            images = data.batch(
+                "train", data.sample(self.ipc, generator(self.seed, "trajectory", "init")).flatten()
+            )
         elif config.init == "kmeans":
-            vector_to_parameters(self._theta(self.seed % len(self.experts), config.init_epoch), self.net.net.parameters())
-            rows = initial_rows(self.net.net, data, self.ipc, generator(self.seed, "trajectory", "init"))
+            vector_to_parameters(
+                self._theta(self.seed % len(self.experts), config.init_epoch),
+                self.net.net.parameters(),
+            )
+            rows = initial_rows(
+                self.net.net, data, self.ipc, generator(self.seed, "trajectory", "init")
+            )
             images = data.batch("train", rows.flatten())
         else:
             images = self._correct_images()
@@ -136,8 +187,12 @@ class Trajectory:
             return images, empty
         answers = torch.stack([self._logits(images, e, -1) for e in range(len(self.experts))])
         right = (answers.argmax(2) == self.hard).float()[..., None]
-        mean = (answers * right).sum(0) / right.sum(0).clamp(min=1)  # over the experts that are right ...
-        one_hot = F.one_hot(self.hard, data.num_classes) * answers.abs().max()  # ... or the label, if none is
+        mean = (answers * right).sum(0) / right.sum(0).clamp(
+            min=1
+        )  # over the experts that are right ...
+        one_hot = (
+            F.one_hot(self.hard, data.num_classes) * answers.abs().max()
+        )  # ... or the label, if none is
         return images, torch.where(right.sum(0) > 0, mean, one_hot)
 
     @torch.no_grad()
@@ -147,11 +202,18 @@ class Trajectory:
 
     def _correct_images(self) -> torch.Tensor:
         """`ipc` random real images a class that an expert's last weights get right, topped up with others."""
-        pool = self.data.sample(min(50 + self.ipc, int(self.data.class_sizes().min())),
-                                generator(self.seed, "trajectory", "init"))
-        found = self._logits(self.data.batch("train", pool.flatten()), self.seed % len(self.experts), -1)
-        wrong = (found.argmax(1).unflatten(0, pool.shape) != torch.arange(len(pool), device=pool.device)[:, None])
-        order = wrong.int().argsort(dim=1, stable=True)[:, :self.ipc]
+        pool = self.data.sample(
+            min(50 + self.ipc, int(self.data.class_sizes().min())),
+            generator(self.seed, "trajectory", "init"),
+        )
+        found = self._logits(
+            self.data.batch("train", pool.flatten()), self.seed % len(self.experts), -1
+        )
+        wrong = (
+            found.argmax(1).unflatten(0, pool.shape)
+            != torch.arange(len(pool), device=pool.device)[:, None]
+        )
+        order = wrong.int().argsort(dim=1, stable=True)[:, : self.ipc]
         return self.data.batch("train", pool.gather(1, order).flatten())
 
     @property
@@ -165,7 +227,9 @@ class Trajectory:
         if self.config.labels == "hard" or self.steps == 0:
             return self.hard
         epoch = self.config.max_start - 1 + self.config.expert_epochs
-        return torch.stack([self._logits(self.images, e, epoch).softmax(1) for e in range(len(self.experts))]).mean(0)
+        return torch.stack(
+            [self._logits(self.images, e, epoch).softmax(1) for e in range(len(self.experts))]
+        ).mean(0)
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """The evaluation protocol with the learned step size, which travels with the set."""
@@ -175,19 +239,29 @@ class Trajectory:
         c = self.config
         if not c.grow_from:
             return c.max_start
-        return min(c.max_start, c.grow_from + int((c.max_start - c.grow_from) * self.steps / max(1, c.grow_until)))
+        return min(
+            c.max_start,
+            c.grow_from + int((c.max_start - c.grow_from) * self.steps / max(1, c.grow_until)),
+        )
 
-    def segment(self, rng: torch.Generator, place: tuple[int, int] | None = None) -> tuple[Segment, torch.Tensor]:
+    def segment(
+        self, rng: torch.Generator, place: tuple[int, int] | None = None
+    ) -> tuple[Segment, torch.Tensor]:
         """A random segment, or that of `place` = (expert, start epoch), and the labels that its steps train on."""
         c, n = self.config, len(self.hard)
         expert, start = place or (
             int(torch.randint(len(self.experts), (), generator=rng)),
-            int(torch.randint(c.min_start, max(self._window(), c.min_start + 1), (), generator=rng)))
+            int(
+                torch.randint(c.min_start, max(self._window(), c.min_start + 1), (), generator=rng)
+            ),
+        )
         batches: list[torch.Tensor] = []
         while len(batches) < c.syn_steps:
             batches += torch.randperm(n, generator=rng).to(self.data.device).split(c.batch_syn or n)
-        batches = batches[:c.syn_steps]
-        params = [draw(c.augment, len(b), self.data.shape[1:], rng, op_every=len(b)) for b in batches]
+        batches = batches[: c.syn_steps]
+        params = [
+            draw(c.augment, len(b), self.data.shape[1:], rng, op_every=len(b)) for b in batches
+        ]
         target = self._theta(expert, start + c.expert_epochs)
         labels = {"hard": self.hard, "learned": self.logits}.get(c.labels)
         if labels is None:
@@ -197,30 +271,55 @@ class Trajectory:
     def match(self, segment: Segment, labels: torch.Tensor, gradient: str | None = None) -> Match:
         """Loss and gradients of one segment at the present images and step size."""
         criterion = soft_cross_entropy if self.config.labels == "learned" else F.cross_entropy
-        return match(self.net, segment, self.raw, labels, self.rate.expand(len(segment.batches)),
-                     gradient or self.config.gradient, micro=self.config.micro, criterion=criterion)
+        return match(
+            self.net,
+            segment,
+            self.raw,
+            labels,
+            self.rate.expand(len(segment.batches)),
+            gradient or self.config.gradient,
+            micro=self.config.micro,
+            criterion=criterion,
+        )
 
     def mean_loss(self, most: int = 24) -> float:
         """Matching loss, mean over all segments of all experts, or `most` of them evenly spread."""
         c = self.config
         places = [(e, t) for e in range(len(self.experts)) for t in range(c.min_start, c.max_start)]
-        places = places[::math.ceil(len(places) / most)]
-        losses = [self.match(*self.segment(generator(0, "mean loss", *place), place), "window=1").loss
-                  for place in places]
+        places = places[:: math.ceil(len(places) / most)]
+        losses = [
+            self.match(*self.segment(generator(0, "mean loss", *place), place), "window=1").loss
+            for place in places
+        ]
         return float(torch.stack(losses).mean())
 
     @property
     def record(self) -> dict[str, float]:
         """Mean matching loss before and after, the learned step size, how many updates were skipped, and the seconds
         that the experts took, where they were timed."""
-        kept, self.raw = (self.raw, self.logits, self.rate), self.images  # of the result, which is the EMA if there is one
+        kept, self.raw = (
+            (self.raw, self.logits, self.rate),
+            self.images,
+        )  # of the result, which is the EMA if there is one
         after = self.mean_loss()
-        (self.raw, self.logits), self.rate = self._initial(), torch.full_like(self.rate, self.config.lr_teacher)
+        (self.raw, self.logits), self.rate = (
+            self._initial(),
+            torch.full_like(self.rate, self.config.lr_teacher),
+        )
         before = self.mean_loss()
         self.raw, self.logits, self.rate = kept
-        timed = {} if math.isnan(self.experts.seconds) else {"expert seconds": round(self.experts.seconds, 3)}
-        return {"mean loss before": before, "mean loss after": after, "beta": float(self.rate),
-                "skipped": self.skipped, **timed}
+        timed = (
+            {}
+            if math.isnan(self.experts.seconds)
+            else {"expert seconds": round(self.experts.seconds, 3)}
+        )
+        return {
+            "mean loss before": before,
+            "mean loss after": after,
+            "beta": float(self.rate),
+            "skipped": self.skipped,
+            **timed,
+        }
 
     def step(self) -> dict[str, float]:
         """One update of images, step size and labels; returns the matching loss and beta.
@@ -229,43 +328,57 @@ class Trajectory:
         negative.
         """
         c = self.config
-        found = [self.match(*self.segment(generator(self.seed, "trajectory", self.steps, k)))
-                 for k in range(c.segments)]
+        found = [
+            self.match(*self.segment(generator(self.seed, "trajectory", self.steps, k)))
+            for k in range(c.segments)
+        ]
         loss = torch.stack([m.loss for m in found]).mean()
-        gradients = {"raw": torch.stack([m.images for m in found]).mean(0),
-                     "rate": torch.stack([m.rates.sum() for m in found]).mean()}
+        gradients = {
+            "raw": torch.stack([m.images for m in found]).mean(0),
+            "rate": torch.stack([m.rates.sum() for m in found]).mean(),
+        }
         if c.labels == "learned":
             gradients["logits"] = torch.stack([m.labels for m in found]).mean(0)
         if not all(torch.isfinite(value).all() for value in (loss, *gradients.values())):
-            raise DDError(f"the matching loss is {float(loss)} at step {self.steps + 1}: lower lr_img ({c.lr_img}), "
-                          f"lr_lr ({c.lr_lr}) or lr_teacher ({c.lr_teacher}); beta is {float(self.rate):.3g}")
+            raise DDError(
+                f"the matching loss is {float(loss)} at step {self.steps + 1}: lower lr_img ({c.lr_img}), "
+                f"lr_lr ({c.lr_lr}) or lr_teacher ({c.lr_teacher}); beta is {float(self.rate):.3g}"
+            )
         if not c.threshold or loss <= c.threshold:
             self._update(gradients)
         else:
             self.skipped += 1
         self.steps += 1
         if self.steps == 100 and self.skipped > 95:
-            warnings.warn(f"{self.skipped} of the first 100 updates were skipped, for their loss was above threshold "
-                          f"{c.threshold}: raise it, or let segments start earlier")
+            warnings.warn(
+                f"{self.skipped} of the first 100 updates were skipped, for their loss was above threshold "
+                f"{c.threshold}: raise it, or let segments start earlier"
+            )
         return {"loss": float(loss), "beta": float(self.rate), "skipped": self.skipped}
 
     def _update(self, gradients: dict[str, torch.Tensor]) -> None:
         c = self.config
-        velocity = {key: (0.9 if key == "logits" else c.momentum) * self.velocity[key] + gradient
-                    for key, gradient in gradients.items()}
+        velocity = {
+            key: (0.9 if key == "logits" else c.momentum) * self.velocity[key] + gradient
+            for key, gradient in gradients.items()
+        }
         change = -c.lr_lr * velocity["rate"]
         if c.clip_rate:
             change = change.clamp(-c.clip_rate * self.rate, c.clip_rate * self.rate)
         if not self.rate + change > 0:
-            raise DDError(f"the step size beta would turn from {float(self.rate):.3g} to "
-                          f"{float(self.rate + change):.3g} at step {self.steps + 1}: lower lr_lr ({c.lr_lr}) or set "
-                          "clip_rate between 0 and 1")
+            raise DDError(
+                f"the step size beta would turn from {float(self.rate):.3g} to "
+                f"{float(self.rate + change):.3g} at step {self.steps + 1}: lower lr_lr ({c.lr_lr}) or set "
+                "clip_rate between 0 and 1"
+            )
         moved = {"rate": self.rate + change, "raw": self.raw - c.lr_img * velocity["raw"]}
         if c.labels == "learned":
             moved["logits"] = self.logits - c.lr_label * velocity["logits"]
         if not all(torch.isfinite(value).all() for value in moved.values()):
-            raise DDError(f"images, labels or beta would not be finite after step {self.steps + 1}: lower lr_img "
-                          f"({c.lr_img}) or lr_label ({c.lr_label})")
+            raise DDError(
+                f"images, labels or beta would not be finite after step {self.steps + 1}: lower lr_img "
+                f"({c.lr_img}) or lr_label ({c.lr_label})"
+            )
         self.velocity |= velocity
         for key, value in moved.items():
             setattr(self, key, value)
@@ -273,8 +386,13 @@ class Trajectory:
             self.average = c.ema * self.average + (1 - c.ema) * self.raw
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        state = {"raw": self.raw, "average": self.average, "rate": self.rate, "logits": self.logits,
-                 "count": torch.tensor([self.steps, self.skipped])}
+        state = {
+            "raw": self.raw,
+            "average": self.average,
+            "rate": self.rate,
+            "logits": self.logits,
+            "count": torch.tensor([self.steps, self.skipped]),
+        }
         return state | {f"velocity_{key}": value for key, value in self.velocity.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
