@@ -49,7 +49,7 @@ bench: env ## speed and memory against the plain loops
 	$(VENV) -m ddlib bench
 
 gpu: env ## MINUTES=30 on a CUDA GPU: its tests, speed, memory, and the paper's rows, cheapest first; goes on where it stopped
-	$(VENV) -m bench.gpu --minutes $(or $(MINUTES),30)
+	$(VENV) -m benchmarks.gpu --minutes $(or $(MINUTES),30)
 
 clean: ## remove caches, site/ and smoke outputs; .venv and the kept results stay
 	rm -rf site results/smoke results/notebooks/smoke figures/smoke .pytest_cache .ruff_cache build dist *.egg-info

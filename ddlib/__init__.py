@@ -8,14 +8,14 @@ dd.plots.images(run.synthetic)
 
 from importlib import import_module
 
+from .config import PROFILES, Spec, resolve
 from .core import DDError, numbers
-from .data import Dataset, from_arrays, load
-from .evaluation import Evaluation, evaluate, protocol
+from .data.dataset import Dataset, from_arrays, load
+from .distilled import Synthetic
+from .engine.record import Run
+from .engine.run import prepare, run, sweep
 from .methods import METHODS
-from .records import Run
-from .runs import prepare, run, sweep
-from .spec import PROFILES, Spec, resolve
-from .synthetic import Synthetic
+from .train.evaluate import Evaluation, evaluate, protocol
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,7 +39,13 @@ __all__ = [
     "sweep",
     "tables",
 ]
-LAZY = ("claims", "explore", "fairness", "plots", "studies", "tables")
+LAZY = {
+    "claims": "report.claims",
+    "explore": "report.explore",
+    "fairness": "studies.fairness",
+    "plots": "report.plots",
+    "tables": "report.tables",
+}
 
 
 def __dir__() -> list[str]:
@@ -49,5 +55,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str):
     """`dd.tables`, `dd.plots` and their like load pandas and matplotlib only when they are asked for."""
     if name in LAZY:
-        return import_module(f".{name}", __name__)
+        return import_module(f".{LAZY[name]}", __name__)
     raise AttributeError(f"module 'ddlib' has no attribute {name!r}")

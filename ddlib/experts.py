@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .backbones import Backbone, build, initialise
 from .core import DDError, generator, load_tensors, results_folder, save_tensors, write_atomically
-from .data import Dataset
-from .training import Recipe, accuracy, compiled, train
-from .unroll import FlatNet
+from .data.dataset import Dataset
+from .match.trajectory import FlatNet
+from .nets.build import Backbone, build, initialise
+from .train.loop import Recipe, accuracy, compiled, train
 
 
 class ExpertsError(DDError):
@@ -168,7 +168,7 @@ def train_experts(
 
         fetch = lambda index: data.batch("train", index)
         if recipe.sampling == "dream":
-            from .methods.dream import expert_batches  # a method, and methods import this file
+            from .match.sampler import expert_batches  # a method, and methods import this file
 
             fetch = expert_batches(
                 data, net, recipe.batch, generator(seed, "expert", "representatives")

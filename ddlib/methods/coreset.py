@@ -17,10 +17,10 @@ from functools import cached_property, partial
 
 import torch
 
-from ..backbones import build
 from ..core import DDError, generator, option
-from ..data import Dataset
-from ..training import Recipe, accuracy, embed, train_on
+from ..data.dataset import Dataset
+from ..nets.build import build
+from ..train.loop import Recipe, accuracy, embed, train_on
 
 KINDS = ("random", "herding", "kcenter", "kmeans")
 

@@ -14,7 +14,7 @@ Differences from the released code:
 3. Networks, batches and augmentation come from (seed, step), not from the clock: a run can be repeated and resumed.
 4. `ema` scores the moving average of the images (ours, off by default): at IPC 1 it stands for the many small steps
    that a shortened run does not have.
-5. DREAM and DREAM+ plug in (`ddlib.methods.dream`, ours for this host): representative real batches, chosen every
+5. DREAM and DREAM+ plug in (`ddlib.match.sampler`, ours for this host): representative real batches, chosen every
    `interval` steps with that step's network, and the convolutions' gradients matched beside the features (`match`).
 """
 
@@ -24,13 +24,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..augment import augment, draw
-from ..backbones import build, initialise
+from ..augment.siamese import augment, draw
 from ..core import DDError, generator, option
-from ..data import Dataset
-from ..matching import class_gradients, matched
-from ..training import compiled
-from .dream import SAMPLINGS, Sampler, initial_rows
+from ..data.dataset import Dataset
+from ..match.gradients import class_gradients, matched
+from ..match.sampler import SAMPLINGS, Sampler, initial_rows
+from ..nets.build import build, initialise
+from ..train.loop import compiled
 
 
 @dataclass(frozen=True)

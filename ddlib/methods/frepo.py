@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..backbones import Backbone, build, initialise
 from ..core import DDError, generator, option
-from ..data import Dataset
-from ..training import compiled
+from ..data.dataset import Dataset
+from ..nets.build import Backbone, build, initialise
+from ..train.loop import compiled
 
 RAISES = 9  # from lambda 1e-6 to 1e3; a kernel that fails there is zero or not finite
 

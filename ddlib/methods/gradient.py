@@ -7,8 +7,8 @@ gradient on them meets that on real images under the same augmentation A, then t
 
 DC and DSA: d = sum over output rows of 1 - cosine, over all weights; the network is trained on X itself.
 IDC: d = sum of squares (or absolute values) over the convolutions' weights; X holds pixels in [0, 1], cut into
-`factor`^2 training images each (`ddlib.synthetic.decode`); the network is trained on real images with CutMix.
-DREAM: the real images are nearest to K-means centres (`sampling`, `ddlib.methods.dream`). DREAM+: each network first
+`factor`^2 training images each (`ddlib.distilled.decode`); the network is trained on real images with CutMix.
+DREAM: the real images are nearest to K-means centres (`sampling`, `ddlib.match.sampler`). DREAM+: each network first
 sees one real epoch (`warm_epochs`), and the class means of the features are matched too (`match: both`).
 
 One step is one outer iteration. Differences from the released codes:
@@ -32,14 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from ..augment import DSAParams, augment, cutmix, draw
-from ..backbones import build, initialise
+from ..augment.siamese import DSAParams, augment, cutmix, draw
 from ..core import DDError, generator, option
-from ..data import Dataset
-from ..matching import DISTANCES, ENGINES, LAYERS, MATCHES, Matching, Traced
-from ..synthetic import check_factor, decode, encode
-from ..training import Recipe, compiled
-from .dream import SAMPLINGS, Sampler, initial_rows
+from ..data.dataset import Dataset
+from ..distilled import check_factor, decode, encode
+from ..match.gradients import DISTANCES, ENGINES, LAYERS, MATCHES, Matching, Traced
+from ..match.sampler import SAMPLINGS, Sampler, initial_rows
+from ..nets.build import build, initialise
+from ..train.loop import Recipe, compiled
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ images X, step size beta and, where they are learned, labels Y down the gradient
 
     L = ||theta_N - theta*_{t+M}||^2 / ||theta*_t - theta*_{t+M}||^2
 
-The four methods differ by arguments only: how the gradient is taken (`ddlib.unroll`), which experts are matched
+The four methods differ by arguments only: how the gradient is taken (`ddlib.match.trajectory`), which experts are matched
 (`ddlib.experts`), where segments start, and what the labels are. Differences from the released codes:
 1. The default gradient is the exact adjoint, at TESLA's memory; the mtt, ftd and datm presets use it in place of the
    unrolled graph (same value), the tesla preset keeps `tesla_repo`, for which its image step sizes were chosen.
@@ -14,7 +14,7 @@ The four methods differ by arguments only: how the gradient is taken (`ddlib.unr
    those of whichever segment came last.
 4. The EMA of FTD is evaluated with fresh networks; the released code goes on training the raw images' networks.
 5. Draws come from (seed, iteration), not from the clock.
-6. DREAM plugs in (`ddlib.methods.dream`, ours for these hosts): K-means initialisation, experts on representatives.
+6. DREAM plugs in (`ddlib.match.sampler`, ours for these hosts): K-means initialisation, experts on representatives.
 7. DATM's first logits are a mean over experts also with `init=real`, where the release asks one expert.
 """
 
@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import vector_to_parameters
 
-from ..augment import draw
-from ..backbones import build
+from ..augment.siamese import draw
 from ..core import DDError, generator, option
-from ..data import Dataset
+from ..data.dataset import Dataset
 from ..experts import ExpertRecipe, load_experts
-from ..training import Recipe
-from ..unroll import FlatNet, Match, Segment, match, parse_engine
-from .dream import initial_rows
+from ..match.sampler import initial_rows
+from ..match.trajectory import FlatNet, Match, Segment, match, parse_engine
+from ..nets.build import build
+from ..train.loop import Recipe
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""One outer step of trajectory matching by each engine: time and the memory of its graphs, `make bench`.
+
+`unroll` is what MTT's released code does; `tesla` leaves out the Hessian products, so it is what the exact adjoint is
+held against. The setting is CIFAR-10 at IPC 1 with N = 20 steps; images and weights are random, which changes no work.
+The engines take turns, so that a busy machine slows all of them alike, and a ratio is the median over the turns.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from ddlib.augment.siamese import draw
+from ddlib.core import generator
+from ddlib.engine.meter import SavedTensors, machine, seconds
+from ddlib.match.trajectory import FlatNet, Segment, match
+from ddlib.nets.build import build
+
+ENGINES = ("tesla", "adjoint", "unroll", "checkpoint")
+
+
+def problem(steps: int, ipc: int, device: torch.device, backbone: str = "convnet") -> tuple:
+    """The arguments of `match`: `steps` full batches of `ipc` images of each of ten classes, DSA on."""
+    rng, shape = generator(0, "bench"), (3, 32, 32)
+    net = FlatNet(build(backbone, shape, 10).to(device).requires_grad_(False))
+    labels = torch.arange(10).repeat_interleave(ipc).to(device)
+    images = torch.randn(len(labels), *shape, generator=rng).to(device)
+    target = net.vector() + 0.01 * torch.randn(net.size, generator=rng).to(device)
+    params = [
+        draw(
+            "color_crop_cutout_flip_scale_rotate", len(labels), shape[1:], rng, op_every=len(labels)
+        )
+        for _ in range(steps)
+    ]
+    batches = [torch.arange(len(labels), device=device)] * steps
+    rates = torch.full((steps,), 0.01, device=device)
+    return net, Segment(net.vector(), target, batches, params), images, labels, rates
+
+
+def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list[dict]:
+    """A row for each engine: median seconds, that over tesla's and unroll's, graph and stored vectors in MiB."""
+    arguments = problem(steps, ipc, device)
+    times: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    for turn in range(repeats + 1):
+        for engine in ENGINES:
+            taken = seconds(
+                lambda engine=engine: match(*arguments, engine),
+                repeats=1,
+                warm=turn == 0,
+                device=device,
+            )
+            times[engine] += [taken] if turn else []
+
+    def over(engine: str, other: str) -> float:
+        return median(a / b for a, b in zip(times[engine], times[other], strict=True))
+
+    rows = []
+    for engine in ENGINES:
+        with SavedTensors() as saved:
+            match(*arguments, engine)
+        stored = steps * arguments[0].size * 4 if engine in ("tesla", "adjoint") else 0
+        rows.append(
+            {
+                "what": f"outer step, {engine}",
+                "steps": steps,
+                "ipc": ipc,
+                "seconds": median(times[engine]),
+                "over tesla": over(engine, "tesla"),
+                "over unroll": over(engine, "unroll"),
+                "graph MiB": None
+                if engine == "checkpoint"
+                else round(saved.peak / 2**20, 1),  # unseen by hooks
+                "stored MiB": round(stored / 2**20, 1),
+            }
+        )
+    return rows
+
+
+def main(device: torch.device, out: Path | None = None) -> list[dict]:
+    """Print the rows and write them to `out` as JSON."""
+    rows = outer_step(20, 1, device, 21)
+    print(f"trajectory matching on {machine(device)}, medians of 21 repeats that take turns")
+    for row in rows:
+        print(
+            ", ".join(
+                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+            ),
+            flush=True,
+        )
+    if out:
+        out.write_text(json.dumps(rows, indent=1))
+    return rows

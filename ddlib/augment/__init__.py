@@ -1,0 +1,1 @@
+"""One augmentation, drawn once and applied to real and synthetic images alike."""

@@ -1,0 +1,208 @@
+"""What a run is: method, dataset, IPC, profile, seed and overrides, resolved against the presets and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .augment.siamese import check_strategy
+from .core import DDError, choose, fields_from, option
+from .data.dataset import canonical
+from .data.zca import KINDS
+from .methods import METHODS
+from .train.evaluate import OWN_AUGMENT, PROTOCOLS, VERSION, protocol
+from .train.loop import Recipe
+
+PROFILES = ("smoke", "small", "paper")
+PRESETS = Path(__file__).parent / "methods"  # beside the classes
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run has beside its method's own configuration."""
+
+    backbone: str = "convnet"  # network of distillation and evaluation, e.g. convnet:width=32
+    eval_backbone: str = (
+        ""  # another network for the evaluation, e.g. FRePo's without norm; "" is the same
+    )
+    protocol: str = option("dsa", allowed=tuple(PROTOCOLS))  # of the evaluation
+    eval_epochs: int = option(
+        1000, least=1
+    )  # E of the protocol, which makes E + 1 passes in the DC family
+    augment: str = (
+        "color_crop_cutout_flip_scale_rotate"  # of distillation, and of evaluation in the DC family
+    )
+    eval_augment: str = (
+        ""  # of evaluation; "" is `augment` in the DC family, else the protocol's own
+    )
+    mirror: bool = True  # a mirrored image keeps its class; False takes the flip out of a protocol's own augmentation
+    networks: int = option(5, least=1)  # fresh networks an evaluation
+    eval_lr: float = option(
+        0.0, least=0
+    )  # step size of the evaluation; 0 is the protocol's, or the learned one
+    evaluations: int = option(
+        1, least=1
+    )  # evenly spaced over the run; the last one is after the last step
+    snapshots: int = option(0, least=0)  # copies of the images kept on the way, to look at
+    zca: str = option("", allowed=("", *KINDS))  # whitening in place of mean and standard deviation
+    resolution: int = option(0, least=0)  # pixels a side; 0 is the dataset's own
+    minival: float = option(
+        0.0, least=0, below=1
+    )  # share of train kept from distillation, to select a checkpoint on; 0 is off
+    subset: int = option(
+        0, least=0
+    )  # training images a class to use, drawn once by seed 0; 0 is all of them
+    compile: bool = False  # torch.compile networks where there is a compiler
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run, fully resolved. `name` is unique to everything that can change its result."""
+
+    method: str
+    dataset: str
+    ipc: int
+    profile: str
+    seed: int
+    values: dict[str, Any]  # every key of the method's Config and of RunConfig
+
+    @property
+    def run(self) -> RunConfig:
+        return fields_from(RunConfig, _subset(RunConfig, self.values), "preset")
+
+    @property
+    def config(self) -> Any:
+        """The method's own configuration."""
+        cls = METHODS[self.method].Config
+        return fields_from(cls, _subset(cls, self.values), "preset")
+
+    @property
+    def recipe(self) -> Recipe:
+        run = self.run
+        recipe = protocol(
+            run.protocol,
+            epochs=run.eval_epochs,
+            mirror=run.mirror,
+            augment=run.eval_augment or (None if run.protocol in OWN_AUGMENT else run.augment),
+        )
+        return replace(recipe, lr=run.eval_lr) if run.eval_lr else recipe
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The values that are not the preset's."""
+        preset = resolve(self.method, self.dataset, self.ipc, self.profile).values
+        return {key: value for key, value in self.values.items() if preset.get(key) != value}
+
+    def command(self, verb: str = "run") -> str:
+        """What to type for this run (its seed apart), or for the experts that it needs."""
+        words = [
+            "python",
+            "-m",
+            "ddlib",
+            verb,
+            self.method,
+            "--dataset",
+            self.dataset,
+            "--ipc",
+            str(self.ipc),
+            "--profile",
+            self.profile,
+        ]
+        for key, value in self.overrides.items():
+            text = value if yaml.safe_load(str(value)) == value else json.dumps(value)
+            words += ["--set", f"{key}={text}"]
+        return shlex.join(words)
+
+    @property
+    def name(self) -> str:
+        # Values at their defaults stay out, so that a new key leaves the names of old records alone.
+        plain = defaults(self.method)
+        chosen = {key: value for key, value in self.values.items() if value != plain.get(key)}
+        facts = json.dumps(
+            [asdict(self) | {"values": chosen}, METHODS[self.method].version, VERSION],
+            sort_keys=True,
+        )
+        place = re.sub(r"[^A-Za-z0-9]+", "_", self.dataset).strip("_")
+        return (
+            f"{self.method}-{place}-ipc{self.ipc}-{self.profile}-seed{self.seed}-"
+            f"{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+        )
+
+
+def defaults(method: str) -> dict[str, Any]:
+    """Every key of the method's Config and of `RunConfig` with its default."""
+    return {
+        field.name: field.default
+        for cls in (RunConfig, METHODS[method].Config)
+        for field in fields(cls)
+    }
+
+
+def _subset(cls: type, values: dict) -> dict:
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
+
+
+@cache
+def _preset(name: str) -> dict:
+    return yaml.safe_load((PRESETS / f"{name}.yaml").read_text()) or {}
+
+
+def _flat(level: dict | None, dataset: str, ipc: int) -> dict:
+    """The plain keys of a level, then those of its exceptions for this dataset and this IPC."""
+    level = {key: value for key, value in (level or {}).items() if key != "profiles"}
+    by_dataset, by_ipc = level.pop("datasets", {}), level.pop("ipc", {})
+    flat = level | (by_ipc.get(ipc) or {})
+    return flat | (_flat(by_dataset[dataset], dataset, ipc) if dataset in by_dataset else {})
+
+
+def resolve(
+    method: str, dataset: str, ipc: int, profile: str = "smoke", seed: int = 0, **overrides: Any
+) -> Spec:
+    """Find the preset, apply `overrides` (keys of the method's Config and of `RunConfig`) and validate every value.
+
+    Raises `DDError` naming the unknown or impossible part and what is allowed.
+    """
+    cls = METHODS[choose("method", method, METHODS)]
+    choose("profile", profile, PROFILES)
+    if not isinstance(dataset, str):
+        raise DDError(f"dataset must be a name or folder:PATH, not {dataset!r}")
+    for name, value, least in (("ipc", ipc, 1), ("seed", seed, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise DDError(f"{name} must be an integer of at least {least}, not {value!r}")
+    allowed = sorted({f.name for c in (cls.Config, RunConfig) for f in fields(c)})
+    place, sources = canonical(dataset), (_preset("common"), _preset(cls.preset))
+    values: dict[str, Any] = {}
+
+    def own(source: dict) -> dict:
+        return source.get("methods", {}).get(method, {})
+
+    for level in (
+        lambda s: s.get("defaults"),
+        own,
+        lambda s: {"datasets": s.get("datasets", {})},
+        lambda s: s.get("profiles", {}).get(profile),
+        lambda s: own(s).get("profiles", {}).get(profile),
+    ):
+        for source in sources:
+            values |= _flat(level(source), place, ipc)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values |= given
+    for key in values:
+        choose(f"preset key for {method}", key, allowed)
+    if given.get("kind", method) != method:
+        raise DDError(
+            f"kind {given['kind']!r} is another method: ask for that one, not for {method}"
+        )
+    configs = [fields_from(c, _subset(c, values), "preset") for c in (cls.Config, RunConfig)]
+    spec = Spec(method, dataset, ipc, profile, seed, asdict(configs[0]) | asdict(configs[1]))
+    spec.recipe  # noqa: B018  an impossible protocol is an error here, not after the distillation
+    check_strategy(spec.run.augment)
+    return spec

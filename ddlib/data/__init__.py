@@ -1,0 +1,1 @@
+"""Datasets: where images come from, how they are decoded, cached and whitened."""

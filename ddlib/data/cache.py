@@ -1,0 +1,195 @@
+"""Images of a folder, decoded once: in parallel into one uint8 array a split, kept on disk and memory-mapped.
+
+The cache (folder DDLIB_CACHE, else ~/.cache/ddlib/decoded) holds one .npy [N,C,H,W] and one .json a split. Its name
+is a hash of the folder, the resolution and every file's name, size and time of change, so a changed folder is decoded
+anew. Nothing there is needed: it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..core import DDError, checksum, write_atomically
+from .folders import Tree
+
+VERIFY_ALL_BELOW = 2 * 10**9  # bytes: of a larger split only 64 blocks of 1 MiB are verified
+_BATCH = 1024  # images in memory beside the map: 12 MB at 3x64x64
+_VERSION = 1  # raise when decoding changes
+
+
+class _Colour(Exception):
+    """A colour image turned up among what looked like grey ones."""
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("DDLIB_CACHE") or "~/.cache/ddlib/decoded").expanduser()
+
+
+def read(tree: Tree, resolution: int | None, grey: bool = False) -> dict[str, tuple[Tensor, str]]:
+    """Split -> (uint8 images [N,C,H,W], their checksum), decoded or from the cache.
+
+    With a resolution the shorter side is resized to it (bilinear with antialiasing) and the centre cropped, as
+    torchvision's Resize and CenterCrop do; without one all images must share one size. EXIF rotation is ignored, as
+    torchvision's ImageFolder does. `grey` keeps one channel where every image is grey; else images become RGB.
+    """
+    root, _, splits = tree
+    first = root / splits["train"][0][0]
+    image = _open(first)
+    width, height = (resolution, resolution) if resolution else image.size
+    for channels in (1, 3) if grey and image.mode in ("L", "1") else (3,):
+        with suppress(_Colour):
+            return {
+                split: _decoded(tree, split, resolution, (channels, height, width), first)
+                for split in splits
+            }
+    raise AssertionError("unreachable: three channels take any image")
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:  # OSError, SyntaxError, struct.error, ...: Pillow lets all through
+        raise DDError(
+            f"cannot decode the image {path}; replace or remove it ({type(error).__name__})"
+        ) from error
+    if image.mode[0] in "IF":
+        raise DDError(f"the image {path} has more than 8 bits a channel; convert it to 8 bits")
+    return image
+
+
+def _pixels(
+    path: Path, resolution: int | None, shape: tuple[int, int, int], first: Path
+) -> np.ndarray:
+    from torchvision.transforms.functional import center_crop, resize
+
+    (channels, height, width), image = shape, _open(path)
+    if channels == 1 and image.mode not in ("L", "1"):
+        raise _Colour
+    if not resolution and image.size != (width, height):
+        raise DDError(
+            f"images of mixed sizes: {first} is {width}x{height} and {path} is {image.width}x{image.height}; "
+            f"give a resolution"
+        )
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = center_crop(resize(image, resolution), resolution)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _decoded(
+    tree: Tree, split: str, resolution: int | None, shape: tuple[int, int, int], first: Path
+) -> tuple[Tensor, str]:
+    root, classes, splits = tree
+    files, labels = ([sample[i] for sample in splits[split]] for i in (0, 1))
+    path, whole = _cache_path(root, split, files, resolution, shape), (len(files), *shape)
+    cached = _from_cache(path, whole)
+    if cached:
+        return cached
+
+    def fill(out: np.ndarray) -> np.ndarray:
+        starts = tqdm(
+            range(0, len(files), _BATCH),
+            f"decoding {root.name}/{split}",
+            unit="img",
+            unit_scale=_BATCH,
+            delay=1,
+            leave=False,
+            disable=None,
+        )
+        with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+            for start in starts:
+                paths = (root / file for file in files[start : start + _BATCH])
+                out[start : start + _BATCH] = list(
+                    pool.map(lambda path: _pixels(path, resolution, shape, first), paths)
+                )
+        return out
+
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # Asked beforehand: a disk found full only while the map is being filled is a bus error.
+    if not os.access(path.parent, os.W_OK) or shutil.disk_usage(path.parent).free < math.prod(
+        whole
+    ):
+        warnings.warn(
+            f"cannot write the decode cache {path.parent}, so images are decoded on each load; "
+            f"set DDLIB_CACHE to a writable folder with free space",
+            stacklevel=2,
+        )
+        images = torch.from_numpy(fill(np.empty(whole, np.uint8)))
+        return images, checksum(images)
+    write_atomically(path, lambda to: fill(np.lib.format.open_memmap(to, "w+", np.uint8, whole)))
+    images = torch.from_numpy(np.load(path, mmap_mode="c"))
+    sha = checksum(images)
+    note = {
+        "source": str(root),
+        "split": split,
+        "resolution": resolution,
+        "shape": whole,
+        "sha256": sha,
+        "sampled": _sampled(images),
+        "classes": classes,
+        "labels": labels,
+        "files": files,
+    }
+    write_atomically(path.with_suffix(".json"), lambda to: to.write_text(json.dumps(note)))
+    return images, sha
+
+
+def _cache_path(
+    root: Path, split: str, files: Sequence[str], resolution: int | None, shape: tuple
+) -> Path:
+    key = hashlib.sha256(repr((_VERSION, str(root.resolve()), resolution, shape)).encode())
+    for file in files:
+        try:
+            stat = os.stat(root / file)
+        except OSError as error:
+            raise DDError(
+                f"{root} lists the image {file}, which cannot be read: {error.strerror}"
+            ) from error
+        key.update(f"{file}\0{(stat.st_size, stat.st_mtime_ns)}\0".encode(errors="surrogateescape"))
+    return cache_folder() / f"{root.name}-{split}-{key.hexdigest()[:16]}.npy"
+
+
+def _from_cache(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
+    """The cached images if they are whole, as a copy-on-write map: writing to the tensor never reaches the file."""
+    if not path.is_file():
+        return None
+    with suppress(OSError, ValueError, KeyError, TypeError, EOFError):
+        note, images = (
+            json.loads(path.with_suffix(".json").read_text()),
+            torch.from_numpy(np.load(path, mmap_mode="c")),
+        )
+        verify, name = (
+            (checksum, "sha256") if images.nbytes <= VERIFY_ALL_BELOW else (_sampled, "sampled")
+        )
+        if (images.shape, images.dtype, verify(images)) == (shape, torch.uint8, note[name]):
+            return images, note["sha256"]
+    warnings.warn(f"the decoded images {path} are damaged and are built again", stacklevel=2)
+    return None
+
+
+def _sampled(images: Tensor) -> str:
+    """Checksum of 64 blocks of 1 MiB spread evenly over the bytes, the last block included."""
+    flat, block = images.flatten(), 2**20
+    return checksum(
+        *(
+            flat[s : s + block]
+            for s in np.linspace(0, max(len(flat) - block, 0), 64).astype(np.int64)
+        )
+    )

@@ -1,0 +1,395 @@
+"""A dataset as tensors by split: embedded digits, torchvision sets, any folder of images, your own arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import DDError, checksum, choose, generator, pick_device
+from . import cache as decoding
+from .folders import SUBSETS, carve, tree
+from .zca import KINDS, ZCA
+
+Splits = dict[str, tuple[Tensor, Tensor]]  # split -> images, labels
+
+# name -> (torchvision class, what to put into the data root by hand when there is no internet)
+TORCHVISION = {
+    "mnist": ("MNIST", "the four *-ubyte files in MNIST/raw/"),
+    "fashionmnist": ("FashionMNIST", "the four *-ubyte files in FashionMNIST/raw/"),
+    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
+    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz or the folder cifar-10-batches-py/"),
+    "cifar100": ("CIFAR100", "cifar-100-python.tar.gz or the folder cifar-100-python/"),
+}
+_RESOLUTION = {"tinyimagenet": 64, "imagenet1k": 64} | dict.fromkeys(SUBSETS, 128)
+NAMES = ("digits", *TORCHVISION, *_RESOLUTION)
+
+# Channel mean and std as the released codes of DC, DM and MTT have them, kept for comparability. CIFAR-10's std is the
+# mean of the per-image std (that of all pixels is .247 .243 .262); the ImageNets share one triple.
+STATISTICS = {
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashionmnist": ((0.2861,), (0.3530,)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+} | dict.fromkeys(_RESOLUTION, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels by split ("train", "test"), with the normalisation that every method uses.
+
+    images: split -> uint8 [N,C,H,W]; labels: split -> int64 [N]; mean, std: float32 [C,1,1]; checksum: hex over
+    images and labels. Images too large for the device (half of its free memory) stay on the CPU, memory-mapped where
+    they came from a folder, and `batch` moves the rows asked for; `device` is where batches appear.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    mean: Tensor
+    std: Tensor
+    checksum: str
+    zca: ZCA | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return tuple(self.images["train"].shape[1:])
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def to(self, device: str | torch.device) -> Dataset:
+        device = pick_device(device)
+        labels = {split: y.to(device) for split, y in self.labels.items()}
+        return replace(
+            self,
+            images=_place(self.images, device),
+            labels=labels,
+            mean=self.mean.to(device),
+            std=self.std.to(device),
+            zca=self.zca and self.zca.to(device),
+        )
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 0..255 or float in [0,1], [...,C,H,W] -> float32 on the device: (x - mean)/std, or ZCA if set."""
+        if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+            raise DDError(f"pixels must be uint8 in 0..255 or float in [0,1], not {pixels.dtype}")
+        x = pixels.to(self.device)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        return self.zca.whiten(x) if self.zca else (x - self.mean) / self.std
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """The inverse of `normalise`, clamped to [0,1]: float32 [...,C,H,W]."""
+        x = x.to(self.device).float()
+        return (self.zca.colour(x) if self.zca else x * self.std + self.mean).clamp(0, 1)
+
+    def batch(self, split: str, index: Tensor | Sequence[int] | slice) -> Tensor:
+        """Normalised images of the given rows: float32 [*index.shape,C,H,W] on the device."""
+        images = self.images[choose("split", split, self.images)]
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=images.device)
+            index = index if index.numel() else index.long()  # [] would be float
+        return self.normalise(images[index])
+
+    def class_sizes(self, split: str = "train") -> Tensor:
+        """Images of each class: int64 [C] on the device."""
+        return self._by_class[choose("split", split, self.images)][1].to(self.device)
+
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator,
+        split: str = "train",
+        classes: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Rows of n random images of each class (all, or those given), without replacement within a class.
+
+        int64 [len(classes), n] on the device. Raises DDError when a class has fewer than n images. One uniform key
+        for each image of the classes; the n smallest of a class are its sample, in random order.
+        """
+        rows, sizes = self._by_class[choose("split", split, self.images)]
+        if classes is not None:
+            which = torch.as_tensor(classes, dtype=torch.int64, device="cpu").flatten()
+            if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < self.num_classes:
+                raise DDError(
+                    f"classes must lie in 0..{self.num_classes - 1}, not {which.tolist()[:10]}"
+                )
+            rows, sizes = rows[which], sizes[which]
+        if n < 0 or (len(sizes) and n > sizes.min()):
+            raise DDError(
+                f"cannot sample {n} images of each class: 0 to {int(sizes.min())} is possible in {split}"
+            )
+        keys = torch.rand(rows.shape, generator=generator)
+        keys.masked_fill_(torch.arange(rows.shape[1]) >= sizes[:, None], 2)
+        return rows.gather(1, keys.topk(n, dim=1, largest=False).indices).to(self.device)
+
+    @cached_property
+    def _by_class(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """split -> (row numbers of each class [C, largest class], padded; class sizes [C]), on the CPU."""
+        tables = {}
+        for split, labels in self.labels.items():
+            order, sizes = (
+                labels.cpu().argsort(stable=True),
+                torch.bincount(labels.cpu(), minlength=self.num_classes),
+            )
+            at = (sizes.cumsum(0) - sizes)[:, None] + torch.arange(int(sizes.max()))
+            tables[split] = order[at.clamp(max=max(len(order) - 1, 0))], sizes
+        return tables
+
+    def minival(self, fraction: float = 0.1, seed: int = 0) -> Dataset:
+        """The dataset with a stratified share of train as a third split, val, for tuning; normalisation stays."""
+        if not 0 < fraction < 1:
+            raise DDError(
+                f"the fraction of train that becomes val must lie between 0 and 1, not {fraction}"
+            )
+        taken = carve(self.labels["train"], fraction, generator(seed, "minival"))
+        return self._with({"train": ~taken, "val": taken}, f"minival {fraction} {seed}")
+
+    def subset(self, per_class: int, seed: int = 0) -> Dataset:
+        """The dataset with `per_class` random training images of each class; test and normalisation stay."""
+        rows = self.sample(per_class, generator(seed, "subset")).flatten()
+        return self._with({"train": rows}, f"subset {per_class} {seed}")
+
+    def _with(self, rows: dict[str, Tensor], how: str) -> Dataset:
+        """The dataset whose splits `rows` are the given rows (or mask) of train."""
+        images, labels = (
+            {split: x["train"][index.to(x["train"].device)] for split, index in rows.items()}
+            for x in (self.images, self.labels)
+        )
+        return replace(
+            self,
+            images=self.images | images,
+            labels=self.labels | labels,
+            checksum=hashlib.sha256(f"{self.checksum} {how}".encode()).hexdigest(),
+        )
+
+
+def canonical(name: str) -> str:
+    """The short name: "folder:cifar10" -> "cifar10", "folder:/x/y/pets" -> "pets", any other name as it is."""
+    return (
+        os.path.basename(os.path.abspath(os.path.expanduser(name[7:])))
+        if name.startswith("folder:")
+        else name
+    )
+
+
+def load(
+    name: str,
+    *,
+    device: str | torch.device = "auto",
+    resolution: int | None = None,
+    zca: str | None = None,
+    root: str | Path | None = None,
+) -> Dataset:
+    """The dataset called `name`: one of `NAMES`, or "folder:PATH" for any tree of images (see `folders`).
+
+    root: the data folder, else the environment variable DDLIB_DATA, else ~/.cache/ddlib/data. torchvision's sets are
+        downloaded into it; the ImageNets are read from ROOT/imagenet1k/{train,val}/WNID/*.JPEG and ROOT/tinyimagenet;
+        a relative PATH is looked up below it, then in the working directory.
+    resolution: pixels of the shorter side, then centre crop (folders and ImageNets: default 64, subsets 128).
+    zca: None, "mtt" or "frepo" (see `ZCA`), fitted on train.
+    mean and std are the released codes' constants for a known (canonical) name, else computed from train.
+    Raises DDError for an unknown name, missing files (with the layout wanted), unreadable, corrupt or mixed images.
+    """
+    if not (isinstance(name, str) and name.startswith("folder:")):
+        choose("dataset", name, (*NAMES, "folder:PATH"))
+    if resolution is not None and not (type(resolution) is int and resolution > 0):
+        raise DDError(f"resolution must be a positive number of pixels, not {resolution!r}")
+    choose("zca kind", zca, (None, *KINDS))
+    device = pick_device(device)
+    root = (
+        Path(root or os.environ.get("DDLIB_DATA") or "~/.cache/ddlib/data").expanduser().absolute()
+    )
+    if name != "digits" and name not in TORCHVISION:
+        files = tree(name, root)
+        _, classes, samples = files
+        decoded = decoding.read(
+            files, resolution or _RESOLUTION.get(name), grey=name.startswith("folder:")
+        )
+        splits = {
+            s: (x, torch.tensor([y for _, y in samples[s]], dtype=torch.int64))
+            for s, (x, _) in decoded.items()
+        }
+        return _assemble(
+            name, classes, splits, device, zca, {s: sha for s, (_, sha) in decoded.items()}
+        )
+    classes, splits = _digits() if name == "digits" else _torchvision(name, root)
+    size = splits["train"][0].shape[-1]
+    if resolution not in (None, size):
+        raise DDError(
+            f"{name} comes at resolution {size}; only folders and the ImageNets can be resized"
+        )
+    return _assemble(name, classes, splits, device, zca)
+
+
+def from_arrays(
+    train_images: np.ndarray | Tensor,
+    train_labels: np.ndarray | Tensor,
+    test_images: np.ndarray | Tensor,
+    test_labels: np.ndarray | Tensor,
+    *,
+    classes: Sequence[str] | None = None,
+    name: str = "arrays",
+    device: str | torch.device = "auto",
+) -> Dataset:
+    """A dataset of your own: images uint8 or float in [0,1] (rounded to 8 bits), [N,H,W], [N,H,W,C] or [N,C,H,W] with
+    C of 1 or 3; labels integers [N] in 0..classes-1, every class present in train; test may be empty.
+
+    classes: names; default "0", "1", ... up to the largest train label. The arrays are copied.
+    Raises DDError for shapes that do not fit, other types, NaN, values outside [0,1] and labels out of range.
+    """
+    splits = {}
+    for split, *pair in (("train", train_images, train_labels), ("test", test_images, test_labels)):
+        x, y = (
+            v.detach().cpu() if isinstance(v, Tensor) else torch.as_tensor(np.ascontiguousarray(v))
+            for v in pair
+        )
+        x = _as_pixels(f"{split} images", x)
+        if (
+            y.shape != x.shape[:1]
+            or y.is_floating_point()
+            or y.is_complex()
+            or y.dtype == torch.bool
+        ):
+            raise DDError(
+                f"{split} labels must be integers of shape [{len(x)}], not {y.dtype} {list(y.shape)}"
+            )
+        splits[split] = x, y.long().clone()
+    (train, train_y), (test, _) = splits.values()
+    if not len(train):
+        raise DDError("the train split is empty; at least one image of each class is needed")
+    if train.shape[1:] != test.shape[1:]:
+        raise DDError(
+            f"train and test images must share one shape, not {[*train.shape[1:]]} and {[*test.shape[1:]]}"
+        )
+    classes = tuple(map(str, classes if classes is not None else range(int(train_y.max()) + 1)))
+    for split, (_, y) in splits.items():
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(classes):
+            raise DDError(
+                f"{split} labels must lie in 0..{len(classes) - 1}, not {int(y.min())}..{int(y.max())}"
+            )
+    absent = (torch.bincount(train_y, minlength=len(classes)) == 0).nonzero().flatten().tolist()
+    if absent:
+        raise DDError(
+            f"every class needs an image in train, and {len(absent)} have none: {classes[absent[0]]}"
+            f"{', ...' if len(absent) > 1 else ''}"
+        )
+    return _assemble(name, classes, splits, pick_device(device))
+
+
+def _digits() -> tuple[Sequence[str], Splits]:
+    """scikit-learn's 1,797 8x8 digits (values 0..16), split once and for all into 1,297 + 500, stratified."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    pixels, labels = (
+        _as_pixels("digits", torch.as_tensor(found.images / 16)),
+        torch.as_tensor(found.target).long(),
+    )
+    test = carve(labels, 500 / 1797, generator(0, "digits"))
+    return "0123456789", {
+        "train": (pixels[~test], labels[~test]),
+        "test": (pixels[test], labels[test]),
+    }
+
+
+def _torchvision(name: str, root: Path) -> tuple[Sequence[str], Splits]:
+    import torchvision
+
+    (kind, by_hand), splits = TORCHVISION[name], {}
+    for split in ("train", "test"):
+        which = {"split": split} if name == "svhn" else {"train": split == "train"}
+        try:
+            found = getattr(torchvision.datasets, kind)(str(root), download=True, **which)
+        except (
+            Exception
+        ) as error:  # URLError, RuntimeError, TarError, EOFError, ...: torchvision lets all through
+            raise DDError(
+                f"cannot read {name} from {root} or download it ({type(error).__name__}); "
+                f"without internet, put {by_hand} into {root}"
+            ) from error
+        labels = found.labels if name == "svhn" else found.targets
+        splits[split] = (
+            _as_pixels(name, torch.as_tensor(found.data)),
+            torch.as_tensor(labels, dtype=torch.int64),
+        )
+    return getattr(found, "classes", "0123456789"), splits
+
+
+def _as_pixels(what: str, x: Tensor) -> Tensor:
+    """uint8 [N,C,H,W] in memory of its own."""
+    axes = (
+        [1] if x.ndim == 3 else [axis for axis in (1, 3) if x.ndim == 4 and x.shape[axis] in (1, 3)]
+    )
+    if len(axes) != 1 or 0 in x.shape[1:]:
+        raise DDError(
+            f"{what} must be [N,H,W], [N,H,W,C] or [N,C,H,W] with C of 1 or 3, not {list(x.shape)}"
+            f"{', which could be either' if len(axes) == 2 else ''}"
+        )
+    if x.is_floating_point():
+        if x.numel() and not 0 <= x.min() <= x.max() <= 1:
+            raise DDError(
+                f"{what} as floats must lie in [0,1], not {float(x.min()):g}..{float(x.max()):g}; "
+                f"divide by 255 or give uint8, and remove any NaN"
+            )
+        x = (x * 255).round().to(torch.uint8)
+    if x.dtype != torch.uint8:
+        raise DDError(f"{what} must be uint8 or float in [0,1], not {x.dtype}")
+    x = x[:, None] if x.ndim == 3 else x if axes == [1] else x.permute(0, 3, 1, 2)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _assemble(
+    name: str,
+    classes: Sequence[str],
+    splits: Splits,
+    device: torch.device,
+    zca: str | None = None,
+    sums: dict[str, str] | None = None,
+) -> Dataset:
+    images, labels = ({split: pair[i] for split, pair in splits.items()} for i in (0, 1))
+    sums = sums or {split: checksum(x) for split, x in images.items()}
+    parts = "\n".join(
+        f"{split} {sums[split]} {checksum(labels[split])}" for split in sorted(splits)
+    )
+    digest = hashlib.sha256(parts.encode()).hexdigest()
+    known = STATISTICS.get(canonical(name))
+    fits = known and len(known[0]) == images["train"].shape[1]
+    mean, std = (torch.tensor(known) if fits else _statistics(images["train"])).view(2, -1, 1, 1)
+    whitening = zca and ZCA.fit_cached(
+        images["train"], zca, device, sums["train"], decoding.cache_folder()
+    )
+    return Dataset(name, tuple(classes), images, labels, mean, std, digest, whitening).to(device)
+
+
+def _statistics(images: Tensor) -> Tensor:
+    """Mean and std [2,C] of all pixels in [0,1], from exact integer sums; a constant channel gets std 1."""
+    moments = torch.zeros(2, images.shape[1], dtype=torch.int64)
+    for chunk in images.split(1024):
+        x = chunk.transpose(0, 1).flatten(1).int()
+        moments += torch.stack([x.sum(1), (x * x).sum(1)])
+    mean, square = moments.double() / (images.numel() // images.shape[1])
+    std = (square - mean**2).clamp(min=0).sqrt()
+    return (torch.stack([mean, torch.where(std > 0, std, 255)]) / 255).float()
+
+
+def _place(images: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    size = sum(x.nbytes for x in images.values() if x.device.type != "cuda")
+    if device.type == "cuda" and 2 * size > torch.cuda.mem_get_info(device)[0]:
+        return images
+    return {split: x.to(device) for split, x in images.items()}

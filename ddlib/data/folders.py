@@ -1,0 +1,154 @@
+"""Folders of images as lists of files: any ImageFolder tree, ImageNet-1K with its subsets, Tiny ImageNet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core import DDError, generator
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+_WANTED = (
+    "wanted is PATH/train/CLASS/*.jpg with PATH/test/CLASS/*.jpg (or val/), or PATH/CLASS/*.jpg"
+)
+
+# Indices into the sorted WordNet ids of ImageNet-1K, in label order (MTT, Cazenavette et al. 2022).
+SUBSETS = {
+    "imagenette": (0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
+    "imagewoof": (193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
+    "imagefruit": (953, 954, 949, 950, 951, 957, 952, 945, 943, 948),
+    "imagemeow": (281, 282, 283, 284, 285, 291, 292, 290, 289, 287),
+    "imagesquawk": (84, 130, 88, 144, 145, 22, 96, 9, 100, 89),
+    "imageyellow": (309, 986, 954, 951, 987, 779, 599, 291, 72, 11),
+}
+
+# folder, class names, split -> (file below the folder, label) of each image
+Tree = tuple[Path, tuple[str, ...], dict[str, list[tuple[str, int]]]]
+
+
+def carve(labels: Tensor, fraction: float, draw: torch.Generator) -> Tensor:
+    """A random, stratified share: bool [N], True for round(fraction * n) of each class's n images.
+
+    A class of two or more gives at least one and keeps at least one; a single image is never taken.
+    """
+    labels = labels.cpu()
+    sizes = torch.bincount(labels)
+    order = torch.randperm(len(labels), generator=draw)
+    order = order[labels[order].argsort(stable=True)]
+    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
+    quota = (fraction * sizes).round().clamp(min=1).minimum(sizes - 1)
+    taken = torch.zeros(len(labels), dtype=torch.bool)
+    taken[order] = rank < quota[labels[order]]
+    return taken
+
+
+def tree(name: str, root: Path) -> Tree:
+    """The files of "folder:PATH", Tiny ImageNet, ImageNet-1K or one of its subsets (ten classes, in their order)."""
+    if name == "tinyimagenet":
+        root = root / name
+        want = (
+            f"{name} needs {root}/train/WNID/images/*.JPEG with {root}/val/val_annotations.txt, or "
+            f"{root}/train/WNID/*.JPEG with {root}/val/WNID/*.JPEG"
+        )
+        return _splits(
+            root, next((split for split in ("val", "test") if (root / split).is_dir()), "val"), want
+        )
+    if not name.startswith("folder:"):
+        root = root / "imagenet1k"
+        want = f"{name} needs the 1,000 class folders {root}/train/WNID/*.JPEG and {root}/val/WNID/*.JPEG"
+        return _splits(root, "val", want, SUBSETS.get(name, ()))
+    path = Path(name.removeprefix("folder:")).expanduser()
+    if name == "folder:":
+        raise DDError("'folder:' needs a path, as in folder:/data/pets or folder:pets")
+    places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
+    for place in places:
+        if place.is_dir():
+            return folder_tree(place)
+    raise DDError(f"there is no folder {' or '.join(map(str, places))} for {name!r}; {_WANTED}")
+
+
+def folder_tree(root: Path) -> Tree:
+    """SPLIT/CLASS/*.jpg with train/ and test/ (else val/); or train/ alone, or class folders at the top.
+
+    Without a test split one is carved: a stratified fifth, the same on each load, where a class of one image stays in
+    train; with one image in every class the test split is therefore empty.
+    """
+    top = _subfolders(root, _WANTED)
+    below = _subfolders(root / "train", _WANTED) if "train" in top else ()
+    train, classes = ("train", below) if below else (".", top)
+    if {name.lower() for name in classes} <= {"train", "test", "val", "valid", "validation"}:
+        raise DDError(f"{root} holds no class folders; {_WANTED}")
+    if len(classes) < 2:
+        raise DDError(
+            f"{root / train} holds the one class folder {classes[0]!r}, and two are the least; {_WANTED}"
+        )
+    if below and not {"test", "val"}.isdisjoint(top):
+        return _splits(root, "test" if "test" in top else "val", _WANTED)
+    samples = _samples(root, train, classes)
+    taken = carve(
+        torch.tensor([label for _, label in samples]), 0.2, generator(0, "carve test")
+    ).tolist()
+    return (
+        root,
+        classes,
+        {
+            "train": [sample for sample, test in zip(samples, taken, strict=True) if not test],
+            "test": [sample for sample, test in zip(samples, taken, strict=True) if test],
+        },
+    )
+
+
+def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tree:
+    """Class folders in ROOT/train and ROOT/TEST, which may be as Tiny ImageNet ships: images/ and a list of labels."""
+    classes = _subfolders(root / "train", want)
+    if not classes or (subset and len(classes) != 1000):
+        raise DDError(f"{want}, and {root / 'train'} holds {len(classes)}")
+    notes = root / test / "val_annotations.txt"  # a line an image: FILE<tab>WNID<tab>...
+    lines = notes.read_text().splitlines() if notes.is_file() else []
+    rows = [[*line.split("\t"), ""][:2] for line in lines if line.strip()]
+    odd = sorted(
+        {*classes} ^ ({wnid for _, wnid in rows} if rows else {*_subfolders(root / test, want)})
+    )
+    if odd:
+        raise DDError(
+            f"{root}: train/ and {test}/ must hold the same class folders, but {len(odd)} are in one only: "
+            f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; {want}"
+        )
+    classes = tuple(classes[i] for i in subset) or classes
+    splits = {"train": _samples(root, "train", classes)}
+    label = {name: i for i, name in enumerate(classes)}
+    listed = [(f"{test}/images/{file}", label[wnid]) for file, wnid in rows]
+    return root, classes, splits | {"test": listed or _samples(root, test, classes)}
+
+
+def _samples(root: Path, split: str, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """SPLIT/CLASS/*.jpg (or SPLIT/CLASS/images/*.jpg, as Tiny ImageNet ships), classes in the order given."""
+    samples = []
+    for label, name in enumerate(classes):
+        folder = root / split / name
+        folder = folder / "images" if (folder / "images").is_dir() else folder
+        images = [
+            e.path for e in _entries(folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS
+        ]
+        if not images:
+            raise DDError(
+                f"the class folder {folder} holds no image; remove it or add some ({' '.join(EXTENSIONS)})"
+            )
+        samples += [(path[len(str(root)) + 1 :], label) for path in images]
+    return samples
+
+
+def _subfolders(folder: Path, want: str) -> tuple[str, ...]:
+    return tuple(e.name for e in _entries(folder, want) if e.is_dir() and e.name != "__MACOSX")
+
+
+def _entries(folder: Path, want: str = "remove it or make it readable") -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if e.name[0] != "."), key=lambda e: e.name)
+    except OSError as error:
+        raise DDError(f"cannot read the folder {folder}: {error.strerror}; {want}") from error

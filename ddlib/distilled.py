@@ -1,0 +1,211 @@
+"""The distilled set as an artefact: images, labels, learned rate, decoder and the protocol that it was made for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .core import DDError, load_tensors, save_tensors
+from .data.dataset import Dataset
+from .train.loop import Recipe
+
+
+def decode(images: torch.Tensor, factor: int, fill: torch.Tensor | float = 0.5) -> torch.Tensor:
+    """Multi-formation (IDC, arXiv 2205.14959): images [n, C, H, W] -> [n * factor^2, C, H, W], differentiable.
+
+    Every image is cut into factor x factor tiles, row by row, each enlarged bilinearly to the whole size; all images'
+    first tiles come first, then all second ones. A side that factor does not divide is padded right and below with
+    `fill`, mid-grey in the space of the images, by factor - side % factor.
+    """
+    if factor == 1:
+        return images
+    n, channels, *size = images.shape
+    down, right = ((factor - side % factor) % factor for side in size)
+    if down or right:
+        padded = torch.as_tensor(fill, dtype=images.dtype, device=images.device).expand(
+            channels, 1, 1
+        )
+        padded = padded.expand(n, channels, size[0] + down, size[1] + right).clone()
+        padded[..., : size[0], : size[1]] = images
+        images = padded
+    tiles = images.unflatten(3, (factor, -1)).unflatten(2, (factor, -1))  # [n, C, f, h, f, w]
+    tiles = tiles.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+    return F.interpolate(tiles, size=size, mode="bilinear", align_corners=False)
+
+
+def encode(sources: torch.Tensor, factor: int) -> torch.Tensor:
+    """IDC's "mix" start: images [classes, ipc * factor^2, C, H, W] -> [classes * ipc, C, H, W].
+
+    Tile k of image i of a class is source k * ipc + i, shrunk by nearest neighbour as the released code does. Where
+    factor does not divide the side, the first tiles are one pixel larger than the last, while `decode` cuts the
+    padded image evenly: that is the released code's too.
+    """
+    if factor == 1:
+        return sources.flatten(0, 1)
+    h, w = sources.shape[-2:]
+    cuts = [[side // factor + (k < side % factor) for k in range(factor)] for side in (h, w)]
+    tiles = sources.unflatten(1, (factor, factor, -1))  # [classes, f, f, ipc, C, H, W]
+    rows = []
+    for r, high in enumerate(cuts[0]):
+        row = [
+            F.interpolate(tiles[:, r, c].flatten(0, 1), size=(high, wide), mode="nearest")
+            for c, wide in enumerate(cuts[1])
+        ]
+        rows.append(torch.cat(row, dim=3))
+    return torch.cat(rows, dim=2)
+
+
+def check_factor(factor: int, shape: tuple[int, int, int]) -> int:
+    """`factor`, unless its tiles would be smaller than 2 pixels a side: then a `DDError`."""
+    most = min(shape[1:]) // 2
+    if not 1 <= factor <= most:
+        raise DDError(
+            f"factor {factor} does not fit images of {shape[1]}x{shape[2]} px; allowed: 1 to {most}"
+        )
+    return factor
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A synthetic set of `n = classes x ipc` images, class by class, in the normalised space of its dataset.
+
+    `images` float32 [n, C, H, W]; `labels` int64 [n] or float32 [n, classes], soft or FRePo's real-valued ones;
+    `recipe` is the evaluation protocol that travels with the set; `factor` that of the decoder (`decode`), 1 where
+    images are trained on as they are; `spec` says which run made it; `snapshots` maps a step to [n, C, H, W].
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    dataset: str
+    classes: tuple[str, ...]
+    mean: torch.Tensor
+    std: torch.Tensor
+    recipe: Recipe
+    backbone: str
+    zca: str | None = None
+    factor: int = 1
+    spec: dict = field(default_factory=dict)
+    snapshots: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        data: Dataset,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        recipe: Recipe,
+        backbone: str,
+        **extra,
+    ) -> Synthetic:
+        """The set of `images` [n, C, H, W] and `labels` that was distilled from `data`."""
+        return cls(
+            images.detach(),
+            labels.detach(),
+            data.name,
+            data.classes,
+            data.mean,
+            data.std,
+            recipe,
+            backbone,
+            data.zca.id if data.zca else None,
+            **extra,
+        )
+
+    @property
+    def ipc(self) -> int:
+        return len(self.images) // len(self.classes)
+
+    def training_set(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images [n * factor^2, C, H, W] that networks train on, decoded, and their labels."""
+        images = decode(self.images, self.factor, ((0.5 - self.mean) / self.std).to(self.images))
+        return images, self.labels.repeat(self.factor**2, *[1] * (self.labels.ndim - 1))
+
+    def hardened(self) -> Synthetic:
+        """The set with each image's class as its label, whatever labels it was distilled with."""
+        classes = torch.arange(len(self.classes), device=self.images.device)
+        return replace(self, labels=classes.repeat_interleave(self.ipc))
+
+    def to(self, device: torch.device | str) -> Synthetic:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def pixels(
+        self, data: Dataset | None = None, images: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`images` (default: the set's) as float32 in [0, 1]; a ZCA-whitened set needs its dataset to undo it."""
+        images = self.images if images is None else images
+        if self.zca:
+            if data is None:
+                raise DDError(
+                    "this set lives in ZCA space: pass its dataset, loaded with the same zca, to see pixels"
+                )
+            self.check(data)
+            return data.denormalise(images)
+        return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
+
+    def check(self, data: Dataset) -> None:
+        """Raise `DDError` unless networks trained on this set can be tested on `data`."""
+        if tuple(self.images.shape[1:]) != data.shape or self.classes != data.classes:
+            raise DDError(
+                f"a set distilled from {self.dataset} ({len(self.classes)} classes, images "
+                f"{tuple(self.images.shape[1:])}) cannot be used with {data.name} "
+                f"({data.num_classes} classes, images {data.shape})"
+            )
+        if len(self.labels) != len(self.images) or self.labels.shape[1:] not in (
+            (),
+            (data.num_classes,),
+        ):
+            raise DDError(
+                f"labels of shape {list(self.labels.shape)} do not fit {len(self.images)} images of "
+                f"{data.num_classes} classes: [n] or [n, classes] is allowed"
+            )
+        if self.zca != (data.zca.id if data.zca else None):
+            raise DDError(
+                f"the set's ZCA is {self.zca}, the data's is {data.zca.id if data.zca else None}: load the "
+                "data as the run did (its record names the zca)"
+            )
+        # Constants differ in the last bit between a file and a fit; a different normalisation differs far more.
+        if not (
+            torch.allclose(self.mean.cpu(), data.mean.cpu(), atol=1e-4)
+            and torch.allclose(self.std.cpu(), data.std.cpu(), atol=1e-4)
+        ):
+            raise DDError(
+                f"the set was normalised with mean {self.mean.flatten().tolist()} and std "
+                f"{self.std.flatten().tolist()}, {data.name} is with {data.mean.flatten().tolist()} and "
+                f"{data.std.flatten().tolist()}"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the set as one safetensors file, replacing an old one only when the new one is whole."""
+        tensors = {"images": self.images, "labels": self.labels, "mean": self.mean, "std": self.std}
+        tensors |= {f"images@{step}": images for step, images in self.snapshots.items()}
+        header = {
+            "dataset": self.dataset,
+            "classes": self.classes,
+            "recipe": asdict(self.recipe),
+            "zca": self.zca,
+            "backbone": self.backbone,
+            "factor": self.factor,
+            "spec": self.spec,
+        }
+        return save_tensors(Path(path), tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Synthetic:
+        """Read a set that `save` wrote; a damaged or foreign file is a `DDError`."""
+        cure = "delete it and run again, or name a .safetensors file that a run wrote"
+        tensors, header = load_tensors(Path(path), "distilled set", cure)
+        snapshots = {
+            int(name.split("@")[1]): tensors.pop(name) for name in list(tensors) if "@" in name
+        }
+        try:
+            header["classes"] = tuple(header["classes"])
+            recipe = {
+                key: tuple(v) if isinstance(v, list) else v for key, v in header["recipe"].items()
+            }
+            header["recipe"] = Recipe(**recipe)
+            return cls(**tensors, **header, snapshots=dict(sorted(snapshots.items())))
+        except (KeyError, TypeError) as error:  # a checkpoint or an expert of ours
+            raise DDError(f"{path} is a file of ddlib's, but not a distilled set") from error

@@ -1,0 +1,156 @@
+"""Wall time, peak memory, FLOPs and the roofline: what a run cost, and what it could have cost."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Self
+
+import torch
+
+from ..core import SOURCE
+from . import heap
+
+
+class PeakMemory:
+    """Peak bytes inside a `with` block, in `.bytes`, with how they were read in `.method`.
+
+    CUDA: torch's allocator. Linux: the process's peak resident set, reset on entry. Elsewhere the process's peak
+    since its start, which can only be too high.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes, self.method = device, 0, ""
+
+    def __enter__(self) -> Self:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            heap.release()
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+                self.method = "resident set of the process"
+            except OSError:
+                self.method = "resident set of the process since its start"
+        return self
+
+    def read(self) -> int:
+        """Peak bytes so far."""
+        if self.device.type == "cuda":
+            self.method = "CUDA allocator"
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self.bytes = self.read()
+
+
+class SavedTensors:
+    """Peak bytes that autograd graphs hold inside a `with` block, in `.peak`; `.live` is what they hold now.
+
+    Every tensor that a graph saves, also one built by a backward pass with `create_graph=True`, goes through
+    `torch.autograd.graph.saved_tensors_hooks`: its storage counts from then until the last graph that saved it lets
+    go, and once however many saved views it has. Temporaries and tensors that only Python holds do not count. Works on
+    every device, `meta` too, where nothing is computed. A `torch.utils.checkpoint` region keeps its tensors from
+    outer hooks, so only its inputs count.
+    """
+
+    def __enter__(self) -> Self:
+        self.peak = self.live = 0
+        self._owners: dict[int, int] = {}  # storage -> saved tensors that hold it
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            partial(_Saved, self), lambda saved: saved.tensor
+        )
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.__exit__(*_)
+
+
+class _Saved:
+    """One saved tensor; the graph drops this object when it frees the tensor."""
+
+    def __init__(self, meter: SavedTensors, tensor: torch.Tensor):
+        self.meter, self.tensor = (
+            meter,
+            tensor.detach(),
+        )  # a saved output would hold its own graph alive
+        storage = tensor.untyped_storage()
+        self.key, self.bytes = storage._cdata, storage.nbytes()
+        owners = meter._owners[self.key] = meter._owners.get(self.key, 0) + 1
+        if owners == 1:
+            meter.live += self.bytes
+            meter.peak = max(meter.peak, meter.live)
+
+    def __del__(self) -> None:
+        self.meter._owners[self.key] -= 1
+        if not self.meter._owners[self.key]:
+            del self.meter._owners[self.key]
+            self.meter.live -= self.bytes
+
+
+def seconds(
+    work: Callable[[], object],
+    *,
+    repeats: int = 3,
+    warm: int = 1,
+    device: torch.device | None = None,
+) -> float:
+    """Median wall seconds of `work()` after `warm` unmeasured calls, the device synchronised."""
+    times = []
+    for k in range(warm + repeats):
+        start = time.perf_counter()
+        work()
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return median(times[warm:])
+
+
+def sgemm_rate(device: torch.device, size: int = 2048) -> float:
+    """Measured float32 matrix-multiply rate in FLOP/s: the roof that a convolution is held against."""
+    a, b = (
+        torch.randn(size, size, generator=torch.Generator().manual_seed(k)).to(device)
+        for k in (0, 1)
+    )
+    return 2 * size**3 / seconds(lambda: a @ b, repeats=9, warm=3, device=device)
+
+
+def machine(device: torch.device) -> str:
+    """The device in words: the GPU's name, or the processor's and how many threads are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        name = "CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """The git commit of the checkout, with -dirty where the code differs from it; None where there is none."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=SOURCE,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git here
+        return None
+    return git.stdout.strip() or None

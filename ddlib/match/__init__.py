@@ -1,0 +1,1 @@
+"""The mathematics that methods match with: gradients, trajectories, clusters."""

@@ -1,0 +1,489 @@
+"""Figures from records and distilled sets; the same colour for the same method everywhere (Okabe and Ito's palette)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+from ..config import PROFILES
+from ..core import SOURCE, DDError, choose, generator
+from ..data.dataset import Dataset, canonical
+from ..distilled import Synthetic
+from ..engine.record import Run
+from . import tables
+
+COLOURS = {
+    "random": "#999999",
+    "herding": "#CC79A7",
+    "kcenter": "#F0E442",
+    "kmeans": "#56B4E9",
+    "dm": "#0072B2",
+    "dc": "#8C564B",
+    "dsa": "#D55E00",
+    "idc": "#E69F00",
+    "mtt": "#117733",
+    "tesla": "#009E73",
+    "ftd": "#882255",
+    "datm": "#AA4499",
+    "frepo": "#332288",
+    "dream": "#DDCC77",
+    "dream_plus": "#CC6677",
+}
+ENGINES = {
+    "unroll": "#555555",
+    "checkpoint": "#BB9900",
+    "tesla": COLOURS["tesla"],
+    "tesla_repo": "#74C476",
+    "adjoint": "#3C3CC8",
+    "plain": COLOURS["mtt"],
+    "sam": "#EE7733",
+    "agsam": COLOURS["ftd"],  # and experts
+    "members": "#000000",
+    "whole": "#000000",
+    "early stop": "#777744",
+}  # and real data in the applications
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
+MARKERS = "os^Dvph"
+
+
+def grid(
+    pixels: torch.Tensor,
+    columns: int,
+    *,
+    titles: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    scale: float = 0.8,
+) -> Figure:
+    """Images [n, C, H, W] in [0, 1] as one mosaic, row by row; `titles` name the columns, `rows` the rows."""
+    count, (height, width) = math.ceil(len(pixels) / columns), pixels.shape[2:]
+    gap = max(1, width // 10)
+    tiles = F.pad(
+        pixels.detach().cpu().float().expand(-1, 3, -1, -1), (gap, gap, gap, gap), value=1.0
+    )
+    tiles = torch.cat([tiles, tiles.new_ones(count * columns - len(tiles), *tiles.shape[1:])])
+    picture = (
+        tiles.unflatten(0, (count, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    )
+    figure, axis = plt.subplots(
+        figsize=(scale * columns + 0.8 * bool(rows), scale * count + 0.35), layout="constrained"
+    )
+    axis.imshow(picture.numpy(), interpolation="nearest")
+    axis.set_xticks(
+        [(k + 0.5) * (width + 2 * gap) - 0.5 for k in range(len(titles))], titles, fontsize=8
+    )
+    axis.set_yticks(
+        [(k + 0.5) * (height + 2 * gap) - 0.5 for k in range(len(rows))], rows, fontsize=8
+    )
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def _by_class(pixels: torch.Tensor, classes: Sequence[str], per_class: int, title: str) -> Figure:
+    """Images [classes * ipc, C, H, W]: one row a class, or all classes side by side where each has one image."""
+    table = pixels.unflatten(0, (len(classes), -1))[:, :per_class]
+    names = [name[:12] for name in classes]
+    if table.shape[1] == 1:
+        figure = grid(
+            table[:100].flatten(0, 1),
+            min(10, len(classes)),
+            titles=names if len(classes) <= 10 else (),
+        )
+    else:
+        figure = grid(table[:10].flatten(0, 1), table.shape[1], rows=names[:10], scale=0.6)
+        title += f" (10 of {len(classes)} classes)" if len(classes) > 10 else ""
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def images(
+    syn: Synthetic, data: Dataset | None = None, *, per_class: int = 10, title: str | None = None
+) -> Figure:
+    """The distilled images, one row a class (at most `per_class` of each); a ZCA set needs its `data`."""
+    return _by_class(syn.pixels(data), syn.classes, per_class, title or title_of(syn))
+
+
+def real(data: Dataset, *, per_class: int = 10, seed: int = 0, split: str = "train") -> Figure:
+    """Random real images, one row a class."""
+    index = data.sample(per_class, generator(seed, "plots", "real"), split)
+    return _by_class(
+        data.denormalise(data.batch(split, index.flatten())),
+        data.classes,
+        per_class,
+        f"{short(data.name)}, {split} images",
+    )
+
+
+def short(dataset: str) -> str:
+    """A dataset's name without the reader's folders: "folder:/home/me/pets" -> "folder:pets"."""
+    return f"folder:{canonical(dataset)}" if dataset.startswith("folder:") else dataset
+
+
+def title_of(syn: Synthetic) -> str:
+    """What a picture of the set is called: method, dataset, IPC and profile."""
+    made, place = syn.spec, short(syn.dataset)
+    return (
+        f"{made['method']}, {place}, IPC {made['ipc']}, {made['profile']} profile"
+        if made
+        else place
+    )
+
+
+def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None = None) -> Figure:
+    """The first image of each class (of the first ten) at every snapshot, one row a step."""
+    if not syn.snapshots:
+        raise DDError(
+            "this set keeps no snapshots: run it with snapshots=5, or another count, to see it change"
+        )
+    first = [syn.pixels(data, shot)[:: syn.ipc][:10] for shot in syn.snapshots.values()]
+    figure = grid(
+        torch.cat(first),
+        len(first[0]),
+        titles=[name[:12] for name in syn.classes[:10]],
+        rows=[f"step {step}" for step in syn.snapshots],
+    )
+    figure.suptitle(title or title_of(syn), fontsize=9)
+    return figure
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list]:
+    """A figure with `count` panels, three a row, and their axes."""
+    across, down = min(3, count), math.ceil(count / 3)
+    figure, axes = plt.subplots(
+        down,
+        across,
+        figsize=(width * across + 0.6, height * down + 0.2),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def accuracy_vs_ipc(
+    table: pd.DataFrame,
+    *,
+    papers: bool = True,
+    datasets: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    full: dict[str, float] | None = None,
+) -> Figure:
+    """Accuracy against IPC on a log axis: ours solid with the pooled spread, the papers' dashed, hollow from memory.
+
+    One panel a dataset and profile of `table`, with the papers' figures of its methods at its IPCs; with `datasets`,
+    one more for each other name in it, and all that the papers print of `methods`. `full`: our accuracy on the whole
+    training set by dataset, a line. Ours stand a little apart, so that all are seen.
+    """
+    rows, every = tables.summary(table), bool(datasets)
+    rows = rows.sort_values(
+        "method", key=lambda names: names.map(list(COLOURS).index), kind="stable"
+    )
+    panels = [(*place, here) for place, here in rows.groupby(["dataset", "profile"], sort=False)]
+    panels += [
+        (name, "", rows[:0])
+        for name in datasets
+        if name not in {canonical(place) for place, *_ in panels}
+    ]
+    figure, axes = _panels(len(panels), 4.6, 3.6)
+    for axis, (place, profile, here) in zip(axes, panels, strict=True):
+        runs, ipcs = (
+            here.groupby(["method", "overrides"], sort=False),
+            sorted(map(int, here.ipc.unique())),
+        )
+        for k, ((method, overrides), line) in enumerate(runs):
+            told = f" ({overrides})" * (
+                bool(overrides) and here.overrides[here.method == method].nunique() > 1
+            )
+            axis.errorbar(
+                line.ipc * 1.02 ** (k - (len(runs) - 1) / 2),
+                line.accuracy,
+                line.pooled,
+                marker="o",
+                capsize=3,
+                color=COLOURS.get(method),
+                label=fill(f"{method}, ours{told}", 40),
+            )
+        for method in (methods or dict.fromkeys(here.method)) if papers else ():
+            known = tables.curve(method, place)
+            if len(known := known[known.ipc.isin(ipcs) | every]):
+                axis.errorbar(
+                    known.ipc,
+                    known.value,
+                    known.spread,
+                    fmt="s--",
+                    capsize=3,
+                    ms=5,
+                    alpha=0.6,
+                    zorder=1.5,
+                    color=COLOURS.get(method),
+                    label=f"{method}, paper",
+                )
+                axis.plot(
+                    "ipc", "value", "ws", data=known[known.mark == "*"], ms=3, label=""
+                )  # hollow
+        tops = [
+            ("ours", "-", (full or {}).get(place, math.nan)),
+            ("paper", "--", tables.curve("full", place).value.mean()),
+        ]
+        for whose, style, value in tops if full is not None else ():
+            if not math.isnan(value):
+                axis.axhline(value, color="black", ls=style, lw=1, label=f"whole set, {whose}")
+        axis.set(
+            xscale="log",
+            xlabel="images per class (IPC)",
+            ylabel="test accuracy (%), mean ± std",
+            title=short(place) + f", {profile} profile" * bool(profile),
+            xlim=None if every else (ipcs[0] / 1.6, ipcs[-1] * 1.6),
+        )
+        ticks = [1, 10, 50, *[1000] * int(axis.dataLim.x1 >= 1000)] if every else ipcs
+        axis.set_xticks(ticks, ticks)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    named = {
+        name: line
+        for axis in axes
+        for line, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    host, where = (
+        (figure, "outside right upper") if len(panels) > 1 or len(named) > 6 else (axes[0], "best")
+    )
+    host.legend(named.values(), named, fontsize=8, loc=where)
+    return figure
+
+
+def heatmap(
+    table: pd.DataFrame,
+    title: str,
+    *,
+    label: str,
+    text: pd.DataFrame | None = None,
+    centred: bool = False,
+) -> Figure:
+    """Numbers as colours, each written in its cell, by `text` if given, e.g. with a spread; a missing one stays white.
+
+    `label` names them and their unit, the names of index and columns the axes; `centred` puts white at 0.
+    """
+    most = float(table.abs().max().max())
+    figure, axis = plt.subplots(
+        figsize=(0.8 * table.shape[1] + 2.4, 0.42 * len(table) + 1.7), layout="constrained"
+    )
+    drawn = axis.imshow(
+        table.to_numpy(float),
+        aspect="auto",
+        alpha=0.7,
+        cmap="RdBu" if centred else "Blues",
+        vmin=-most if centred else None,
+        vmax=most,
+    )
+    text = table.map("{:.1f}".format) if text is None else text
+    for i, j in zip(*table.notna().to_numpy().nonzero(), strict=True):
+        axis.text(j, i, text.iat[i, j], ha="center", va="center", fontsize=7)
+    axis.set_xticks(range(table.shape[1]), table.columns, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(range(len(table)), table.index, fontsize=8)
+    axis.set(xlabel=table.columns.name, ylabel=table.index.name)
+    axis.set_title(title, fontsize=10)
+    figure.colorbar(drawn, label=label)
+    return figure
+
+
+def training_time(table: pd.DataFrame) -> Figure:
+    """Accuracy against the seconds a run took, distillation and evaluation together, one point a run."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    ipcs = sorted(table.ipc.unique())
+    for (method, ipc), rows in table.groupby(["method", "ipc"]):
+        axis.scatter(
+            rows.seconds,
+            rows.accuracy,
+            s=28,
+            alpha=0.8,
+            color=COLOURS.get(method),
+            marker=MARKERS[ipcs.index(ipc) % len(MARKERS)],
+            label=f"{method}, IPC {ipc}",
+        )
+    axis.set(
+        xscale="log",
+        xlabel="seconds per run, distillation and evaluation",
+        ylabel="test accuracy (%)",
+    )
+    axis.set_title(
+        f"{table.dataset.iloc[0]}, {table.profile.iloc[0]} profile\n{'; '.join(sorted(set(table.device)))}",
+        fontsize=10,
+    )
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.margins(x=0.1, y=0.1)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def history(found: list[Run], key: str = "loss") -> Figure:
+    """A logged metric against the step, one line a run, one colour an IPC."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    ipcs = sorted({run.record["ipc"] for run in found})
+    seen = set()
+    for run in found:
+        rows, ipc = [row for row in run.record["history"] if key in row], run.record["ipc"]
+        axis.plot(
+            [row["step"] for row in rows],
+            [row[key] for row in rows],
+            lw=1,
+            alpha=0.8,
+            color=LINES[ipcs.index(ipc) % len(LINES)],
+            label=None if ipc in seen else f"IPC {ipc}",
+        )
+        seen.add(ipc)
+    record = found[0].record
+    seeds = len({run.record["seed"] for run in found})
+    axis.set(
+        xlabel="step",
+        ylabel=key,
+        yscale="log",
+        title=f"{record['method']}, {record['dataset']}, {record['profile']} profile, {seeds} seed{'s' * (seeds > 1)}",
+    )
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def lines(
+    table: pd.DataFrame,
+    x: str,
+    columns: dict[str, str],
+    by: str,
+    title: str,
+    *,
+    xlabel: str | None = None,
+    log: Sequence[str] = (),
+) -> Figure:
+    """Columns against `x`, one panel each (three a row) under its axis label: mean ± std of the rows with equal `x`.
+
+    One line a value of `by`; later ones are thinner and every other one is dashed, so that lines that coincide stay
+    visible. `log` names the columns, `x` too, on a log axis.
+    """
+    figure, axes = _panels(len(columns), 3.7, 3.1)
+    for axis, (column, label) in zip(axes, columns.items(), strict=True):
+        for k, name in enumerate(dict.fromkeys(table[by])):
+            rows = table[table[by] == name].groupby(x)[column]
+            mean, spread = rows.mean(), rows.std(ddof=0)
+            axis.errorbar(
+                mean.index,
+                mean,
+                spread if spread.any() else None,
+                capsize=2,
+                label=name,
+                ms=7 - k,
+                color=(ENGINES | COLOURS).get(name, LINES[k % len(LINES)]),
+                marker=MARKERS[k % len(MARKERS)],
+                ls="--" if k % 2 else "-",
+                lw=max(1.0, 2.6 - 0.5 * k),
+                mfc="white" if k % 2 else None,
+            )
+        axis.set(xlabel=xlabel or x, ylabel=label)
+        for line, name in ((axis.xaxis, x), (axis.yaxis, column)):
+            if name in log:
+                axis.set(**{f"{line.axis_name}scale": "log"})
+                line.set_major_locator(
+                    FixedLocator(sorted(table[x].unique()))
+                    if name == x
+                    else LogLocator(subs=(1, 2, 5))
+                )
+                line.set_major_formatter(lambda value, _: f"{value:g}")
+                line.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def intervals(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    title: str,
+    *,
+    ylabel: str,
+    level: float | None = None,
+    xlabel: str | None = None,
+) -> Figure:
+    """`y` with its interval (columns low and high) by `x`, the values of `by` side by side; `level` is a dashed line."""
+    places, names = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[by]))
+    figure, axis = plt.subplots(figsize=(max(5.2, 1.3 * len(places)), 3.6), layout="constrained")
+    for k, name in enumerate(names):
+        rows = table[table[by] == name]
+        at = [places.index(value) + 0.7 * ((k + 0.5) / len(names) - 0.5) for value in rows[x]]
+        axis.errorbar(
+            at,
+            rows[y],
+            [rows[y] - rows.low, rows.high - rows[y]],
+            fmt=MARKERS[k % len(MARKERS)],
+            capsize=3,
+            color=(ENGINES | COLOURS).get(name, LINES[k % len(LINES)]),
+            label=name,
+        )
+    if level is not None:
+        axis.axhline(level, color="#555555", ls="--", lw=1)
+    axis.set_xticks(range(len(places)), places)
+    axis.set(ylabel=ylabel, xlabel=xlabel or x)
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def scatter(
+    table: pd.DataFrame, x: str, y: str, by: str, title: str, *, xlabel: str, ylabel: str
+) -> Figure:
+    """One panel a value of `by`, `x` against `y` on shared axes."""
+    groups = table.groupby(by, sort=False)
+    figure, axes = plt.subplots(
+        1,
+        len(groups),
+        figsize=(2.4 * len(groups) + 0.6, 2.9),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, (name, rows) in zip(axes[0], groups, strict=True):
+        axis.scatter(
+            rows[x], rows[y], s=22, alpha=0.8, color=(ENGINES | COLOURS).get(name, LINES[0])
+        )
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set(ylabel=ylabel)
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def save(figure: Figure, name: str, profile: str, folder: str | Path | None = None) -> Path:
+    """Write `figures/PROFILE/NAME.png` and `.svg`; DDLIB_FIGURES or `folder` moves the figures elsewhere."""
+    place = Path(folder or os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / choose(
+        "profile", profile, PROFILES
+    )
+    place.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(
+        {"svg.hashsalt": "ddlib"}
+    ):  # else the ids, and so the bytes, differ every time
+        for suffix in ("svg", "png"):
+            figure.savefig(
+                path := place / f"{name}.{suffix}",
+                dpi=150,
+                bbox_inches="tight",
+                metadata={"Date": None} if suffix == "svg" else None,
+            )
+    return path

@@ -1,0 +1,1 @@
+"""Experiments around distilled sets; each keeps its rows as a record."""

@@ -1,0 +1,240 @@
+"""Membership inference: does a network tell which images it was trained for, and does distillation hide them?
+
+FRePo (arXiv 2206.00719), the membership-inference section. The training data is cut into chunks; one chunk is the
+members. A network is trained on the members, on a set distilled from them, or on the real images that distillation
+started from, and five attackers guess from its logits and its loss whether an image is a member. AUC 0.5 is safe.
+
+Differences from the released code:
+1. It attacks the real images that distillation starts from in place of the distilled ones, which it saves and never
+   reads back. Here the distilled set is attacked; that arm is kept as "METHOD start".
+2. Chunks are stratified and as many non-members stand beside them, so that a class says nothing about membership;
+   there a chunk is 10,000 consecutive images against all 10,000 test images.
+3. scikit-learn's attackers in place of TensorFlow Privacy's, without its searches over their settings. They learn on
+   one half of members and non-members and are scored on the other; the threshold's direction comes from the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from ..config import resolve
+from ..core import DDError, choose, generator, pick_device
+from ..data.dataset import Dataset
+from ..distilled import Synthetic
+from ..engine.record import dataset_of
+from ..methods import METHODS
+from ..nets.build import build
+from ..train.evaluate import protocol
+from ..train.loop import accuracy, predict, train
+from .parts import distil, part
+from .trajectories import cached
+
+VERSION = 1  # raise it when a change here changes the rows
+ATTACKS = ("threshold", "logistic", "mlp", "forest", "knn")
+
+
+def chunk(data: Dataset, number: int, per_class: int) -> Dataset:
+    """Chunk `number` of the training images, `per_class` of each class, as train, and as many test images as test."""
+    members = data.sample((number + 1) * per_class, generator(0, "membership"))[
+        :, number * per_class :
+    ]
+    others = data.sample(per_class, generator(0, "membership", number), "test")
+    return part(
+        data,
+        f"members {number} of {per_class}",
+        {"train": members.flatten(), "test": others.flatten()},
+    )
+
+
+def auc(scores: np.ndarray, member: np.ndarray) -> tuple[float, float, float]:
+    """Area under the ROC curve of scores [N] for the mask [N], and its variance (DeLong et al., 1988) in two parts:
+    what the draw of the members brings, and what that of the others brings."""
+    inside, outside = np.sort(scores[member]), np.sort(scores[~member])
+
+    def below(
+        x: np.ndarray, y: np.ndarray
+    ) -> np.ndarray:  # for each x the share of y below it, ties as halves
+        return (np.searchsorted(y, x, "left") + np.searchsorted(y, x, "right")) / (2 * len(y))
+
+    wins, losses = below(inside, outside), below(outside, inside)
+    return (
+        float(wins.mean()),
+        float(wins.var(ddof=1) / len(wins)),
+        float(losses.var(ddof=1) / len(losses)),
+    )
+
+
+def attack(logits: np.ndarray, losses: np.ndarray, member: np.ndarray, seed: int = 0) -> list[dict]:
+    """The five attacks on logits [N, C] and losses [N] of images that are members where the mask [N] says so.
+
+    Rows with attack, auc, its variance by members (`var members`) and by the others (`var others`), and `images`, the
+    number it was scored on. Half of the members and half of the others teach the attacker, the rest score it.
+    """
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if min(member.sum(), (~member).sum()) < 4:
+        raise DDError(
+            f"an attack needs at least 4 members and 4 others, not {member.sum()} and {(~member).sum()}"
+        )
+    order = np.random.default_rng(seed).permutation(len(member))
+    order = np.concatenate(
+        [
+            order[member[order]][::2],
+            order[~member[order]][::2],  # learn: every other one ...
+            order[member[order]][1::2],
+            order[~member[order]][1::2],
+        ]
+    )  # ... and the rest scores
+    learn, test = np.split(order, [-(-member.sum() // 2) - (-(~member).sum() // 2)])
+    x = np.column_stack([logits, losses])
+    neighbours = min(15, len(learn) // 4)
+    models = {
+        "logistic": LogisticRegression(max_iter=1000),
+        "mlp": MLPClassifier((32,), alpha=1.0, tol=1e-3, max_iter=1000, random_state=seed),
+        "forest": RandomForestClassifier(100, min_samples_leaf=3, random_state=seed),
+        "knn": KNeighborsClassifier(neighbours),
+    }
+    sign = 1 if auc(-losses[learn], member[learn])[0] >= 0.5 else -1
+    scores = {"threshold": -sign * losses[test]}
+    for name, model in models.items():
+        fitted = make_pipeline(StandardScaler(), model).fit(x[learn], member[learn])
+        scores[name] = fitted.predict_proba(x[test])[:, 1]
+    columns = ("auc", "var members", "var others")
+    return [
+        {
+            "attack": name,
+            **dict(zip(columns, auc(scores[name], member[test]), strict=True)),
+            "images": len(test),
+        }
+        for name in ATTACKS
+    ]
+
+
+def study(
+    arm: str,
+    dataset: str,
+    *,
+    ipc: int,
+    number: int = 0,
+    per_class: int = 1000,
+    profile: str = "smoke",
+    steps: Iterable[int] = (100, 250, 500, 1000, 2000, 4000, 8000, 16000),
+    backbone: str = "convnet:norm=none,grow=2,init=lecun",
+    augment: str = "",
+    lr: float = 3e-4,
+    device: str = "auto",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Attack one network of chunk `number` after each number of training steps; the defaults are FRePo's.
+
+    arm: "members" (trained on the whole chunk), a method's name (on the set distilled from it), or "METHOD start" (on
+    the real images that its distillation started from). Every arm trains by the FRePo protocol at a constant step
+    size (squared error, Adam, `augment` or the protocol's own), in batches of 1,024 members or 256 of a set.
+
+    Rows: arm, chunk, steps, accuracy (per cent, all test images) and the columns of `attack`. Raises `DDError`.
+    """
+    choose("arm", arm, ("members", *METHODS, *(f"{name} start" for name in METHODS)))
+    method, _, start = arm.partition(" ")
+    spec = resolve("random" if arm == "members" else method, dataset, ipc, profile)
+    steps = sorted(steps)
+    recipe = replace(
+        protocol("frepo"), lr=lr, warmup=0, cosine=1.0, batch=1024 if arm == "members" else 256
+    )
+    recipe = replace(recipe, augment=augment or recipe.augment)
+
+    def compute() -> list[dict]:
+        data = dataset_of(spec, pick_device(device))
+        victim = chunk(data, number, per_class)
+        if arm == "members":
+            images, labels = victim.batch("train", slice(None)), victim.labels["train"]
+        else:
+            images, labels = _set(distil(spec, victim, progress, snapshots=1), bool(start))
+        net = build(
+            backbone, data.shape, data.num_classes, generator(number, "membership", "weights")
+        ).to(data.device)
+        passes = [math.ceil(n / math.ceil(len(labels) / recipe.batch)) for n in steps]
+        rows: list[dict] = []
+
+        def strike(epoch: int) -> None:
+            for n in (n for n, last in zip(steps, passes, strict=True) if last == epoch + 1):
+                facts = {"arm": arm, "chunk": number, "steps": n, "accuracy": accuracy(net, data)}
+                rows.extend(facts | row for row in attack(*_features(net, victim), seed=number))
+            net.train()
+
+        train(
+            net,
+            images,
+            labels,
+            replace(recipe, epochs=passes[-1]),
+            generator(number, "membership", "order"),
+            after_epoch=strike,
+        )
+        return rows
+
+    options = {
+        "arm": arm,
+        "chunk": number,
+        "per_class": per_class,
+        "steps": steps,
+        "backbone": backbone,
+        "augment": augment,
+        "lr": lr,
+        "version": VERSION,
+    }
+    return cached("membership", spec, options, compute)
+
+
+def _set(syn: Synthetic, start: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a network trains on: the distilled set, or with hard labels the real images that it started from."""
+    if start:
+        syn = (
+            replace(syn, images=syn.snapshots[0].to(syn.images)).hardened()
+            if syn.snapshots
+            else syn
+        )
+    images, labels = syn.training_set()
+    centred = (
+        labels.is_floating_point() and syn.recipe.loss == "ce"
+    )  # probabilities, to what the squared error takes
+    return images, labels - 1 / labels.shape[1] if centred else labels
+
+
+def _features(net: torch.nn.Module, victim: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits [N, C], squared-error losses [N] and the mask [N] of members, of a chunk and its non-members."""
+    logits = torch.cat([predict(net, victim, split) for split in ("train", "test")]).cpu()
+    labels = torch.cat([victim.labels[split] for split in ("train", "test")]).cpu()
+    losses = 0.5 * (logits - F.one_hot(labels, logits.shape[1]) + 1 / logits.shape[1]).square().sum(
+        1
+    )
+    return logits.numpy(), losses.numpy(), np.arange(len(labels)) < len(victim.labels["train"])
+
+
+def pooled(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean AUC over chunks with a 95 % interval (`low`, `high`), and the mean accuracy.
+
+    Chunks share no member but may share test images, so the others' part of the variance is not divided by their count.
+    """
+    groups = rows.assign(**{"sd others": rows["var others"] ** 0.5}).groupby(
+        ["arm", "steps", "attack"], sort=False
+    )
+    found = groups.agg(
+        auc=("auc", "mean"), accuracy=("accuracy", "mean"), chunks=("chunk", "nunique")
+    ).reset_index()
+    variance = (
+        groups["var members"].mean().to_numpy() / found.chunks
+        + groups["sd others"].mean().to_numpy() ** 2
+    )
+    half = 1.96 * variance**0.5
+    return found.assign(low=(found.auc - half).clip(0), high=(found.auc + half).clip(upper=1))

@@ -1,0 +1,358 @@
+"""What the papers plot beside accuracy, each computed once and kept as a record in the results folder.
+
+`unrolling`: memory, time and fidelity of the matching gradient against unrolled steps (TESLA's claim, and ours).
+`flatness`: sharpness and test loss of plain and flat experts, epoch by epoch (FTD, section 3).
+`trajectory_error`: how far the student's test loss runs away from the expert's (FTD's accumulated error).
+`full`: accuracy of networks trained on the whole training set, the ceiling of every distilled set.
+`outer_steps`: time and memory of one update of the images by DM, trajectory matching and FRePo (FRePo's claim).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from statistics import fmean, pstdev
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from ..augment.siamese import augment, draw
+from ..config import Spec, resolve
+from ..core import DDError, generator, pick_device, results_folder, write_atomically
+from ..data.dataset import Dataset
+from ..engine.meter import PeakMemory, SavedTensors, machine, seconds
+from ..engine.record import Run, dataset_of, resolve_record
+from ..experts import ExpertsError, load_experts, sharpness
+from ..match.trajectory import FlatNet, Segment, match
+from ..methods import METHODS
+from ..nets.build import build
+from ..train.loop import accuracy, train_on
+
+VERSION = 1  # raise it when a change here changes the rows
+
+
+def _place(dataset: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", dataset).strip("_")
+
+
+def cached(
+    kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[], list[dict]]
+) -> pd.DataFrame:
+    """The rows of a study from `results/PROFILE/studies/`, else computed and written there."""
+    digest = hashlib.sha256(
+        json.dumps([spec.name, options, VERSION], sort_keys=True).encode()
+    ).hexdigest()[:8]
+    name = f"{kind}-{spec.method}-{_place(spec.dataset)}-ipc{spec.ipc}-{digest}.json"
+    path = results_folder() / spec.profile / "studies" / name
+    if path.is_file():
+        try:
+            return pd.DataFrame(json.loads(path.read_text())["rows"])
+        except (ValueError, KeyError):
+            raise DDError(f"the study {path} is damaged: delete it and run again") from None
+    rows = compute()
+    record = {"study": kind, "run": spec.name, "options": options, "rows": rows}
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
+    return pd.DataFrame(rows)
+
+
+def kept(kind: str, dataset: str) -> pd.DataFrame:
+    """All rows of the kept studies of one kind on a dataset or a sample of it, whatever the profile and options."""
+    found = sorted(results_folder().glob(f"*/studies/{kind}-*{_place(dataset)}*-ipc*.json"))
+    return pd.DataFrame([row for path in found for row in json.loads(path.read_text())["rows"]])
+
+
+def unrolling(
+    spec: Spec,
+    *,
+    steps: Iterable[int] = (1, 2, 5, 10, 20),
+    device: str = "auto",
+    engines: Iterable[str] = ("unroll", "checkpoint", "tesla", "adjoint"),
+    largest: int = 8 * 2**30,
+) -> pd.DataFrame:
+    """One matching gradient of the run `spec` by every engine at every number of unrolled steps.
+
+    Columns: engine, steps, seconds; graph bytes (peak of what autograd holds, `meter.SavedTensors`; for checkpoint
+    only its inputs show there); vectors bytes (the stored theta); peak bytes (CUDA's allocator, else the process);
+    and, against the exact gradient: `cosine` and `norm ratio` of the images' gradient, `rate ratio` of the step
+    size's. `unroll` is left out where its graph would pass `largest` bytes, extrapolated from the row before.
+    """
+    steps, engines = sorted(steps), list(engines)
+
+    def compute() -> list[dict]:
+        at = pick_device(device)
+        data, rows, last = dataset_of(spec, at), [], {}
+        for n in steps:
+            here = Spec(**{**vars(spec), "values": spec.values | {"syn_steps": n}})
+            method = METHODS[spec.method](here.config, data, spec.ipc, spec.run.backbone, spec.seed)
+            problem = partial(method.match, *method.segment(generator(spec.seed, "unrolling")))
+            measured = {"adjoint": _measure(partial(problem, "adjoint"), at)}
+            exact = measured["adjoint"][0]
+            for engine in engines:
+                if (
+                    engine == "unroll"
+                    and last
+                    and last["graph bytes"] * n / last["steps"] > largest
+                ):
+                    continue
+                found, row = measured.get(engine) or _measure(partial(problem, engine), at)
+                a, b = found.images.double().flatten(), exact.images.double().flatten()
+                rows.append(
+                    {
+                        "engine": engine,
+                        "steps": n,
+                        **row,
+                        "vectors bytes": 4 * method.net.size * n,
+                        "device": machine(at),
+                        "cosine": float(F.cosine_similarity(a, b, dim=0)),
+                        "norm ratio": float(a.norm() / b.norm()),
+                        "rate ratio": float(found.rates.sum() / exact.rates.sum()),
+                    }
+                )
+                if engine == "unroll":
+                    last = rows[-1]
+        return rows
+
+    return cached(
+        "unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute
+    )
+
+
+def _measure(
+    work: Callable[[], Any], device: torch.device, repeats: int = 3
+) -> tuple[Any, dict[str, Any]]:
+    """What `work()` gives and its cost; from 30 seconds on the metered pass is the timed one too."""
+    with SavedTensors() as saved, PeakMemory(device) as peak:
+        start = time.perf_counter()
+        found = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        once = time.perf_counter() - start
+    again = once if once > 30 else seconds(work, repeats=repeats, warm=0, device=device)
+    return found, {
+        "seconds": again,
+        "graph bytes": saved.peak,
+        "peak bytes": peak.bytes,
+        "peak method": peak.method,
+    }
+
+
+def predicted_memory(
+    backbone: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    batch: int,
+    steps: int,
+    engine: str,
+    soft: bool = True,
+) -> dict[str, Any]:
+    """Bytes of one matching gradient, counted on the meta device: nothing is computed, so any size can be asked for.
+
+    graph bytes: what autograd holds at its peak (inner batches of `batch` images, float32, no augmentation); vectors
+    bytes: the stored theta. The allocator's peak on a GPU is higher by temporaries and convolution workspaces.
+    """
+    net = FlatNet(build(backbone, shape, classes).to("meta"))
+    start, index = torch.empty(net.size, device="meta"), torch.arange(batch, device="meta")
+    images = torch.empty(batch, *shape, device="meta")
+    labels = torch.empty(batch, classes, device="meta") if soft else index
+    with SavedTensors() as saved:
+        match(
+            net,
+            Segment(start, start.clone(), [index] * steps, [None] * steps),
+            images,
+            labels,
+            torch.empty(steps, device="meta"),
+            engine,
+        )
+    return {
+        "engine": engine,
+        "steps": steps,
+        "batch": batch,
+        "graph bytes": saved.peak,
+        "vectors bytes": 0 if engine == "unroll" else 4 * net.size * steps,
+    }
+
+
+def full(spec: Spec, *, networks: int = 2, device: str = "auto") -> pd.DataFrame:
+    """Test accuracy (per cent) of networks trained on the whole training set under the protocol of `spec`: the ceiling.
+
+    One row: dataset, profile, backbone, accuracy, std, networks. As many passes as on a distilled set, which is the
+    same protocol and far more steps: on CIFAR-10 a GPU's work.
+    """
+
+    def compute() -> list[dict]:
+        data, scores = dataset_of(spec, pick_device(device)), []
+        for k in range(networks):
+            net = build(
+                spec.run.backbone, data.shape, data.num_classes, generator(spec.seed, "full", k)
+            )
+            scores.append(
+                accuracy(train_on(data, net.to(data.device), spec.recipe, spec.seed + k), data)
+            )
+        return [
+            {
+                "dataset": spec.dataset,
+                "profile": spec.profile,
+                "backbone": spec.run.backbone,
+                "accuracy": fmean(scores),
+                "std": pstdev(scores),
+                "networks": scores,
+            }
+        ]
+
+    return cached("full", spec, {"networks": networks}, compute)
+
+
+@torch.no_grad()
+def _test_loss(net: FlatNet, theta: torch.Tensor, data: Dataset) -> float:
+    rows = torch.arange(len(data.labels["test"]), device=data.device)
+    return float(
+        sum(
+            F.cross_entropy(
+                net(theta, data.batch("test", part)), data.labels["test"][part], reduction="sum"
+            )
+            for part in rows.split(1000)
+        )
+        / len(rows)
+    )
+
+
+def _experts(spec: Spec, data: Dataset):
+    config = spec.config
+    net = FlatNet(
+        build(spec.run.backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False)
+    )
+    try:
+        return net, load_experts(data, spec.run.backbone, config.expert_recipe, config.experts)
+    except ExpertsError as error:
+        raise DDError(f"{error}: {spec.command('experts')}") from None
+
+
+def flatness(spec: Spec, *, device: str = "auto", images: int = 512) -> pd.DataFrame:
+    """Sharpness (top Hessian eigenvalue of the training loss) and test loss of the experts of `spec`, by epoch.
+
+    Columns: flat, expert, epoch, sharpness, test loss. The eigenvalue is taken on `images` fixed training images.
+    """
+
+    def compute() -> list[dict]:
+        data = dataset_of(spec, pick_device(device))
+        net, experts = _experts(spec, data)
+        return [
+            {
+                "flat": spec.config.flat,
+                "expert": e,
+                "epoch": epoch,
+                "sharpness": sharpness(net, theta.to(data.device), data, images=images),
+                "test loss": _test_loss(net, theta.to(data.device), data),
+            }
+            for e, weights in enumerate(experts.weights)
+            for epoch, theta in enumerate(weights)
+        ]
+
+    return cached("flatness", spec, {"images": images}, compute)
+
+
+def trajectory_error(run: Run, *, device: str = "auto") -> pd.DataFrame:
+    """Test loss of a student trained on the run's set from an expert's first weights, minus the expert's, by epoch.
+
+    N steps of the student stand for M epochs of the expert, as in the matching. Columns: method, expert, epoch, error.
+    """
+    spec = resolve_record(run.record)
+
+    def compute() -> list[dict]:
+        data = dataset_of(spec, pick_device(device))
+        net, experts = _experts(spec, data)
+        syn, config, rows = run.synthetic.to(data.device), spec.config, []
+        for e, weights in enumerate(experts.weights):
+            theta, rng = weights[0].to(data.device), generator(spec.seed, "trajectory error", e)
+            for epoch in range(0, len(weights), config.expert_epochs):
+                error = _test_loss(net, theta, data) - _test_loss(
+                    net, weights[epoch].to(data.device), data
+                )
+                rows.append({"method": spec.method, "expert": e, "epoch": epoch, "error": error})
+                for _ in range(config.syn_steps):
+                    x = augment(
+                        syn.images,
+                        draw(
+                            config.augment,
+                            len(syn.images),
+                            data.shape[1:],
+                            rng,
+                            op_every=len(syn.images),
+                        ),
+                    )
+                    theta = theta.detach().requires_grad_()
+                    loss = F.cross_entropy(net(theta, x), syn.labels)
+                    theta = theta.detach() - syn.recipe.lr * torch.autograd.grad(loss, theta)[0]
+        return rows
+
+    return cached("trajectory_error", spec, {}, compute)
+
+
+def outer_steps(
+    dataset: str, ipc: int, profile: str, *, device: str = "auto", repeats: int = 5
+) -> pd.DataFrame:
+    """One update of the same number of real images of a dataset by DM, MTT (its whole graph, and the exact adjoint) and
+    FRePo, each with its preset's network and real batch, all uncompiled.
+
+    Columns: method, network, seconds (median of `repeats`), graph bytes (peak of what autograd holds), peak bytes.
+    """
+    specs = {
+        name: resolve(method, dataset, ipc, profile, compile=False, zca="", **more)
+        for name, method, more in (
+            ("dm", "dm", {}),
+            ("mtt, unrolled", "mtt", {"gradient": "unroll"}),
+            ("mtt, adjoint", "mtt", {}),
+            ("frepo", "frepo", {}),
+        )
+    }
+
+    def compute() -> list[dict]:
+        at = pick_device(device)
+        data, rows = dataset_of(specs["dm"], at), []
+        for name, spec in specs.items():
+            step = one_step(spec, data)
+            step()  # workspaces, and the optimiser's state
+            rows.append(
+                {
+                    "method": name,
+                    "network": spec.run.backbone,
+                    "ipc": ipc,
+                    "device": machine(at),
+                    **_measure(step, at, repeats)[1],
+                }
+            )
+        return rows
+
+    names = [spec.name for spec in specs.values()]
+    return cached("outer_steps", specs["frepo"], {"specs": names, "repeats": repeats}, compute)
+
+
+def one_step(spec: Spec, data: Dataset) -> Callable[[], object]:
+    """One update of the images as a function. Trajectory matching runs between random weights, which changes no work
+    and needs no experts."""
+    config = spec.config
+    if spec.method != "mtt":
+        return METHODS[spec.method](config, data, spec.ipc, spec.run.backbone, spec.seed).step
+    rng, n = generator(spec.seed, "one step"), data.num_classes * spec.ipc
+    net = FlatNet(
+        build(spec.run.backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False)
+    )
+    start, images = net.vector(), data.batch("train", data.sample(spec.ipc, rng).flatten())
+    target = start + 0.01 * torch.randn(net.size, generator=rng).to(start)
+    size = config.batch_syn or n
+    params = [
+        draw(config.augment, size, data.shape[1:], rng, op_every=size)
+        for _ in range(config.syn_steps)
+    ]
+    batches = [torch.randperm(n, generator=rng)[:size].to(data.device) for _ in params]
+    labels = torch.arange(data.num_classes, device=data.device).repeat_interleave(spec.ipc)
+    rates = torch.full((len(params),), config.lr_teacher, device=data.device)
+    return lambda: match(
+        net, Segment(start, target, batches, params), images, labels, rates, config.gradient
+    )

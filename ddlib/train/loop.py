@@ -1,0 +1,212 @@
+"""The one SGD loop: trains a network on a synthetic set, a coreset or the whole training set."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from shutil import which
+
+import torch
+import torch.nn.functional as F
+
+from ..augment.siamese import augment, cutmix, draw
+from ..core import DDError, generator
+from ..data.dataset import Dataset
+from ..nets.build import Backbone
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is trained; the defaults are the DSA protocol (dm: same), DSA paper and released code."""
+
+    name: str = "dsa"  # the protocol's name in tables
+    epochs: int = 1001  # passes over the set; the released loop runs 0..1000 inclusive
+    lr: float = 0.01  # step size, or the learned one where the method learns it
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch: int = 256  # the last, smaller batch is kept
+    drops: tuple[int, ...] = (502,)  # after so many epochs the step size is multiplied by `drop`
+    drop: float = 0.1
+    augment: str = (
+        "color_crop_cutout_flip_scale_rotate"  # DSA: one operation a batch, parameters an image
+    )
+    reset: bool = (
+        True  # a drop also forgets the momentum, since the DC family's code builds a new optimiser
+    )
+    cutmix: float = 0.0  # share of batches mixed by CutMix (IDC)
+    optimiser: str = "sgd"  # or adam, which has neither momentum nor weight decay here (FRePo)
+    loss: str = (
+        "ce"  # or mse: half the squared error, summed over classes, on centred labels (FRePo)
+    )
+    warmup: int = 0  # steps in which the step size grows from 0; at most half of them all
+    cosine: float = 1.0  # share of the step size that a cosine ends at; 1 is no cosine
+    tests: tuple[
+        int, ...
+    ] = ()  # epochs after which the test accuracy is noted too, for "best of" columns
+
+
+def halved(name: str, epochs: int, **changes) -> Recipe:
+    """The DC family's schedule for `--epoch_eval_train epochs`: epochs + 1 passes, one drop after epochs // 2 + 2."""
+    return Recipe(name=name, epochs=epochs + 1, drops=(epochs // 2 + 2,), **changes)
+
+
+@cache
+def _can_compile() -> bool:
+    # What Inductor (CPU) and Triton (CUDA) look for; both compile a file that includes Python.h.
+    cxx = which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+    cc = torch.cuda.is_available() and (which(os.environ.get("CC") or "gcc") or which("clang"))
+    if (cxx or cc) and Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return True
+    warnings.warn(
+        "torch.compile needs a C++ compiler and Python.h, and one is missing: running uncompiled, about half "
+        "as fast"
+    )
+    return False
+
+
+def compiled(function: Callable) -> Callable:
+    """`torch.compile(function)` for static shapes where that works, else `function` with one line of warning."""
+    if not _can_compile():
+        return function
+    torch._dynamo.config.recompile_limit = (
+        64  # one graph a batch shape and mode; past the limit it runs uncompiled
+    )
+    return torch.compile(function, dynamic=False)
+
+
+def _targets(labels: torch.Tensor, recipe: Recipe, classes: int) -> torch.Tensor:
+    """Labels as the loss takes them: for mse, a class becomes its one-hot row less 1 / classes (FRePo, section 3)."""
+    if recipe.loss == "mse" and not labels.is_floating_point():
+        return F.one_hot(labels, classes).float() - 1 / classes
+    return labels
+
+
+def _optimiser(net: Backbone, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    if recipe.optimiser == "adam":
+        return torch.optim.Adam(net.parameters(), lr=lr)
+    return torch.optim.SGD(
+        net.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+
+def _loss(forward: Callable, x: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
+    logits = forward(x)
+    return F.cross_entropy(logits, y) if kind == "ce" else 0.5 * (logits - y).square().sum(1).mean()
+
+
+def _share(recipe: Recipe, step: int, total: int) -> float:
+    """The step size at `step` of `total` as a share of the highest: linear warm-up from 0, then a cosine."""
+    warm = min(recipe.warmup, total // 2)
+    if step < warm:
+        return step / warm
+    return (
+        recipe.cosine
+        + (1 - recipe.cosine) * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) / 2
+    )
+
+
+def train(
+    net: Backbone,
+    images: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    recipe: Recipe,
+    rng: torch.Generator,
+    *,
+    forward: Callable | None = None,
+    after_epoch: Callable[[int], None] | None = None,
+    adjust: Callable[[Callable[[], torch.Tensor]], None] | None = None,
+) -> Backbone:
+    """Train `net` in place under `recipe` and return it.
+
+    images: normalised float [n, C, H, W], or a function from an index [b] to such a batch; labels: int64 [n], or float
+    [n, classes] (probabilities, or any numbers under mse). `forward` is the network's compiled forward, if there is one. `rng` gives the order
+    of the images and the augmentation. `adjust(closure)` may edit the gradients before the step; the closure gives the
+    batch's loss again. Raises `DDError` when the loss stops being finite.
+    """
+    fetch = images if callable(images) else images.__getitem__
+    forward, n = forward or net, len(labels)
+    net.train()
+    classes = net.classifier.out_features
+    labels, lr, loss = _targets(labels, recipe, classes), recipe.lr, torch.zeros(())
+    optimiser, step, total = (
+        _optimiser(net, recipe, lr),
+        0,
+        recipe.epochs * math.ceil(n / recipe.batch),
+    )
+    for epoch in range(recipe.epochs):
+        if epoch in recipe.drops:
+            lr *= recipe.drop
+            optimiser.param_groups[0]["lr"] = lr
+            if recipe.reset:
+                optimiser = _optimiser(net, recipe, lr)
+        for index in torch.randperm(n, generator=rng).to(labels.device).split(recipe.batch):
+            x, y = fetch(index), labels[index]
+            x = augment(x, draw(recipe.augment, len(x), tuple(x.shape[-2:]), rng, op_every=len(x)))
+            if recipe.cutmix:
+                x, y = cutmix(x, y, rng, recipe.cutmix, classes)
+            if recipe.warmup or recipe.cosine != 1:
+                optimiser.param_groups[0]["lr"] = lr * _share(recipe, step, total)
+            step += 1
+            closure = partial(_loss, forward, x, y, recipe.loss)
+            optimiser.zero_grad(set_to_none=True)
+            loss = closure()
+            loss.backward()
+            if adjust:
+                adjust(closure)
+            optimiser.step()
+        if after_epoch:
+            after_epoch(epoch)
+    if not torch.isfinite(loss):
+        raise DDError(
+            f"training of {net.spec} ended with loss {loss.item()}: lower the step size ({recipe.lr})"
+        )
+    return net
+
+
+@torch.no_grad()
+def predict(
+    net: Backbone,
+    data: Dataset,
+    split: str = "test",
+    *,
+    batch: int = 1000,
+    forward: Callable | None = None,
+) -> torch.Tensor:
+    """Logits [N, classes] of `net` in eval mode on the un-augmented images of a split."""
+    net.eval()
+    rows = torch.arange(len(data.labels[split]), device=data.device)
+    return torch.cat([(forward or net)(data.batch(split, index)) for index in rows.split(batch)])
+
+
+def embed(net: Backbone, data: Dataset, split: str = "train") -> torch.Tensor:
+    """Features float32 [N, d] of a split's un-augmented images, the network in eval mode."""
+    return predict(net, data, split, forward=lambda x: net.features(x).float())
+
+
+def accuracy(net: Backbone, data: Dataset, split: str = "test", **options) -> float:
+    """Top-1 accuracy of `net` on a split, in per cent."""
+    return (
+        100
+        * (predict(net, data, split, **options).argmax(1) == data.labels[split])
+        .float()
+        .mean()
+        .item()
+    )
+
+
+def train_on(data: Dataset, net: Backbone, recipe: Recipe, seed: int) -> Backbone:
+    """Train `net` on a dataset's whole training split, e.g. as the feature extractor of a coreset."""
+    return train(
+        net,
+        lambda index: data.batch("train", index),
+        data.labels["train"],
+        recipe,
+        generator(seed, "train", net.spec),
+    )

@@ -1,0 +1,95 @@
+"""The benchmark's rows at tiny sizes, and its plain loop as DM's oracle at the benchmark's own shapes."""
+
+import math
+import os
+
+import pytest
+import torch
+
+import benchmarks.dm as bench
+from benchmarks import gpu
+from ddlib.cli import _key_values, parser
+from ddlib.config import resolve
+from ddlib.methods import dm
+from ddlib.train import evaluate as evaluation
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch):
+    """Compiling takes longer than everything else here, and has its test with DM."""
+    monkeypatch.setattr(dm, "compiled", lambda function: function)
+    monkeypatch.setattr(evaluation, "compiled", lambda function: function)
+    evaluation._network.cache_clear()
+    yield
+    evaluation._network.cache_clear()  # its networks are uncompiled ones
+
+
+def positive(row: dict, *names: str) -> None:
+    for name in names:
+        assert math.isfinite(row[name]) and row[name] > 0, (name, row)
+
+
+def test_an_iteration():
+    row = bench.iteration(classes=2, ipc=1, batch=3, device=CPU, rate=1e10, repeats=1)
+    positive(
+        row,
+        "seconds",
+        "plain seconds",
+        "plain seconds, heap kept",
+        "times faster",
+        "times faster, heap kept",
+        "over roofline",
+        "peak MiB",
+        "plain peak MiB",
+    )
+    assert "DDLIB_HEAP" not in os.environ
+    assert row["times faster"] == pytest.approx(row["plain seconds"] / row["seconds"])
+    # 101.4 MFLOP an image at 32 px: forward for 2 x 3 real ones, forward and input gradient for 2 x 1 synthetic ones
+    assert row["seconds"] / row["over roofline"] * 1e10 == pytest.approx(10 * 101.4e6, rel=0.02)
+
+
+def test_the_evaluations():
+    row = bench.evaluations(CPU, networks=1, epochs=1)
+    positive(row, "seconds", "plain seconds", "times faster")
+    assert row["what"] == "evaluation, 1 networks, 2 epochs"
+
+
+def test_the_images_of_the_benchmark():
+    data = bench.shapes(3, 25, CPU)
+    assert data.shape == (3, 32, 32) and data.class_sizes().tolist() == [25] * 3
+    assert len(data.labels["test"]) == len(data.images["test"]) > 0
+
+
+def test_the_plain_loop_is_dms_gradient():
+    data = bench.shapes(3, 6, CPU)
+    method = dm.DM(dm.Config(batch_real=5), data, 2, "convnet:width=16", 0)
+    for step in range(2):
+        plain = bench.plain_step(data, method.images, 2, 5, step, "convnet:width=16")
+        before = method.velocity.clone()
+        method.step()
+        torch.testing.assert_close(
+            method.velocity - 0.5 * before, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max())
+        )
+
+
+def test_every_part_of_the_gpu_run_is_a_command_that_resolves(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDLIB_RESULTS", str(tmp_path))
+    parts = gpu.commands("cifar10", "cuda")
+    assert len(parts) > len(gpu.ROWS) and ["-m", "pytest"] == parts[0][:2]
+    for part in parts[1:]:
+        if part[0] == "-c":
+            compile(part[1], "study", "exec")
+            continue
+        args = parser().parse_args(part[2:])
+        if part[2] != "bench":
+            spec = resolve(
+                args.method, args.dataset, args.ipc, args.profile, **_key_values(args.set)
+            )
+            assert spec.profile == "paper" and spec.run.backbone
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "dm_cuda.json").write_text("[]")
+    assert (
+        len(gpu.commands("cifar10", "cuda")) == len(parts) - 1
+    )  # what is measured is not measured again

@@ -1,0 +1,191 @@
+"""As a reader meets it: JupyterLab from `make lab`, notebooks run to the end in a real browser, a widget moved."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 900  # seconds a notebook may take: twenty times what it takes on two idle cores
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+DRIVER = shutil.which("chromedriver")
+
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="needs selenium: pip install 'ddlib[test]'"
+)
+pytest.importorskip("jupyterlab", reason="needs JupyterLab: pip install 'ddlib[lab]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (BROWSER and DRIVER),
+        reason="needs Chromium and its driver: apt-get install chromium chromium-driver",
+    ),
+]
+
+PROMPTS = (
+    "return [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent)"
+)
+ERRORS = """return [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.error"]')].map(
+    e => e.innerText)"""
+IMAGES = "return [...document.querySelectorAll('.jp-OutputArea img')].filter(e => e.naturalWidth > 50).length"
+PIXELS = """const image = document.querySelector('img.widget-image'), canvas = document.createElement('canvas');
+if (!image || !image.naturalWidth) return null;
+canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
+canvas.getContext('2d').drawImage(image, 0, 0);
+return canvas.toDataURL()"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a notebook in a JupyterLab that was started as the Makefile does, on a copy of notebooks/."""
+    folder, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    dm = (
+        folder / "notebooks" / "dm.ipynb"
+    )  # one seed and one backbone, whose records explore.ipynb has made
+    one = dm.read_text().replace(r"seeds = \"0,1,2\"", r"seeds = \"0\"")
+    dm.write_text(one.replace("cross = True", "cross = False"))
+    settings = (
+        folder / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    )
+    settings.parent.mkdir(parents=True)
+    settings.write_text(
+        json.dumps({"windowingMode": "none"})
+    )  # cells out of sight stay in the page, to be looked at
+    recipe = re.search(
+        r"^lab:.*\n\t\$\(VENV\) (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )[1].split()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "JUPYTERLAB_WORKSPACES_DIR",
+        "IPYTHONDIR",
+        "DDLIB_FIGURES",
+    )
+    own = {
+        name: str(folder / name.lower()) for name in names
+    }  # the reader's settings and figures stay as they are
+    own |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "PYTHONPATH": str(ROOT)}
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                *recipe,
+                "--no-browser",
+                "--allow-root",
+                f"--port={port}",
+                "--ip=127.0.0.1",
+                f"--IdentityProvider.token={token}",
+            ],
+            cwd=folder,
+            env=os.environ | own,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        end = time.monotonic() + 120
+        while True:
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/api/status?token={token}", timeout=5):
+                    break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < end, (
+                    folder / "log"
+                ).read_text()[-2000:]
+                time.sleep(0.5)
+        yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}.ipynb?reset&token={token}"
+    finally:
+        server.terminate()  # which ends its kernels too
+        server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,1000",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def until(browser, condition, limit: float = 60):
+    """What `condition` gives once it is true."""
+    end = time.monotonic() + limit
+    while not (found := condition()):
+        assert time.monotonic() < end, (
+            f"nothing after {limit} s; prompts: {browser.execute_script(PROMPTS)}"
+        )
+        time.sleep(0.3)
+    return found
+
+
+def run_all(browser, address: str) -> None:
+    """Open a notebook, choose Run > Run All Cells from the menu and wait until the last cell has its number."""
+    browser.get(address)
+    menu = "//div[contains(@class, 'lm-MenuBar-itemLabel') and text()='Run']"
+    ready = "//*[contains(@class, 'jp-StatusBar-TextItem') and contains(text(), '| Idle')]"  # else it asks for a kernel
+    until(browser, lambda: browser.find_elements("xpath", ready), 120)
+    until(browser, lambda: browser.find_elements("xpath", menu))[0].click()
+    until(
+        browser, lambda: browser.find_elements("css selector", "li[data-command='runmenu:run-all']")
+    )[0].click()
+
+    def finished() -> bool:
+        return browser.execute_script(ERRORS) or all(
+            re.fullmatch(r"\[\d+\]:", text) for text in browser.execute_script(PROMPTS)
+        )
+
+    until(browser, finished, LIMIT)
+    assert browser.execute_script(ERRORS) == []
+    prompts = browser.execute_script(PROMPTS)
+    assert prompts == [f"[{k + 1}]:" for k in range(len(prompts))]
+
+
+def test_explore_runs_to_the_end_and_a_moved_widget_changes_its_picture(lab, browser):
+    run_all(browser, lab("explore"))
+    assert browser.execute_script(IMAGES) >= 6
+    first = until(browser, lambda: browser.execute_script(PIXELS))
+    slider = browser.find_element("css selector", ".widget-hslider .noUi-handle")
+
+    def press(key: str) -> str:
+        """The picture after a key on the slider's handle, once it has changed."""
+        before = browser.execute_script(PIXELS)
+        slider.send_keys(key)
+        return until(browser, lambda: (now := browser.execute_script(PIXELS)) != before and now)
+
+    earlier = press(webdriver.Keys.ARROW_LEFT)
+    assert earlier != first
+    assert press(webdriver.Keys.ARROW_RIGHT) == first
+    browser.find_element(
+        "xpath", "//button[contains(@class, 'widget-toggle-button') and text()='embedding']"
+    ).click()
+    assert until(browser, lambda: (now := browser.execute_script(PIXELS)) != first and now)
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("start_here", 2), ("dm", 5)])
+def test_a_notebook_runs_to_the_end(lab, browser, name, pictures):
+    run_all(browser, lab(name))
+    assert browser.execute_script(IMAGES) >= pictures

@@ -1,0 +1,593 @@
+"""Claims: every printed figure once, verdicts by the fixed rule from hand-made records, and no figure in prose that
+nothing backs. The pages of docs/methods and the static site are held to the same records."""
+
+import ast
+import html
+import json
+import math
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from test_tables import record
+
+from ddlib.core import DDError
+from ddlib.methods import METHODS
+from ddlib.report import claims, site, tables
+
+ROOT = Path(__file__).parents[2]
+PAGES = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
+TESLA = next(
+    row["over tesla"]
+    for row in json.loads((ROOT / "results" / "bench" / "trajectory_cpu.json").read_text())
+    if row["what"] == "outer step, adjoint"
+)  # a measured ratio, for the prose checker
+
+
+# --- the claims
+
+
+def test_every_published_row_of_the_five_papers_is_one_claim():
+    loaded = claims.load()
+    key = [
+        "paper",
+        "method",
+        "variant",
+        "dataset",
+        "ipc",
+        "network",
+        "network_eval",
+        "protocol",
+        "value",
+    ]
+    mine = loaded[(loaded.quantity == "accuracy") & loaded.protocol.ne("")]
+    rows = tables.published().rename(
+        columns={"backbone": "network", "backbone_eval": "network_eval"}
+    )
+    rows = rows[rows.paper.isin(claims.papers())].fillna({"variant": ""})
+    assert len(mine) == len(rows) > 150
+    assert (
+        mine[key]
+        .sort_values(key)
+        .reset_index(drop=True)
+        .equals(rows[key].sort_values(key).reset_index(drop=True))
+    )
+
+
+def test_every_paper_every_reason():
+    loaded = claims.load()
+    assert set(loaded.paper) == set(claims.papers()) and len(claims.papers()) == 5
+    for column in ("where", "labels", "spread_means", "reason", "network", "quantity"):
+        assert loaded[column].map(lambda text: isinstance(text, str) and text != "").all(), column
+    assert all(
+        fact in facts
+        for facts in claims.papers().values()
+        for fact in ("title", "venue", "version", "page")
+    )
+    for how in loaded.measured.dropna():  # a misspelt source would stay "not attempted" for ever
+        assert how["from"] == "runs" or re.match(r"(bench|studies)/\S+\.json$", how["from"])
+        assert (
+            {"from", "field", "of"} <= set(how) <= {"from", "field", "of", "over", "minus", "ranks"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"colour": "red"}, "unknown key in claim 1"),
+        ({"paper": "9999.99999"}, "unknown paper in claim 1"),
+        ({"select": {"method": "nothing"}}, "selects no row"),
+        ({"select": {"shade": 1}}, "unknown selector in claim 1"),
+        ({"labels": None}, "lacks labels"),
+    ],
+)
+def test_bad_claims_are_named(monkeypatch, change, sentence):
+    document = yaml.safe_load((ROOT / "ddlib" / "report" / "claims.yaml").read_text())
+    first = {k: v for k, v in (document["claims"][0] | change).items() if v is not None}
+    monkeypatch.setattr(claims, "_document", lambda: document | {"claims": [first]})
+    with pytest.raises(DDError, match=sentence):
+        claims.load()
+
+
+def judged(folder, **facts) -> pd.Series:
+    """The one claim with these facts, judged by the records of `folder`."""
+    rows = claims.load()
+    for key, value in facts.items():
+        rows = rows[rows[key] == value]
+    (row,) = claims.judge(rows, folder).iloc
+    return row
+
+
+TABLE1 = {"paper": "2110.04181", "where": "Table 1", "dataset": "cifar10", "ipc": 10}  # 48.9 ± 0.6
+
+
+@pytest.mark.parametrize(
+    ("scores", "profile", "kind"),
+    [
+        ([47.9] * 5, "paper", "reproduced"),
+        ([47.0] * 5, "paper", "not reproduced"),
+        ([48.9] * 5, "small", "reduced budget"),
+        ([48.9] * 4, "paper", "reduced budget"),
+    ],
+)
+def test_the_verdict_of_an_accuracy_is_the_fixed_rule(tmp_path, scores, profile, kind):
+    run = record(tmp_path, "dm", "folder:cifar10", 10, profile, scores=scores)
+    found = judged(tmp_path, **TABLE1)
+    assert (found.kind, found.ours, found.records) == (
+        kind,
+        pytest.approx(scores[0]),
+        (run.path.stem,),
+    )
+    assert "20 s distillation" in found.cost
+
+
+def test_the_paper_profile_wins_and_smoke_never_counts(tmp_path):
+    record(tmp_path, "dm", "cifar10", 10, "smoke", scores=[10.0] * 5)
+    assert judged(tmp_path, **TABLE1).kind == "not attempted"
+    record(tmp_path, "dm", "cifar10", 10, "small", scores=[20.0] * 5)
+    assert judged(tmp_path, **TABLE1).ours == 20
+    record(tmp_path, "dm", "cifar10", 10, "paper", scores=[49.0] * 5)
+    record(
+        tmp_path, "dm", "cifar10", 10, "paper", scores=[30.0] * 5, lr_img=5.0
+    )  # no preset run: nobody's claim
+    assert judged(tmp_path, **TABLE1).ours == 49
+
+
+def test_a_shortened_run_answers_and_the_longest_counts(tmp_path):
+    record(tmp_path, "dm", "cifar10", 10, "small", scores=[20.0] * 3, iterations=5)
+    longer = record(tmp_path, "dm", "cifar10", 10, "small", scores=[25.0] * 3, iterations=9)
+    found = judged(tmp_path, **TABLE1)
+    assert (found.kind, found.ours, found.records) == ("reduced budget", 25, (longer.path.stem,))
+    assert found.verdict.startswith("reduced budget: iterations 9 of 20000")
+    preset = record(tmp_path, "dm", "cifar10", 10, "paper", scores=[48.0] * 5)
+    record(tmp_path, "dm", "cifar10", 10, "paper", scores=[48.9] * 5, iterations=40000)
+    record(tmp_path, "dm", "cifar10", 10, "paper", scores=[15.0] * 10, networks=10, eval_epochs=2)
+    found = judged(tmp_path, **TABLE1)  # the preset's own run, where there is one
+    assert (found.kind, found.records) == ("reproduced", (preset.path.stem,))
+
+
+def test_variants_protocols_and_backbones_take_their_own_runs_alone(tmp_path):
+    record(tmp_path, "ftd", "cifar100", 10, "paper", scores=[43.2] * 5)
+    record(tmp_path, "random", "cifar10", 10, "paper", scores=[32.0] * 5)
+    record(tmp_path, "mtt", "cifar10", 10, "paper", scores=[63.2] * 5)
+    ema = {"paper": "2211.11004", "dataset": "cifar100", "ipc": 10}
+    assert judged(tmp_path, **ema, variant="EMA").kind == "reproduced"
+    assert judged(tmp_path, **ema, variant="no EMA").kind == "not attempted"
+    record(tmp_path, "ftd", "cifar100", 10, "paper", scores=[43.4] * 5, ema=0.0)
+    assert judged(tmp_path, **ema, variant="no EMA").ours == pytest.approx(43.4)
+    noise = {"paper": "2211.11004", "variant": "weight noise", "dataset": "cifar10", "ipc": 10}
+    assert judged(tmp_path, **noise).kind == "not attempted"
+    column = {"paper": "2110.04181", "method": "random", "dataset": "cifar10", "ipc": 10}
+    assert judged(tmp_path, **column, protocol="dc").kind == "not attempted"
+    assert judged(tmp_path, **column, protocol="dsa").kind == "reproduced"
+    bn = {
+        "paper": "2110.04181",
+        "method": "dm",
+        "dataset": "cifar10",
+        "ipc": 50,
+        "network": "convnet:norm=bn",
+    }
+    run = record(
+        tmp_path, "dm", "cifar10", 50, "paper", scores=[65.0] * 5, backbone="convnet:norm=bn"
+    )
+    assert judged(tmp_path, **bn, network_eval="convnet:norm=bn").kind == "reproduced"
+    assert judged(tmp_path, **bn, network_eval="vgg11:norm=bn").kind == "not attempted"
+    other = {
+        "backbone": "vgg11:norm=bn",
+        "mean": 59.5,
+        "std": 0.5,
+        "networks": [59.0, 59.0, 59.5, 60.0, 60.0],
+    }
+    kept = {"a": other | {"hard": True, "mean": 1.0}, "b": other}
+    run.path.with_suffix(".transfer.json").write_text(json.dumps(kept))
+    found = judged(tmp_path, **bn, network_eval="vgg11:norm=bn")
+    assert (found.kind, found.ours) == ("reproduced", 59.5)
+
+
+def test_a_network_by_its_published_name_is_the_preset(tmp_path):
+    last = record(tmp_path, "frepo", "cifar10", 10, "paper", scores=[65.5] * 5)
+    record(tmp_path, "dm", "tinyimagenet", 10, "paper", scores=[12.9] * 5)
+    assert (
+        judged(tmp_path, paper="2110.04181", where="Table 1", dataset="tinyimagenet", ipc=10).kind
+        == "reproduced"
+    )
+    own = {"paper": "2206.00719", "method": "frepo", "dataset": "cifar10", "ipc": 10}
+    assert judged(tmp_path, **own, quantity="accuracy", evidence="V-2nd").kind == "reproduced"
+    assert judged(tmp_path, **own, variant="krr").kind == "not attempted"
+    written = json.loads(last.path.read_text())
+    written["accuracy"]["last"]["krr"] = {"mean": 68.1, "std": 0.0, "networks": [68.1] * 5}
+    last.path.write_text(json.dumps(written))
+    found = judged(tmp_path, **own, variant="krr")
+    assert (found.kind, found.ours) == ("reproduced", pytest.approx(68.1))
+
+
+def test_a_point_of_a_curve_is_the_evaluation_on_the_way(tmp_path):
+    run = record(tmp_path, "dream_plus", "cifar10", 10, "paper", scores=[69.0] * 5)
+    written = json.loads(run.path.read_text())
+    written["evaluations"] = [{"step": 40, "mean": 65.0, "std": 0.0, "networks": [65.0] * 5}]
+    run.path.write_text(json.dumps(written))
+    point = {"paper": "2310.15052", "ipc": 10}
+    assert judged(tmp_path, **point, variant="iteration=40").kind == "reproduced"
+    assert judged(tmp_path, **point, variant="iteration=80").kind == "not attempted"
+
+
+def measured(value, **how) -> pd.DataFrame:
+    """A claim of a factor that is read off a bench file."""
+    row = (
+        claims.load()
+        .pipe(lambda t: t[t.where(t.measured.notna()).unit == "times"])
+        .iloc[[0]]
+        .copy()
+    )
+    return row.assign(
+        value=float(value), printed=value, measured=[{"field": "x", "of": {"k": "a"}} | how]
+    )
+
+
+def test_the_verdict_of_a_factor(tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "b.json").write_text(
+        json.dumps([{"k": "a", "x": 18.0}, {"k": "b", "x": 3.0}, {"k": "c"}])
+    )
+    bench = {"from": "bench/b.json", "over": {"k": "b"}}
+    for value, kind in (
+        ("45", "direction only"),
+        ("6", "direction only"),
+        ("0.5", "not reproduced"),
+        ("1.00", "not reproduced"),
+    ):
+        (row,) = claims.judge(measured(value, **bench), tmp_path).iloc
+        assert (row.kind, row.ours, row.records) == (kind, 6.0, ("bench/b.json",)), value
+    assert (
+        claims.judge(measured("6", **bench | {"over": {"k": "c"}}), tmp_path).iloc[0].kind
+        == "not attempted"
+    )
+    for profile, kind in (
+        ("small", "direction only"),
+        ("paper", "reproduced"),
+    ):  # the paper's setting comes first
+        (tmp_path / profile / "studies").mkdir(parents=True)
+        (tmp_path / profile / "studies" / "s.json").write_text(
+            json.dumps({"rows": [{"k": "a", "x": 6.2}]})
+        )
+        assert (
+            claims.judge(measured("6", **{"from": "studies/s.json"}), tmp_path).iloc[0].kind == kind
+        )
+
+
+def test_a_sum_of_fields_and_only_the_files_that_answer_are_cited(tmp_path):
+    (tmp_path / "bench").mkdir()
+    for name, row in (
+        ("b1", {"k": "a", "x": 18.0, "y": 2.0}),
+        ("b2", {"k": "b", "x": 3.0, "y": 1.0}),
+        ("b3", {"k": "c"}),
+    ):
+        (tmp_path / "bench" / f"{name}.json").write_text(json.dumps([row]))
+    (row,) = claims.judge(
+        measured("6", **{"from": "bench/b*.json", "field": ["x", "y"], "over": {"k": "b"}}),
+        tmp_path,
+    ).iloc
+    assert (row.ours, row.records) == (5.0, ("bench/b1.json", "bench/b2.json"))
+
+
+def test_mtts_memory_over_teslas_counts_the_weights_that_tesla_stores():
+    rows = {
+        row["what"]: row
+        for row in json.loads((ROOT / "results" / "bench" / "trajectory_cpu.json").read_text())
+    }
+    total = {
+        name: rows[f"outer step, {name}"]["graph MiB"] + rows[f"outer step, {name}"]["stored MiB"]
+        for name in ("unroll", "tesla")
+    }
+    found = judged(ROOT / "results", quantity="memory of MTT over TESLA's", where="abstract")
+    assert found.ours == pytest.approx(total["unroll"] / total["tesla"])
+
+
+def test_counts_and_tables_hold_every_claim(tmp_path):
+    record(tmp_path, "dm", "cifar10", 10, "small", scores=[48.9] * 5)
+    found = claims.judge(claims.load(), tmp_path)
+    counts = claims.counts(found)
+    assert counts.claims.sum() == len(found) == counts[list(claims.VERDICTS)].to_numpy().sum()
+    assert counts.set_index("paper").loc["2110.04181", "reduced budget"] == 1
+    groups, lines = claims.groups(found), claims.shown(found)
+    assert groups.claims.sum() == len(lines) == len(found)
+    assert (groups["why not attempted"].ne("") | groups["not attempted"].eq(0)).all()
+    assert lines.verdict.str.partition(":")[0].isin(claims.VERDICTS).all()
+    axis = claims.figure(found).axes[0]
+    assert sum(bar.get_width() for bar in axis.patches) == len(found)
+
+
+# --- docs/methods
+
+
+def test_a_page_for_every_method_with_every_part():
+    named = " ".join(re.findall(r"records:begin ([\w ]+) \(", " ".join(PAGES.values()))).split()
+    assert sorted(named) == sorted({*METHODS, "dc", "dsa", "idc", "frepo", "dream", "dream_plus"})
+    assert {facts["page"] for facts in claims.papers().values()} <= PAGES.keys()
+    for name, page in PAGES.items():
+        if name == "README":
+            assert all(f"({other}.md)" in page for other in PAGES if other != "README")
+            continue
+        parts = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE))
+        assert list(parts) == [
+            "Idea",
+            "Equation",
+            "Run",
+            "Logged",
+            "Differences",
+            "Paper and ours",
+        ], name
+        assert len(re.findall(r"[.](?:\s|$)", parts["Idea"])) == 3, (
+            f"{name}: the idea takes three sentences"
+        )
+        assert "$$" in parts["Equation"] and "python -m ddlib run" in parts["Run"], name
+        numbers = [int(n) for n in re.findall(r"^(\d+)\. ", parts["Differences"], re.MULTILINE)]
+        assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 2, name
+        assert "Effect:" in parts["Differences"], name
+
+
+def test_the_tables_of_the_pages_are_what_the_records_say():
+    for name, page in PAGES.items():
+        assert site.fill(page, ROOT / "results") == page, (
+            f"docs/methods/{name}.md: run python -m ddlib docs"
+        )
+
+
+def logged(path: Path) -> set[str]:
+    """The keys of the dicts that `step` and `record` of a method's file return."""
+    found = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name in ("step", "record")
+    ]
+    values = [
+        node.value
+        for function in found
+        for node in ast.walk(function)
+        if isinstance(node, ast.Return)
+    ]
+    return {
+        key.value
+        for value in values
+        for node in ast.walk(value)
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+        if isinstance(key, ast.Constant)
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "pages"),
+    [
+        ("dm", ["dm"]),
+        ("trajectory", ["mtt", "tesla", "ftd", "datm"]),
+        ("coreset", ["coresets"]),
+        ("frepo", ["frepo"]),
+        ("gradient", ["dc", "dsa", "idc", "dream", "dream_plus"]),
+    ],
+)
+def test_every_logged_metric_is_explained(file, pages):
+    path = ROOT / "ddlib" / "methods" / f"{file}.py"
+    keys = logged(path)
+    assert keys
+    for page in pages:
+        text = PAGES[page].split("## Logged")[1].split("\n## ")[0]
+        assert [key for key in sorted(keys) if not re.search(rf"`(extra\.)?{key}`", text)] == [], (
+            page
+        )
+
+
+# --- the site
+
+
+def test_the_site_needs_no_network_and_no_script(tmp_path, monkeypatch):
+    folder = tmp_path / "results" / "notebooks" / "small"
+    folder.mkdir(parents=True)
+    with pytest.raises(DDError, match="make reproduce PROFILE=small"):
+        site.build("small", tmp_path / "site", tmp_path / "results")
+    live = {"text/plain": "a bar", "application/vnd.jupyter.widget-view+json": {"model_id": "x"}}
+    outputs = [
+        nbformat.v4.new_output("display_data", live),
+        nbformat.v4.new_output(
+            "display_data",
+            {"text/html": '<script src="https://cdn.example/x.js"></script><b>kept</b>'},
+        ),
+    ]
+    text = "# One\n\n$\\psi$ costs `$5$`: see [dm](dm.ipynb), [gone](no.ipynb)\n\n$$\\tfrac1{2}$$"
+    cells = [
+        nbformat.v4.new_markdown_cell(text),
+        nbformat.v4.new_code_cell("1 < 2", outputs=outputs),
+    ]
+    for name in ("one", "dm"):
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
+    monkeypatch.setenv("DDLIB_FIGURES", str(tmp_path / "figures"))
+    (tmp_path / "figures" / "small").mkdir(parents=True)
+    (tmp_path / "figures" / "small" / "a_plot.png").write_bytes(b"png")
+    site.build("small", tmp_path / "site", tmp_path / "results")
+    pages = {
+        path.relative_to(tmp_path / "site").as_posix(): path
+        for path in (tmp_path / "site").rglob("*.html")
+    }
+    assert {
+        "index.html",
+        "claims.html",
+        "gallery.html",
+        "notebooks/one.html",
+        "methods/dm.html",
+    } <= pages.keys()
+    for name, path in pages.items():
+        text = path.read_text()
+        assert not re.search(r"<script|<iframe|@import|MathJax", text), name
+        for target in re.findall(r'(?:src|<link[^>]*href)="([^"]+)"', text):
+            assert not re.match(r"(https?:)?//", target), f"{name} loads {target[:60]}"
+        for target in re.findall(r'(?:href|src)="([^"#]+)', text):
+            local = not re.match(r"https?:|data:", target)
+            assert not local or (path.parent / target).is_file(), (
+                f"{name} links to {target}, which is not there"
+            )
+    one = pages["notebooks/one.html"].read_text()
+    assert (
+        "kept" in one
+        and "a bar" in one
+        and "<code>$5$</code>" in one
+        and 'href="dm.html"' in one
+        and "gone" in one
+    )
+    formulas = re.findall(r'alt="([^"]*)" src="data:image/svg', one)
+    assert [html.unescape(tex) for tex in formulas] == [r"\psi", r"\tfrac1{2}"]
+    assert "figures/a_plot.png" in pages["gallery.html"].read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(DDError, match="something else"):
+        site.build("small", tmp_path / "mine", tmp_path / "results")
+
+
+def test_every_formula_of_docs_and_notebooks_becomes_a_picture():
+    for name, text in prose().items():
+        for match in site.MATH.finditer(text):
+            if not match[1]:
+                assert "<img" in site._formula(match[2] or match[3], bool(match[2])), (
+                    f"{name}: {match[0]}"
+                )
+
+
+# --- figures in prose
+
+NUMBER = r"[-+−]?\d+(?:,\d{3})*(?:\.\d+)?"
+RUN = re.compile(
+    rf"(?<![\w.\-])({NUMBER}(?:(?:\s*(?:,|/|±|and|or|to)\s*)+{NUMBER})*)\s*"
+    r"(%|points?\b|x\b(?!\s*\d)|times\b)?"
+)
+EXEMPT = re.compile(
+    r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|\$\$.*?\$\$|\$[^$\n]+\$|\b\d{4}\.\d{5}\b"
+    r"|\b(?:Python|PyTorch|version|Table|Figure|eq\.|section|Section)\s+\d+(?:\.\d+)*"
+    r"|\b\d+\.\d+-?\s?(?:million|billion|GB)\b",
+    re.DOTALL,
+)
+DATASETS = {
+    re.sub(r"[^a-z0-9]", "", name.lower()): name for name in set(tables.published().dataset)
+}
+
+
+def prose() -> dict[str, str]:
+    """README, the markdown cells of the notebooks, and docs without their generated blocks, each as one text."""
+    readme = (ROOT / "README.md").read_text()
+    texts = {
+        "README.md": re.sub(r"<!-- measured:begin.*?measured:end -->", "", readme, flags=re.DOTALL)
+    }
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        texts[path.name] = "\n\n".join(
+            "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"
+        )
+    return texts | {
+        f"docs/methods/{name}.md": site.BLOCK.sub("", page) for name, page in PAGES.items()
+    }
+
+
+def leaves(value, key: str = "") -> list[tuple[str, float]]:
+    """Every number in a JSON value, with the key that it stands under."""
+    if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else ((key, part) for part in value)
+        return [leaf for name, part in parts for leaf in leaves(part, name)]
+    return (
+        [(key, float(value))]
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else []
+    )
+
+
+@pytest.fixture(scope="module")
+def backing():
+    """What may stand in prose: (rows with paper, dataset, value; "" is any) of accuracies, the factors, and
+    all other numbers of bench rows and studies (seconds, memory)."""
+    results = ROOT / "results"
+    found = claims.judge(claims.load(), results)
+    printed = tables.published()
+    rows = [(r.paper, r.dataset, v) for r in printed.itertuples() for v in (r.value, r.spread)]
+    rows += [
+        (r.paper, r.dataset, v)
+        for r in found[found.unit != "times"].itertuples()
+        for v in (r.value, r.ours, r.pooled)
+    ]
+    for profile in claims.KEPT:
+        table = tables.runs(tables.stored(results, profile))
+        for row in tables.summary(table).itertuples() if len(table) else ():
+            rows += [
+                ("", tables.canonical(row.dataset), v) for v in (row.accuracy, row.pooled, row.best)
+            ]
+    factors = [
+        v
+        for r in found[found.unit == "times"].itertuples()
+        for v in (r.value, r.ours)
+        if not math.isnan(v)
+    ]
+    files = [
+        *results.glob("bench/*.json"),
+        *(p for k in claims.KEPT for p in results.glob(f"{k}/studies/*.json")),
+    ]
+    kept = [leaf for path in files for leaf in leaves(json.loads(path.read_text()))]
+    factors += [v for key, v in kept if re.search(r"times|over|ratio", key)]
+    return [row for row in rows if not math.isnan(row[2])], factors, [v for _, v in kept]
+
+
+def unbacked(text: str, backing) -> list[str]:
+    """The figures of a text that nothing backs: what has a decimal, and what is so many times or x.
+
+    A figure needs a value that rounds to it. Accuracies are looked for among the papers that the text links and the
+    datasets that the paragraph names (any, where it names none); so a number cannot pass for being somewhere.
+    """
+    accuracies, factors, others = backing
+    papers = set(re.findall(r"\b\d{4}\.\d{5}\b", text))
+    missing = []
+    for paragraph in re.split(r"\n\s*\n", EXEMPT.sub(" ", text)):
+        words = re.sub(r"[^a-z0-9\s]", "", paragraph.lower())
+        datasets = {name for word, name in DATASETS.items() if re.search(rf"\b{word}\b", words)}
+        near = [
+            v
+            for p, d, v in accuracies
+            if (not p or not papers or p in papers) and (not datasets or d in datasets)
+        ]
+        for match in RUN.finditer(paragraph):
+            unit = match[2] or ""
+            pool = factors if unit in ("x", "times") else near if unit else near + factors + others
+            for token in re.findall(NUMBER, match[1]):
+                if "." not in token and unit not in ("x", "times"):
+                    continue
+                digits, value = (
+                    len(token.partition(".")[2]),
+                    float(token.replace("−", "-").replace(",", "")),
+                )
+                if not any(abs(abs(value) - abs(v)) <= 0.5 * 10**-digits + 1e-9 for v in pool):
+                    missing.append(f"{token} {unit}".strip())
+    return missing
+
+
+def test_no_figure_in_prose_that_nothing_backs(backing):
+    missing = {name: found for name, text in prose().items() if (found := unbacked(text, backing))}
+    assert not missing, (
+        f"no record, bench row, published figure or claim has these; take them from one: {missing}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("arXiv 2110.04181 reaches 26.0, 48.9 and 63.0 % on CIFAR-10.", []),
+        ("arXiv 2110.04181 reaches 26.0, 48.9 and 64.7 % on CIFAR-10.", ["64.7 %"]),
+        ("arXiv 2110.04181 reaches 63.0 % on MNIST.", ["63.0 %"]),  # which is CIFAR-10's
+        ("arXiv 2211.10586 reaches 63.0 % on CIFAR-10.", ["63.0 %"]),  # which is another paper's
+        ("It is about 45x faster, or 46x, at 64 x 64 pixels.", ["46 x"]),
+        (f"It takes {TESLA:.2f} times TESLA's, 7.77 times ours.", ["7.77 times"]),
+        (
+            "`lr_img=31.7`, Python 3.11, Table 4.2, arXiv 2110.04181, 10 % of the steps, $x^{3.3}$",
+            [],
+        ),
+        ("On CIFAR-10 +87.3 points", ["+87.3 points"]),
+    ],
+)
+def test_the_checker_itself(backing, text, expected):
+    assert unbacked(text, backing) == expected

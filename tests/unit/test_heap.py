@@ -1,0 +1,67 @@
+"""Freed memory stays with the process: large blocks cost no page faults again, and can be handed back."""
+
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddlib.engine import heap
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
+)
+ROUNDS, SIZE = 10, 64 << 20  # bytes; above glibc's largest threshold of its own
+PAGES = ROUNDS * SIZE // resource.getpagesize()
+
+
+def faults() -> int:
+    """Page faults of allocating, writing and freeing a block again and again."""
+    for _ in range(3):
+        torch.ones(SIZE // 4)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(ROUNDS):
+        torch.ones(SIZE // 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def faults_alone(**changes: str) -> int:
+    """`faults` in a process of its own: in this one other tests' blocks may lie in the way."""
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DDLIB_HEAP", "MALLOC_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_heap as t; print(t.faults())"],
+        text=True,
+        check=True,
+        capture_output=True,
+        cwd=Path(__file__).parent,
+        env=own | changes | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    return int(done.stdout)
+
+
+def test_a_freed_block_is_there_again():
+    assert faults_alone() < 0.1 * PAGES
+
+
+@pytest.mark.parametrize("off", [{"DDLIB_HEAP": "0"}, {"MALLOC_MMAP_THRESHOLD_": "1000000"}])
+def test_it_can_be_left_to_the_c_library(off):
+    assert faults_alone(**off) > 0.9 * PAGES
+
+
+def test_what_is_free_can_be_handed_back():
+    torch.ones(SIZE // 4)
+    held = resident()
+    heap.release()
+    assert held - resident() > 0.9 * SIZE

@@ -1,0 +1,370 @@
+"""Tables from hand-made records: spreads worked out by hand, the rule of the verdict, stale records left out."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+import ddlib as dd
+from ddlib.engine.record import Run
+from ddlib.report import tables
+from ddlib.train.evaluate import VERSION
+
+
+def record(
+    folder,
+    method="dm",
+    dataset="digits",
+    ipc=1,
+    profile="smoke",
+    seed=0,
+    scores=(50.0, 52.0),
+    **overrides,
+):
+    """A record as `runs` writes it, with these accuracies of its networks, and its Run."""
+    spec = dd.resolve(method, dataset, ipc, profile, seed, **overrides)
+    mean = sum(scores) / len(scores)
+    last = {
+        "step": spec.config.iterations,
+        "mean": mean,
+        "std": (sum((s - mean) ** 2 for s in scores) / len(scores)) ** 0.5,
+        "networks": list(scores),
+    }
+    written = {
+        "name": spec.name,
+        "method": method,
+        "dataset": dataset,
+        "ipc": ipc,
+        "profile": profile,
+        "seed": seed,
+        "values": spec.values,
+        "backbone": spec.run.backbone,
+        "accuracy": {"last": last, "best": last},
+        "seconds": {"distill": 20.0, "evaluate": 5.0},
+        "peak_bytes": 3 * 2**20,
+        "peak_method": "counted",
+        "device": "test",
+        "history": [{"step": k, "loss": 1 / k} for k in (1, 2, 3)],
+    }
+    path = folder / profile / f"{spec.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(written))
+    return Run(path)
+
+
+def test_summary_keeps_the_two_spreads_apart(tmp_path):
+    # run means 51 and 57: over seeds 3; inside the runs 1 and 3: over networks 2; all of 50 52 54 60 about 54: pooled
+    table = tables.runs(
+        [
+            record(tmp_path, seed=0, scores=(50.0, 52.0)),
+            record(tmp_path, seed=1, scores=(54.0, 60.0)),
+        ]
+    )
+    (row,) = tables.summary(table).to_dict("records")
+    assert row["accuracy"] == 54 and row["over seeds"] == 3 and row["over networks"] == 2
+    assert row["pooled"] == pytest.approx(((16 + 4 + 0 + 36) / 4) ** 0.5)
+    assert (row["seeds"], row["networks"], row["iterations"], row["seconds"]) == (2, 4, 200, 25)
+
+
+def test_runs_with_other_settings_are_not_seeds_of_one(tmp_path):
+    table = tables.runs([record(tmp_path), record(tmp_path, seed=1, lr_img=5.0)])
+    assert list(table.overrides) == ["", "lr_img=5.0"]
+    assert len(tables.summary(table)) == 2
+    assert list(tables.compare(table).overrides) == ["", "lr_img=5.0"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "ours", "spread", "paper", "less", "expected"),
+    [
+        ("paper", 25.0, 0.0, (26.0, 0.0), "", "reproduced"),  # exactly one point
+        ("paper", 24.95, 0.0, (26.0, 0.0), "", "not reproduced"),
+        ("paper", 27.05, 0.0, (26.0, 0.0), "", "not reproduced"),
+        ("paper", 24.0, 1.2, (26.0, 0.8), "", "reproduced"),  # the intervals just meet
+        ("paper", 23.9, 1.2, (26.0, 0.8), "", "not reproduced"),
+        (
+            "paper",
+            24.0,
+            1.2,
+            (26.0, float("nan")),
+            "",
+            "not reproduced",
+        ),  # no spread in print counts as none
+        (
+            "small",
+            26.0,
+            0.5,
+            (26.0, 0.8),
+            "",
+            "reduced budget",
+        ),  # never a reproduction, however near
+        (
+            "paper",
+            26.0,
+            0.5,
+            (26.0, 0.8),
+            "iterations 10 of 20",
+            "reduced budget: iterations 10 of 20",
+        ),
+        ("paper", 26.0, 0.5, None, "", "no published figure"),
+    ],
+)
+def test_verdict(profile, ours, spread, paper, less, expected):
+    assert tables.verdict(profile, ours, spread, paper, less) == expected
+
+
+def test_compare_puts_the_published_figure_beside_ours(tmp_path):
+    found = [
+        record(
+            tmp_path,
+            dataset="folder:cifar10",
+            ipc=10,
+            profile="paper",
+            scores=(48.0, 48.6, 48.3, 48.5, 48.1),
+        ),
+        record(
+            tmp_path, dataset="folder:cifar10", ipc=10, profile="small", scores=(44.0, 46.0, 45.0)
+        ),
+        record(
+            tmp_path,
+            dataset="folder:cifar10",
+            ipc=10,
+            profile="paper",
+            scores=(48.9,) * 5,
+            iterations=10,
+            seed=1,
+        ),
+        record(
+            tmp_path,
+            "random",
+            dataset="folder:cifar10",
+            ipc=10,
+            profile="paper",
+            scores=(40.0,) * 5,
+        ),
+        record(tmp_path),
+    ]
+    table = tables.compare(tables.runs(found)).set_index(
+        ["dataset", "profile", "method", "overrides"]
+    )
+    full = table.loc["folder:cifar10", "paper", "dm", ""]
+    assert (full.paper, full.ours, full["Δ"], full.verdict) == (
+        "48.9 ± 0.6",
+        "48.3 ± 0.2",
+        "-0.6",
+        "reproduced",
+    )
+    assert table.loc["folder:cifar10", "small", "dm", ""].verdict == (
+        "reduced budget: iterations 800 of 20000, networks 3 of 5, lr_img 10 for 1"
+    )
+    assert table.loc["folder:cifar10", "paper", "dm", "iterations=10"].verdict == (
+        "reduced budget: iterations 10 of 20000"
+    )
+    real = table.loc["folder:cifar10", "paper", "random", ""]
+    assert (real.paper, real.verdict) == (
+        "32.2~",
+        "not reproduced",
+    )  # with DSA augmentation; 26.0 is without
+    toy = table.loc["digits", "smoke", "dm", ""]
+    assert (toy.paper, toy["Δ"], toy.verdict) == ("none", "", "no published figure")
+
+
+def test_a_shortened_run_says_so_and_a_changed_one_is_no_reproduction(tmp_path):
+    place = {"dataset": "folder:cifar10", "ipc": 10}
+    found = [
+        record(tmp_path, **place, profile="paper", scores=(48.9,) * 5, augment="none"),
+        record(tmp_path, "ftd", **place, profile="small"),
+        record(tmp_path, "dream_plus", **place, profile="small"),
+        record(tmp_path, "idc", **place, profile="small", iterations=0),
+        record(tmp_path, "random", **place, profile="paper", scores=(30.0,) * 5, protocol="idc"),
+    ]
+    table = tables.compare(tables.runs(found)).set_index("method")
+    assert table.verdict["dm"] == "reduced budget: the overrides"
+    longer = [
+        record(tmp_path, **place, profile="paper", scores=(48.9,) * n, seed=7, **changes)
+        for n, changes in (
+            (5, {"iterations": 40000}),
+            (10, {"networks": 10}),
+            (5, {"evaluations": 3, "compile": False}),
+        )
+    ]
+    assert list(tables.compare(tables.runs(longer)).verdict) == [
+        "reproduced",
+        "reduced budget: iterations 40000 of 20000",
+        "reproduced",
+    ]
+    assert re.search(r"networks 2 of 5, convnet:width=32, \d+ more settings$", table.verdict["ftd"])
+    assert table.verdict["dream_plus"].startswith(
+        "no published figure; reduced budget: iterations "
+    )
+    assert table.paper["idc"] == "49.0~"  # the paper's curve at iteration 0, read off its figure
+    assert table.paper["random"] == "none"  # no paper prints random images under IDC's protocol
+    assert {"seeds", "networks"} <= set(table) and table.networks["dm"] == 5
+
+
+def test_a_key_younger_than_a_record_has_its_default(tmp_path):
+    run = record(tmp_path, dataset="folder:cifar10", profile="small", ema=0.0)
+    run.path.write_text(
+        json.dumps(
+            run.record | {"values": {k: v for k, v in run.record["values"].items() if k != "ema"}}
+        )
+    )
+    (old,) = tables.stored(tmp_path)
+    assert tables.runs([old]).overrides[0] == "ema=0.0"  # the small profile has another now
+
+
+def test_stored_leaves_out_what_is_not_current(tmp_path, monkeypatch):
+    current, old = record(tmp_path, seed=0), record(tmp_path, seed=1)
+    old.path.write_text(json.dumps(old.record | {"method": "gone"}))
+    (tmp_path / "smoke" / f"{current.path.stem}.transfer.json").write_text("{}")
+    assert [run.path for run in tables.stored(tmp_path)] == [current.path]
+    assert tables.stored(tmp_path, "paper") == []
+    monkeypatch.setattr(dd.METHODS["dm"], "version", dd.METHODS["dm"].version + 1)
+    assert tables.stored(tmp_path) == []
+
+
+def test_cost_per_step(tmp_path):
+    table = tables.cost(tables.runs([record(tmp_path), record(tmp_path, "random")])).set_index(
+        "method"
+    )
+    assert table.loc["dm", "ms / step"] == 100 and table.loc["dm", "peak MiB"] == 3
+    assert pd.isna(table.loc["random", "ms / step"])
+
+
+def test_printed_is_the_papers_own_table():
+    table = tables.printed(["dc", "dm", "full"], ["cifar10", "cifar100"]).set_index(
+        ["dataset", "ipc"]
+    )
+    assert list(table.columns) == ["dc", "dm", "full"] and len(table) == 6
+    assert table.loc[("cifar10", 50), "dm"] == "63.0 ± 0.4"
+    assert set(table.loc["cifar10", "full"]) == {"84.8 ± 0.1"}
+    assert (
+        table.loc[("cifar100", 50), "dc"] == ""
+    )  # DC-BENCH has a figure there, the papers have none
+    assert tables.printed(["dm"], ["mnist"]).dm.iloc[0] == "89.7 ± 0.6*"
+
+
+def test_across_keeps_the_order_and_shows_no_spread_of_one_network():
+    scores = [
+        {"backbone": b, "method": m, "mean": 50.0, "std": 2.0, "networks": [50.0] * n}
+        for b, n in (("resnet18", 1), ("mlp", 2))
+        for m in ("random", "dm")
+    ]
+    table = tables.across(scores)
+    assert list(table.columns) == ["backbone", "random", "dm"] and list(table.backbone) == [
+        "resnet18",
+        "mlp",
+    ]
+    assert list(table.dm) == ["50.0", "50.0 ± 2.0"]
+    assert tables.across([]).empty
+
+
+def test_curve_has_a_papers_own_figures_alone():
+    dm = tables.curve("dm", "folder:/home/me/cifar10").set_index("ipc")
+    assert (dm.value[1], dm.spread[1], dm.mark[1]) == (
+        26.0,
+        0.8,
+        "",
+    ) and dm.index.is_monotonic_increasing
+    assert 50 not in set(tables.curve("dc", "cifar100").ipc)  # DC-BENCH has one, the paper has none
+    assert list(tables.curve("random", "cifar10").value[:3]) == [
+        16.5,
+        32.2,
+        49.7,
+    ]  # under DSA's protocol
+    assert list(tables.curve("random", "mnist").value) == [
+        64.9,
+        95.1,
+        97.9,
+    ]  # where nothing else is on file
+    assert set(tables.curve("random", "mnist").mark) == {"*"}
+    assert list(tables.curve("full", "cifar10").value) == [84.8]
+    assert tables.curve("dm", "digits").empty
+
+
+def test_headline_keeps_all_seeds_of_the_setting_nearest_to_the_preset(tmp_path):
+    main = [record(tmp_path, seed=seed) for seed in (0, 1)]
+    others = [
+        record(tmp_path, seed=2, lr_img=5.0),
+        record(tmp_path, "dsa", iterations=3),
+        record(tmp_path, "dsa", iterations=5),
+        record(tmp_path, "dsa", iterations=9, eval_epochs=2),
+    ]
+    kept = tables.headline(tables.runs([*others, *main]))
+    assert sorted(zip(kept.method, kept.overrides, kept.seed, strict=True)) == [
+        ("dm", "", 0),
+        ("dm", "", 1),
+        ("dsa", "iterations=5", 0),
+    ]
+    assert tables.headline(tables.runs([])).empty
+
+
+def test_transfers_are_the_own_network_and_the_kept_others_under_the_same_protocol(tmp_path):
+    run = record(tmp_path, scores=(50.0, 52.0, 54.0))
+    run.__dict__["synthetic"] = SimpleNamespace(
+        backbone="convnet:width=32"
+    )  # else read from the file of the set
+    assert list(tables.transfers([run]).backbone) == ["convnet:width=32"]
+    score = {"std": 1.0, "step": 3}
+    kept = {
+        f"mlp x 1, version {VERSION}": {
+            **score,
+            "backbone": "mlp",
+            "mean": 60.0,
+            "networks": [60.0],
+        },
+        f"mlp x 2, version {VERSION}": {
+            **score,
+            "backbone": "mlp",
+            "mean": 61.0,
+            "networks": [60.0, 62.0],
+        },
+        f"mlp x 9, version {VERSION}, protocol=dc": {
+            **score,
+            "backbone": "mlp",
+            "mean": 1.0,
+            "networks": [1.0] * 9,
+        },
+        "lenet x 1, version 0": {**score, "backbone": "lenet", "mean": 1.0, "networks": [1.0]},
+        f"convnet:width=32 x 2, version {VERSION}": {
+            **score,
+            "backbone": "convnet:width=32",
+            "mean": 1.0,
+            "networks": [1.0] * 2,
+        },
+    }
+    run.path.with_suffix(".transfer.json").write_text(json.dumps(kept))
+    table = tables.transfers([run]).set_index("backbone")
+    assert dict(table["mean"]) == {"convnet:width=32": 52.0, "mlp": 61.0}
+    assert list(table.loc["mlp", ["method", "dataset", "ipc", "seed"]]) == ["dm", "digits", 1, 0]
+    assert tables.transfers([]).empty
+
+
+def test_printed_across_names_the_sets_and_marks_what_is_from_memory():
+    cells = tables.printed_across("folder:/home/me/cifar10").pivot(
+        index="set", columns="backbone", values="cell"
+    )
+    assert (
+        cells.loc["ftd, IPC 50", "resnet18"] == "65.7"
+        and cells.loc["mtt, IPC 10", "vgg11"] == "50.3*"
+    )
+    assert cells.loc["dm, IPC 50, on vgg11:norm=bn", "convnet:norm=bn"] == "54.2*"
+    assert "random, IPC 10" not in cells.index  # tested on its own network alone
+    assert {"lenet", "mlp"} < set(tables.printed_across("mnist").backbone)  # DC's second table
+    assert tables.printed_across("digits").empty
+
+
+def test_rows_as_json(tmp_path):
+    (row,) = json.loads(tables.runs([record(tmp_path)]).to_json(orient="records"))
+    assert row["method"] == "dm" and row["networks"] == [50.0, 52.0]
+
+
+def test_titled_shows_one_decimal_and_the_caption():
+    html = tables.titled(pd.DataFrame({"a": [1.26, None]}), "made for a test").to_html()
+    assert (
+        "1.3" in html
+        and "1.26" not in html
+        and "nan" not in html
+        and "<caption>made for a test</caption>" in html
+    )
