@@ -1,0 +1,198 @@
+"""The bits of every method, against checksums that were taken before the code was put into its present shape.
+
+`bits.json` has the sha256 of images and labels after a few steps, and what the numbers depend on beside the code: the
+torch build, the vector instructions and a small computation of torch's own. Where any of these differ the comparison
+says nothing, and is skipped. A change that is meant to move bits raises the method's version and renews its rows:
+`python tests/contract/test_bits.py > tests/contract/bits.json`.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ddlib as dd
+from ddlib.core import checksum
+
+BITS = Path(__file__).with_name("bits.json")
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+
+EVALUATION = {"eval_epochs": 1, "networks": 1, "snapshots": 0, "evaluations": 1}
+TINY = {**EVALUATION, "backbone": "convnet:width=8", "compile": False}
+EXPERTS = {
+    "subset": 100,
+    "experts": 2,
+    "expert_total": 3,
+    "max_start": 2,
+    "expert_epochs": 1,
+    "syn_steps": 4,
+}
+BATCHNORM = {"backbone": "convnet:width=8,norm=bn,grow=2,order=pre,init=lecun"}
+FREPO = {"iterations": 5, "pool_size": 2, "max_age": 1}
+CORESET = {"extractor_epochs": 1}
+
+# case -> (method, images per class, profile, overrides)
+CASES = {
+    "random smoke": ("random", 2, "smoke", EVALUATION),
+    **{
+        f"{name} smoke": (name, 2, "smoke", EVALUATION | CORESET)
+        for name in ("herding", "kcenter", "kmeans")
+    },
+    "dm smoke": ("dm", 1, "smoke", EVALUATION | {"iterations": 4}),
+    "dm small": ("dm", 1, "small", TINY | {"iterations": 10}),
+    "dm chunks": ("dm", 3, "small", TINY | {"iterations": 4, "init": "noise", "chunk": 50}),
+    "dm batchnorm": (
+        "dm",
+        2,
+        "small",
+        TINY | {"iterations": 3, "backbone": "convnet:width=8,norm=bn"},
+    ),
+    "dm gradient": ("dm", 2, "small", TINY | {"iterations": 3, "match": "gradient"}),
+    "dm with dream_plus": (
+        "dm",
+        2,
+        "small",
+        TINY
+        | {"iterations": 4, "match": "both", "sampling": "dream", "init": "kmeans", "interval": 2}
+        | {"batch_real": 32},
+    ),
+    **{
+        f"{name} smoke": (name, 2, "smoke", EVALUATION | {"iterations": 2, "inner": 3})
+        for name in ("dc", "dsa", "idc", "dream", "dream_plus")
+    },
+    **{
+        f"{name} small": (name, 2, "small", TINY | {"iterations": 2, "inner": 3, "pool": 120})
+        for name in ("dc", "dsa", "idc", "dream", "dream_plus")
+    },
+    "idc chunks": (
+        "idc",
+        2,
+        "small",
+        TINY | {"iterations": 2, "inner": 2, "chunk": 80, "batch_syn": 3, "net_images": 64},
+    ),
+    "dc batchnorm": (
+        "dc",
+        2,
+        "small",
+        TINY | {"iterations": 2, "inner": 2, "backbone": "convnet:width=8,norm=bn"},
+    ),
+    **{
+        f"{name} smoke": (name, 2, "smoke", EVALUATION | EXPERTS | {"iterations": 3})
+        for name in ("mtt", "tesla", "ftd", "datm")
+    },
+    **{
+        f"{name} small": (name, 2, "small", TINY | EXPERTS | {"iterations": 3, "segments": 2})
+        for name in ("mtt", "tesla", "ftd", "datm")
+    },
+    "tesla assigned": (
+        "tesla",
+        2,
+        "small",
+        TINY | EXPERTS | {"iterations": 3, "labels": "assigned", "batch_syn": 7, "init": "noise"},
+    ),
+    "mtt with dream": (
+        "mtt",
+        2,
+        "small",
+        TINY
+        | EXPERTS
+        | {"iterations": 2, "init": "kmeans", "init_epoch": 1, "gradient": "window=2"},
+    ),
+    "frepo smoke": ("frepo", 2, "smoke", EVALUATION | FREPO),
+    "frepo small": ("frepo", 2, "small", TINY | BATCHNORM | FREPO | {"zca": ""}),
+    "frepo flips": (
+        "frepo",
+        2,
+        "small",
+        TINY | BATCHNORM | FREPO | {"flip": "on", "batch_net": 7, "learn_label": False},
+    ),
+}
+
+
+def bits(case: str, folder: Path) -> str:
+    """sha256 of the images and labels of a case, on one thread."""
+    method, ipc, profile, overrides = CASES[case]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run = dd.run(
+            method,
+            "digits",
+            ipc=ipc,
+            profile=profile,
+            seed=3,
+            device="cpu",
+            results=folder,
+            progress=False,
+            teach=True,
+            **overrides,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    return checksum(run.synthetic.images, run.synthetic.labels)
+
+
+def canary() -> str:
+    """sha256 of a computation of torch's alone: convolution, norm, pooling, and their second derivatives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 1, 8, 8, generator=rng, requires_grad=True)
+    w = torch.randn(32, 1, 3, 3, generator=rng, requires_grad=True)
+    v = torch.randn(10, 32 * 16, generator=rng, requires_grad=True)
+    features = F.avg_pool2d(F.relu(F.group_norm(F.conv2d(x, w, padding=1), 32)), 2).flatten(1)
+    loss = F.cross_entropy(features @ v.T, torch.arange(64) % 10)
+    gradients = torch.autograd.grad(loss, (w, v), create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, w, v))
+    torch.set_num_threads(threads)
+    return checksum(loss, *gradients, *second)
+
+
+def machine() -> dict[str, str]:
+    """What the bits depend on beside the code."""
+    return {
+        "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "canary": canary(),
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bits_are_those_of_before(case, tmp_path, monkeypatch):
+    kept = json.loads(BITS.read_text())
+    here = machine()
+    if kept["machine"] != here:
+        different = [key for key, value in here.items() if kept["machine"][key] != value]
+        pytest.skip(f"the checksums are of another machine: {', '.join(different)} differ")
+    monkeypatch.setenv("DDLIB_EXPERTS", str(tmp_path / "experts"))
+    assert bits(case, tmp_path) == kept["bits"][case]
+
+
+def test_every_method_has_its_bits():
+    kept = json.loads(BITS.read_text())["bits"]
+    assert kept.keys() == CASES.keys()
+    built_in = {method for method, *_ in CASES.values()}
+    assert {name for name in dd.METHODS} == built_in
+
+
+def test_every_kept_record_is_found_again():
+    """A record's name is the hash of its settings: a run asked for again must come to the same name."""
+    from ddlib.engine.record import resolve_record
+
+    records = [json.loads(path.read_text()) for path in RESULTS.rglob("*seed*.json")]
+    records = [record for record in records if "values" in record and "name" in record]
+    assert len(records) >= 40
+    assert [r["name"] for r in records if resolve_record(r).name != r["name"]] == []
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["DDLIB_EXPERTS"] = f"{scratch}/experts"
+        rows = {case: bits(case, Path(scratch)) for case in CASES}
+    json.dump({"machine": machine(), "bits": rows}, sys.stdout, indent=1)
+    print()
