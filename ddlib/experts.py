@@ -76,13 +76,17 @@ class Experts:
         return len(self.weights)
 
 
+def experts_folder() -> Path:
+    """Where networks trained on whole datasets live: DDLIB_EXPERTS, else `experts/` among the results."""
+    return Path(os.environ.get("DDLIB_EXPERTS") or results_folder() / "experts")
+
+
 def folder(data: Dataset, backbone: str, recipe: ExpertRecipe) -> Path:
-    """Where the experts of one dataset, network and recipe live: DDLIB_EXPERTS, else `experts/` among the results."""
+    """Where the experts of one dataset, network and recipe live, below `experts_folder`."""
     facts = [data.name, data.checksum, data.zca.id if data.zca else None, backbone, recipe.facts]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
-    root = Path(os.environ.get("DDLIB_EXPERTS") or results_folder() / "experts")
     name = f"{data.name}-{backbone}-{recipe.flat}-{digest}"
-    return root / "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    return experts_folder() / "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
 
 
 def _header(data: Dataset, net: Backbone, recipe: ExpertRecipe) -> dict:

@@ -27,6 +27,7 @@ COLOURS = {
     "herding": "#CC79A7",
     "kcenter": "#F0E442",
     "kmeans": "#56B4E9",
+    "forgetting": "#BBBBBB",
     "dm": "#0072B2",
     "dc": "#8C564B",
     "dsa": "#D55E00",

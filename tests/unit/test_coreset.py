@@ -6,7 +6,17 @@ import torch
 
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
-from ddlib.methods.coreset import Coreset, CoresetConfig, herding, kcenter, kmeans
+from ddlib.methods.coreset import (
+    Coreset,
+    CoresetConfig,
+    Extractor,
+    forgetting,
+    herding,
+    kcenter,
+    kmeans,
+    train_and_count,
+)
+from ddlib.train.loop import Recipe
 
 
 def line(*values: float) -> torch.Tensor:
@@ -117,8 +127,9 @@ def test_random_is_class_major_distinct_and_seeded(data):
     [("herding", herding), ("kcenter", kcenter), ("kmeans", lambda x, n: kmeans(x, n, 5))],
 )
 def test_coreset_applies_the_rule_to_each_class(data, kind, rule, monkeypatch):
-    monkeypatch.setattr("ddlib.methods.coreset.extract_features", lambda data, *_: (flat(data), {}))
     chosen = Coreset(CoresetConfig(kind), data, 4, "convnet", 5)
+    chosen.extractor = Extractor(None, None, {"epochs": 0})
+    monkeypatch.setattr("ddlib.methods.coreset.embed", lambda net, data: flat(data))
     labels, wanted = data.labels["train"], []
     for c in range(3):
         rows = (labels == c).nonzero()[:, 0]
@@ -126,7 +137,7 @@ def test_coreset_applies_the_rule_to_each_class(data, kind, rule, monkeypatch):
     assert chosen.index.tolist() == wanted
     assert chosen.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert chosen.images.equal(data.batch("train", torch.tensor(wanted)))
-    assert chosen.record == {} and chosen.step() == {}
+    assert chosen.record == {"extractor": {"epochs": 0}} and chosen.step() == {}
 
 
 def test_coreset_state_is_the_selection(data):
@@ -136,7 +147,61 @@ def test_coreset_state_is_the_selection(data):
     assert first.index.equal(second.index)
 
 
-def test_coreset_trains_its_own_extractor(data):
+def test_the_most_forgotten_come_first_and_ties_in_random_order():
+    events = torch.tensor([0, 3, 1, 3, 0, 0])
+    picked = forgetting(events, 4, generator(0)).tolist()
+    assert set(picked[:2]) == {1, 3} and picked[2] == 2 and picked[3] in (0, 4, 5)
+    draws = {tuple(forgetting(events, 4, generator(seed)).tolist()) for seed in range(20)}
+    assert len(draws) > 3
+    with pytest.raises(DDError, match="cannot choose 7 of 6"):
+        forgetting(events, 7, generator(0))
+
+
+class Scripted(torch.nn.Module):
+    """A stand-in network: what it answers to each image in each epoch is written down."""
+
+    spec = "scripted"
+
+    def __init__(self, answers: torch.Tensor):
+        super().__init__()
+        self.answers, self.seen = answers, torch.zeros(answers.shape[1], dtype=torch.long)
+        self.classifier = torch.nn.Linear(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(1).max(1).values.argsort().argsort() if len(x) > 1 else None
+        assert rows is not None
+        answer = self.answers[self.seen[rows], rows]
+        self.seen[rows] += 1
+        return torch.nn.functional.one_hot(answer, 2) + 0 * self.classifier.weight.sum()
+
+
+def test_an_event_is_a_step_from_right_to_wrong():
+    images = (np.arange(4, dtype=np.uint8) * 60)[:, None, None].repeat(8, 1).repeat(8, 2)
+    labels = np.array([0, 0, 1, 1])
+    data = from_arrays(images, labels, images, labels, device="cpu")
+    answers = torch.tensor(  # one row an epoch, one column an image
+        [[0, 1, 1, 1], [1, 0, 1, 0], [0, 1, 1, 1], [1, 0, 1, 0]]
+    )
+    recipe = Recipe("test", epochs=4, lr=0.0, batch=4, drops=(), augment="none")
+    events = train_and_count(data, Scripted(answers), recipe, 0)
+    assert events.tolist() == [2, 1, 0, 2]
+
+
+def test_all_rules_share_one_kept_extractor(data, results, monkeypatch):
+    config = CoresetConfig("herding", extractor_epochs=3)
+    first = Coreset(config, data, 2, "convnet:width=4,depth=1", 0)
+    picked = first.index
+    monkeypatch.setattr("ddlib.methods.coreset.train", None)  # nothing is trained again
+    other = CoresetConfig("forgetting", extractor_epochs=3)
+    again = Coreset(other, data, 2, "convnet:width=4,depth=1", 0)
+    assert again.record == first.record and len(set(again.index.tolist())) == 6
+    second = Coreset(config, data, 2, "convnet:width=4,depth=1", 0)
+    assert second.index.equal(picked)
+    with pytest.raises(TypeError):  # another seed has an extractor of its own
+        _ = Coreset(config, data, 2, "convnet:width=4,depth=1", 1).index
+
+
+def test_coreset_trains_its_own_extractor(data, results):
     config = CoresetConfig("herding", extractor_epochs=12, extractor_lr=0.02)
     chosen, again = (Coreset(config, data, 2, "convnet:width=4,depth=1", 0) for _ in range(2))
     assert chosen.index.equal(again.index)
