@@ -46,7 +46,7 @@ lab: env ## JupyterLab on notebooks/
 	$(VENV) -m jupyterlab notebooks
 
 bench: env ## speed and memory against the plain loops
-	$(VENV) -m ddlib bench
+	$(VENV) -m benchmarks
 
 gpu: env ## MINUTES=30 on a CUDA GPU: its tests, speed, memory, and the paper's rows, cheapest first; goes on where it stopped
 	$(VENV) -m benchmarks.gpu --minutes $(or $(MINUTES),30)

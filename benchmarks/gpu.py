@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+from benchmarks.__main__ import PARTS
 from ddlib.core import results_folder
 
 # (method, IPC, overrides), by what the arithmetic says that a run costs; experts come before the runs that need them.
@@ -47,10 +48,10 @@ def commands(dataset: str, device: str) -> list[list[str]]:
     """The parts in order, each as the arguments of the interpreter."""
     bench = results_folder() / "bench"
     parts = [["-m", "pytest", "-q", "-m", "gpu", "tests"]] if device == "cuda" else []
-    for name in ("dm", "trajectory", "frepo", "gradient", "kmeans"):
+    for name in PARTS:
         if not (out := bench / f"{name}_{device}.json").is_file():
             parts.append(
-                ["-m", "ddlib", "bench", "--only", name, "--device", device, "--out", str(out)]
+                ["-m", "benchmarks", "--only", name, "--device", device, "--out", str(out)]
             )
     for method, ipc, changes in ROWS:
         options = [

@@ -8,52 +8,46 @@ dd.plots.images(run.synthetic)
 
 from importlib import import_module
 
-from .config import PROFILES, Spec, resolve
-from .core import DDError, numbers
-from .data.dataset import Dataset, from_arrays, load
-from .distilled import Synthetic
-from .engine.record import Run
-from .engine.run import prepare, run, sweep
-from .methods import METHODS
-from .train.evaluate import Evaluation, evaluate, protocol
-
 __version__ = "0.1.0"
-__all__ = [
-    "METHODS",
-    "PROFILES",
-    "DDError",
-    "Dataset",
-    "Evaluation",
-    "Run",
-    "Spec",
-    "Synthetic",
-    "evaluate",
-    "from_arrays",
-    "load",
-    "numbers",
-    "plots",
-    "prepare",
-    "protocol",
-    "resolve",
-    "run",
-    "sweep",
-    "tables",
-]
-LAZY = {
+
+# Each name is imported when it is first used: `ddlib --help` is there at once, without torch.
+MODULES = {
     "claims": "report.claims",
     "explore": "report.explore",
     "fairness": "studies.fairness",
     "plots": "report.plots",
     "tables": "report.tables",
 }
+NAMES = {
+    "METHODS": "methods",
+    "PROFILES": "config",
+    "DDError": "core",
+    "Dataset": "data.dataset",
+    "Evaluation": "train.evaluate",
+    "Run": "engine.record",
+    "Spec": "config",
+    "Synthetic": "distilled",
+    "evaluate": "train.evaluate",
+    "from_arrays": "data.dataset",
+    "load": "data.dataset",
+    "numbers": "core",
+    "prepare": "engine.run",
+    "protocol": "train.evaluate",
+    "resolve": "config",
+    "run": "engine.run",
+    "sweep": "engine.run",
+}
+__all__ = [*NAMES, "plots", "tables"]  # noqa: PLE0604
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *LAZY})
+    return sorted({*globals(), *MODULES, *NAMES})
 
 
 def __getattr__(name: str):
-    """`dd.tables`, `dd.plots` and their like load pandas and matplotlib only when they are asked for."""
-    if name in LAZY:
-        return import_module(f".{LAZY[name]}", __name__)
+    if name in MODULES:
+        return import_module(f".{MODULES[name]}", __name__)
+    if name in NAMES:
+        value = globals()[name] = getattr(import_module(f".{NAMES[name]}", __name__), name)
+        return value
     raise AttributeError(f"module 'ddlib' has no attribute {name!r}")

@@ -1,46 +1,33 @@
-"""The command line: python -m ddlib run | evaluate | reproduce | site | docs | bench | list."""
+"""The command line: `ddlib COMMAND`, or `python -m ddlib COMMAND`.
+
+Importing torch takes seconds, so a command imports what it needs when it runs, and help is there at once. A command is
+a function whose docstring is its help page: one sentence, then examples.
+"""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-import os
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from pathlib import Path
 from typing import NoReturn
 
-import yaml
-
 from . import __version__
-from .config import PROFILES
-from .core import (
-    SOURCE,
-    DDError,
-    Interrupted,
-    choose,
-    pick_device,
-    results_folder,
-    write_atomically,
-)
-from .data.dataset import NAMES, canonical, load
-from .distilled import Synthetic
-from .engine.run import prepare, run
-from .methods import METHODS
-from .train.evaluate import evaluate
 
-DATASETS = {
-    "smoke": "digits",
-    "small": "cifar10",
-    "paper": "cifar10",
-}  # what the notebooks reproduce on
+TOUR = """examples:
+  ddlib run dm --dataset digits --ipc 1        seconds on a laptop, no download
+  ddlib list                                   every run that is kept
+  ddlib presets frepo --dataset cifar10 --ipc 10 --profile paper
+  ddlib reproduce --only dm                    a paper's notebook from top to bottom
+"""
 
 
 def _key_values(pairs: list[str]) -> dict[str, object]:
-    """`--set key=value` as a dict; values are read as YAML, and 1e-3, a word to YAML 1.1, as the number it is."""
+    """`--set key=value` as a dict; values are YAML, and 1e-3, a word to YAML 1.1, is the number that it is."""
+    import yaml
+
+    from .core import DDError
+
     values = {}
     for pair in pairs:
         key, _, text = pair.partition("=")
@@ -55,6 +42,11 @@ def _key_values(pairs: list[str]) -> dict[str, object]:
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, object]:
+    import inspect
+
+    from .core import DDError
+    from .engine.run import run
+
     values = _key_values(args.set)
     for key in values.keys() & inspect.signature(run).parameters.keys():
         raise DDError(f"--set takes the keys of a preset, and {key!r} is none of them")
@@ -62,6 +54,14 @@ def _overrides(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Distil one set, evaluate it and write its record; a stopped run goes on where it stopped.
+
+    ddlib run dm --dataset digits --ipc 1
+    ddlib run frepo --dataset cifar10 --ipc 10 --profile paper --seed 1
+    ddlib run dm --dataset folder:photos --ipc 1 --set resolution=32 --set iterations=500
+    """
+    from .engine.run import run
+
     done = run(
         args.method,
         args.dataset,
@@ -75,14 +75,22 @@ def _run(args: argparse.Namespace) -> None:
         **_overrides(args),
     )
     record = done.record
+    seconds, peak = record["seconds"], record["peak_bytes"] / 2**20
+    print(f"{done!r}\nrecord {done.path}\nset    {done.path.with_suffix('.safetensors')}")
     print(
-        f"{done!r}\nrecord {done.path}\nset    {done.path.with_suffix('.safetensors')}\n"
-        f"distilled in {record['seconds']['distill']:.0f} s, evaluated in {record['seconds']['evaluate']:.0f} s, "
-        f"peak {record['peak_bytes'] / 2**20:.0f} MiB ({record['peak_method']}), {record['device']}"
+        f"distilled in {seconds['distill']:.0f} s, evaluated in {seconds['evaluate']:.0f} s, "
+        f"peak {peak:.0f} MiB ({record['peak_method']}), {record['device']}"
     )
 
 
 def _experts(args: argparse.Namespace) -> None:
+    """Train the expert trajectories that such a run needs (mtt, tesla, ftd, datm); those that are there stay.
+
+    ddlib experts mtt --dataset digits --ipc 1
+    ddlib experts ftd --dataset cifar10 --ipc 1 --profile paper --set experts=20
+    """
+    from .engine.run import prepare
+
     paths = prepare(
         args.method,
         args.dataset,
@@ -94,7 +102,28 @@ def _experts(args: argparse.Namespace) -> None:
     print(f"{len(paths)} experts in {paths[0].parent}")
 
 
+def _presets(args: argparse.Namespace) -> None:
+    """Every setting of such a run: its key, its value, and the preset file and line that gives it.
+
+    ddlib presets dm --dataset cifar10 --ipc 10 --profile paper
+    ddlib presets frepo --dataset digits --ipc 1
+    """
+    from .report import presets, terminal
+
+    print(terminal.table(presets.table(args.method, args.dataset, args.ipc, args.profile)))
+
+
 def _evaluate(args: argparse.Namespace) -> None:
+    """Train fresh networks on a distilled set, under the protocol that it carries, and test them.
+
+    ddlib evaluate results/small/NAME.safetensors
+    ddlib evaluate NAME.safetensors --dataset folder:cifar10 --backbone resnet18 --networks 3
+    """
+    from .core import DDError, pick_device
+    from .data.dataset import canonical, load
+    from .distilled import Synthetic
+    from .train.evaluate import evaluate
+
     syn = Synthetic.load(args.file)
     made, device = syn.spec.get("values", {}), pick_device(args.device)
     try:
@@ -107,14 +136,20 @@ def _evaluate(args: argparse.Namespace) -> None:
     except DDError as error:
         if args.dataset or canonical(syn.dataset) == syn.dataset:
             raise
-        raise DDError(
-            f"{error}; or say where its images are, e.g. --dataset {canonical(syn.dataset)}"
-        ) from None
+        place = canonical(syn.dataset)
+        raise DDError(f"{error}; or say where its images are, e.g. --dataset {place}") from None
     print(evaluate(syn, data, backbone=args.backbone, networks=args.networks, seed=args.seed))
 
 
 def _list(args: argparse.Namespace) -> None:
-    from .report import tables
+    """Every record as a table: accuracy after the last step, the best on the way, what it cost.
+
+    ddlib list --profile small
+    ddlib list --method dm --json        every column, for machines
+    """
+    from .core import choose, results_folder
+    from .methods import METHODS
+    from .report import tables, terminal
 
     found = tables.stored(args.results, args.profile)
     if args.method:
@@ -126,127 +161,47 @@ def _list(args: argparse.Namespace) -> None:
     elif args.markdown:
         print(tables.markdown(table))
     elif table.empty:
+        which = f" of {args.method}" if args.method else ""
         print(
-            f"no records{f' of {args.method}' if args.method else ''} in {results_folder(args.results)}; make one: "
+            f"no records{which} in {results_folder(args.results)}; make one: "
             f"python -m ddlib run {args.method or 'dm'} --dataset digits --ipc 1"
         )
     else:
-        print(
-            table.drop(columns=["networks", "device", "protocol", "changed"])
-            .round(1)
-            .to_string(index=False)
-        )
+        print(terminal.runs(table))
 
 
 def _reproduce(args: argparse.Namespace) -> None:
-    """Execute the notebooks by papermill into results/notebooks/PROFILE and print one table of all runs."""
-    try:
-        import papermill
-    except ImportError:
-        raise DDError(
-            "reproduce needs papermill: pip install 'ddlib[lab]', or make reproduce"
-        ) from None
-    from .report import tables
+    """Execute the notebooks from top to bottom; their tables and figures land in results/ and figures/.
 
-    notebooks = {path.stem: path for path in sorted((SOURCE / "notebooks").glob("*.ipynb"))}
-    names = [choose("notebook", name, notebooks) for name in args.only] or list(notebooks)
-    out = results_folder(args.results) / "notebooks" / args.profile
-    out.mkdir(parents=True, exist_ok=True)
-    figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures").resolve()
-    # The kernels start in notebooks/: absolute paths, and the checkout's ddlib even where none is installed.
-    os.environ |= {
-        "DDLIB_RESULTS": str(results_folder(args.results).resolve()),
-        "DDLIB_FIGURES": str(figures),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH")))),
-    }
-    if args.profile == "smoke":
-        os.environ.setdefault(
-            "OMP_NUM_THREADS", "1"
-        )  # on networks this small two threads wait for one another
-    parameters = {
-        "profile": args.profile,
-        "device": args.device,
-        "dataset": args.dataset or DATASETS[args.profile],
-    }
-    known = {name: papermill.inspect_notebook(str(notebooks[name])) for name in names}
-    for key, value in _key_values(args.set).items():
-        choose(
-            "notebook parameter", key, sorted({k for offered in known.values() for k in offered})
-        )
-        parameters[key] = value
-    start = time.perf_counter()
-    # Smoke networks keep one core busy, so notebooks run side by side; a larger profile has the machine to itself.
-    workers = min(2, os.cpu_count() or 1) if args.profile == "smoke" else 1
+    ddlib reproduce                              the embedded digits, some minutes
+    ddlib reproduce --only dm frepo
+    ddlib reproduce --profile paper --dataset cifar10 --only dm --set ipcs=1,10
+    """
+    from .report.reproduce import reproduce
 
-    def execute(name: str) -> None:
-        taken = {key: value for key, value in parameters.items() if key in known[name]}
-        done = papermill.execute_notebook(
-            str(notebooks[name]),
-            target := str(out / f"{name}.ipynb"),
-            parameters=taken,
-            cwd=str(SOURCE / "notebooks"),
-            kernel_name="python3",
-            progress_bar=workers == 1 and sys.stderr.isatty(),
-        )
-        done.metadata["papermill"] |= {
-            "input_path": f"{name}.ipynb",
-            "output_path": f"{name}.ipynb",
-        }
-        papermill.iorw.write_ipynb(done, target)  # without this machine's paths
-        print(f"{name}: {target}, {time.perf_counter() - start:.0f} s", flush=True)
-
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(execute, name): name for name in names}
-        for job in as_completed(jobs):
-            try:
-                job.result()
-            except papermill.PapermillExecutionError as error:
-                pool.shutdown(cancel_futures=True)
-                raise DDError(
-                    f"notebook {jobs[job]} stopped: {error.ename}: {error.evalue}"
-                ) from None
-    table = tables.compare(tables.runs(tables.stored(args.results, args.profile)))
-    print(
-        f"\n{table.to_string(index=False)}\n\n{len(names)} notebooks in {time.perf_counter() - start:.0f} s; "
-        f"figures in {figures / args.profile}"
-    )
-
-
-def _bench(args: argparse.Namespace) -> None:
-    sys.path.insert(0, str(SOURCE))
-    try:
-        from benchmarks import dm, frepo, gradient, kmeans, trajectory
-    except ImportError:
-        raise DDError(
-            "bench needs the source checkout of ddlib, which has the plain loops"
-        ) from None
-    parts = {
-        "dm": dm,
-        "trajectory": trajectory,
-        "frepo": frepo,
-        "gradient": gradient,
-        "kmeans": kmeans,
-    }
-    rows: list[dict] = []
-    for name in [args.only] if args.only else parts:
-        rows += parts[name].main(pick_device(args.device))
-    if args.out:
-        write_atomically(Path(args.out), lambda path: path.write_text(json.dumps(rows, indent=1)))
+    parameters = _key_values(args.set)
+    reproduce(args.profile, args.only, args.dataset, args.device, parameters, args.results)
 
 
 def _site(args: argparse.Namespace) -> None:
+    """Executed notebooks, claims, methods and figures as static pages, from what a profile has stored.
+
+    ddlib site --profile small --out /tmp/site
+    """
     from .report import site
 
     print(f"open {site.build(args.profile, args.out, args.results)}")
 
 
 def _docs(args: argparse.Namespace) -> None:
+    """Renew the tables in docs/methods from the records.
+
+    ddlib docs
+    """
     from .report import site
 
-    print(
-        "\n".join(map(str, site.write_docs(args.results)))
-        or "the tables of docs/methods are up to date"
-    )
+    changed = site.write_docs(args.results)
+    print("\n".join(map(str, changed)) or "the tables of docs/methods are up to date")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -254,92 +209,125 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"ddlib: {message}; see {self.prog} --help\n")
 
 
+def _option(*names: str, **meaning: object) -> tuple:
+    return names, meaning
+
+
+METHOD = _option("method", help="e.g. dm, frepo, tesla, ftd, dream_plus; a wrong name lists all")
+DATASET = _option(
+    "--dataset", required=True, help="e.g. digits (embedded), mnist, cifar10, or folder:PATH"
+)
+IPC = _option("--ipc", type=int, required=True, help="images per class")
+PROFILE = _option(
+    "--profile", default="smoke", help="smoke (the default: seconds), small or paper (its setting)"
+)
+STORED = _option("--profile", default="smoke", choices=("smoke", "small", "paper"))
+DEVICE = _option("--device", default="auto", help="auto (the default), cpu or cuda")
+RESULTS = _option(
+    "--results", help="folder of the records (default: $DDLIB_RESULTS, else results/)"
+)
+BACKBONE = _option("--backbone", help="e.g. convnet:width=32; default: the preset's")
+SET = _option(
+    "--set",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="override a preset's key (ddlib presets shows them); may be repeated",
+)
+SETTING = (METHOD, DATASET, IPC, PROFILE)
+COMMANDS = {
+    "run": (
+        _run,
+        *SETTING,
+        _option("--seed", type=int, default=0, help="of distillation and evaluation (default: 0)"),
+        BACKBONE,
+        SET,
+        _option(
+            "--checkpoint-every",
+            type=int,
+            default=50,
+            metavar="STEPS",
+            help="default: 50; also every five minutes",
+        ),
+        _option("--fresh", action="store_true", help="ignore an old record and checkpoint"),
+        DEVICE,
+        RESULTS,
+    ),
+    "experts": (_experts, *SETTING, BACKBONE, SET, DEVICE),
+    "presets": (_presets, *SETTING),
+    "evaluate": (
+        _evaluate,
+        _option("file", help="a .safetensors file that a run wrote"),
+        _option("--dataset", help="where the real test images are; default: the set's own dataset"),
+        _option("--backbone", help="another network than the set's own"),
+        _option("--networks", type=int, default=5, help="default: 5"),
+        _option("--seed", type=int, default=0, help="of the networks (default: 0)"),
+        DEVICE,
+    ),
+    "list": (
+        _list,
+        _option("--profile", choices=("smoke", "small", "paper")),
+        _option("--method", help="only this one"),
+        _option("--markdown", action="store_true", help="paper | ours | difference, for README.md"),
+        _option("--json", action="store_true", help="every column as one JSON list, for machines"),
+        RESULTS,
+    ),
+    "reproduce": (
+        _reproduce,
+        STORED,
+        _option("--dataset", help="default: digits for smoke, else cifar10"),
+        _option("--only", nargs="+", default=[], metavar="NOTEBOOK", help="by name, e.g. dm"),
+        _option(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="a parameter of the notebooks",
+        ),
+        DEVICE,
+        RESULTS,
+    ),
+    "site": (_site, STORED, _option("--out", help="folder of the pages (default: site/)"), RESULTS),
+    "docs": (_docs, RESULTS),
+}
+
+
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="ddlib", description="Dataset distillation, reproduced.")
+    """The parser of every command; it needs none of the library's heavy imports."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = _Parser(
+        prog="ddlib",
+        description="Dataset distillation, reproduced.",
+        epilog=TOUR,
+        formatter_class=raw,
+    )
     top.add_argument("--version", action="version", version=f"ddlib {__version__}")
-    commands = top.add_subparsers(dest="command", required=True)
-
-    def command(name: str, call, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary)
-        sub.set_defaults(call=call)
-        sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        if name not in ("bench", "experts"):  # which live where DDLIB_EXPERTS or DDLIB_RESULTS says
-            sub.add_argument(
-                "--results", help="folder of the records (default: DDLIB_RESULTS, else results/)"
-            )
-        return sub
-
-    one = command(
-        "run", _run, "distil one set, evaluate it and write its record; a stopped run goes on"
-    )
-    teach = command("experts", _experts, "train the expert trajectories that such a run needs")
-    for sub in (one, teach):
-        sub.add_argument("method", help=", ".join(METHODS))
-        sub.add_argument("--dataset", required=True, help=f"{', '.join(NAMES)}, or folder:PATH")
-        sub.add_argument("--ipc", type=int, required=True, help="images per class")
-        sub.add_argument(
-            "--profile", default="smoke", help=f"{', '.join(PROFILES)} (default: smoke)"
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, (call, *options) in COMMANDS.items():
+        summary, _, examples = call.__doc__.partition("\n\n")
+        lines = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n{lines}",
+            formatter_class=raw,
         )
-        sub.add_argument("--backbone", help="e.g. convnet:width=32; default: the preset's")
-        sub.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset key"
-        )
-    one.add_argument(
-        "--seed", type=int, default=0, help="of the distillation and its evaluation (default: 0)"
-    )
-    one.add_argument(
-        "--checkpoint-every",
-        type=int,
-        default=50,
-        metavar="STEPS",
-        help="default: 50; also every five minutes",
-    )
-    one.add_argument("--fresh", action="store_true", help="ignore an old record and checkpoint")
-
-    score = command("evaluate", _evaluate, "train fresh networks on a distilled set and test them")
-    score.add_argument("file", help="a .safetensors file that a run wrote")
-    score.add_argument(
-        "--dataset", help="where the real test images are; default: the set's own dataset"
-    )
-    score.add_argument("--backbone", help="another network than the set's own")
-    score.add_argument("--networks", type=int, default=5, help="default: 5")
-    score.add_argument("--seed", type=int, default=0, help="of the networks (default: 0)")
-
-    show = command("list", _list, "every record as a table")
-    show.add_argument("--profile", choices=PROFILES)
-    show.add_argument("--method", help=f"only this one: {', '.join(METHODS)}")
-    show.add_argument(
-        "--markdown", action="store_true", help="paper | ours | difference, as README.md has it"
-    )
-    show.add_argument("--json", action="store_true", help="one JSON list, for machines")
-
-    again = command("reproduce", _reproduce, "execute the notebooks, write tables and figures")
-    again.add_argument("--profile", default="smoke", choices=PROFILES)
-    again.add_argument(
-        "--dataset", help=f"default: {', '.join(f'{d} for {p}' for p, d in DATASETS.items())}"
-    )
-    again.add_argument("--only", nargs="+", default=[], help="notebooks by name, e.g. dm")
-    again.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a notebook parameter"
-    )
-
-    pages = command("site", _site, "executed notebooks, claims, methods and figures as static HTML")
-    pages.add_argument("--profile", default="smoke", choices=PROFILES)
-    pages.add_argument("--out", help="folder of the pages (default: site/)")
-    command("docs", _docs, "renew the tables in docs/methods from the records")
-
-    bench = command("bench", _bench, "time and memory against a plain loop, and the roofline")
-    bench.add_argument(
-        "--only",
-        choices=("dm", "trajectory", "frepo", "gradient", "kmeans"),
-        help="one part; default: all",
-    )
-    bench.add_argument("--out", help="write the rows as JSON to this file")
+        command.set_defaults(call=call)
+        for names, meaning in options:
+            command.add_argument(*names, **meaning)
     return top
 
 
 def main() -> int:
-    args = parser().parse_args()
+    """Run the command of `sys.argv`; 0 when it is done, 2 after an error's one sentence, 130 when stopped."""
+    top = parser()
+    args = top.parse_args()
+    if args.command is None:
+        top.print_help()
+        return 0
+    from .core import DDError, Interrupted
+
     try:
         args.call(args)
     except (Interrupted, KeyboardInterrupt) as error:
@@ -348,4 +336,6 @@ def main() -> int:
     except DDError as error:
         print(f"ddlib: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stdout = None
     return 0

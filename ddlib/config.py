@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -155,12 +156,35 @@ def _preset(name: str) -> dict:
     return yaml.safe_load((PRESETS / f"{name}.yaml").read_text()) or {}
 
 
-def _flat(level: dict | None, dataset: str, ipc: int) -> dict:
-    """The plain keys of a level, then those of its exceptions for this dataset and this IPC."""
-    level = {key: value for key, value in (level or {}).items() if key != "profiles"}
-    by_dataset, by_ipc = level.pop("datasets", {}), level.pop("ipc", {})
-    flat = level | (by_ipc.get(ipc) or {})
-    return flat | (_flat(by_dataset[dataset], dataset, ipc) if dataset in by_dataset else {})
+def layers(method: str, dataset: str, ipc: int, profile: str) -> Iterator[tuple[str, tuple, dict]]:
+    """What a preset is laid from, the weakest first: (file's name, keys down to a level, the level's plain keys)."""
+    place, own = canonical(dataset), ("methods", method)
+    levels = (
+        ("defaults",),
+        own,
+        ("datasets", place),
+        ("profiles", profile),
+        (*own, "profiles", profile),
+    )
+    for path in levels:
+        for name in ("common", METHODS[method].preset):
+            level = _preset(name)
+            for key in path:
+                level = (level or {}).get(key)
+            yield from _exceptions(name, path, level or {}, place, ipc)
+
+
+def _exceptions(
+    name: str, path: tuple, level: dict, dataset: str, ipc: int
+) -> Iterator[tuple[str, tuple, dict]]:
+    """A level's plain keys, then those of its exceptions for this IPC and for this dataset."""
+    nested = ("profiles", "datasets", "ipc")
+    yield name, path, {key: value for key, value in level.items() if key not in nested}
+    if ipc in (level.get("ipc") or {}):
+        yield name, (*path, "ipc", ipc), level["ipc"][ipc] or {}
+    if dataset in (level.get("datasets") or {}):
+        deeper = (*path, "datasets", dataset)
+        yield from _exceptions(name, deeper, level["datasets"][dataset] or {}, dataset, ipc)
 
 
 def resolve(
@@ -178,21 +202,9 @@ def resolve(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise DDError(f"{name} must be an integer of at least {least}, not {value!r}")
     allowed = sorted({f.name for c in (cls.Config, RunConfig) for f in fields(c)})
-    place, sources = canonical(dataset), (_preset("common"), _preset(cls.preset))
     values: dict[str, Any] = {}
-
-    def own(source: dict) -> dict:
-        return source.get("methods", {}).get(method, {})
-
-    for level in (
-        lambda s: s.get("defaults"),
-        own,
-        lambda s: {"datasets": s.get("datasets", {})},
-        lambda s: s.get("profiles", {}).get(profile),
-        lambda s: own(s).get("profiles", {}).get(profile),
-    ):
-        for source in sources:
-            values |= _flat(level(source), place, ipc)
+    for _, _, level in layers(method, dataset, ipc, profile):
+        values |= level
     given = {key: value for key, value in overrides.items() if value is not None}
     values |= given
     for key in values:

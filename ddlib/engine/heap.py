@@ -1,7 +1,7 @@
 """Freed memory stays with the process, so that the next step finds it ready: the same bits, faster on a CPU.
 
 glibc hands large freed blocks back to the kernel, which gives them out again page by page, each zeroed at its first
-touch, and a training step allocates and frees the same activations again and again. `python -m ddlib bench --only dm`
+touch, and a training step allocates and frees the same activations again and again. `python -m benchmarks --only dm`
 has the plain loop with and without. Only glibc is told so; DDLIB_HEAP=0 and glibc's own MALLOC_TRIM_THRESHOLD_ or
 MALLOC_MMAP_THRESHOLD_ leave it alone.
 """

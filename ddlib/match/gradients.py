@@ -6,7 +6,7 @@
 gradients of its outputs; a weight's gradient is then one product a class. "vmap": vmap(grad) over classes. "loop": one
 class after another, the oracle. All three agree to rounding where no layer couples samples. On a CPU, joint and loop
 take the same time and vmap more; only joint compiles (`Traced`) into one graph of moderate size, and that is faster
-(`python -m ddlib bench --only gradient`).
+(`python -m benchmarks --only gradient`).
 """
 
 from __future__ import annotations

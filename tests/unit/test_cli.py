@@ -1,0 +1,131 @@
+"""The command line as a reader meets it: help at once, examples that parse, tables that fit, quiet notebooks."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from ddlib import cli
+from ddlib.config import PROFILES, resolve
+from ddlib.core import DDError
+from ddlib.report import presets, reproduce, tables, terminal
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def ddlib(monkeypatch, capsys):
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["ddlib", *map(str, words)])
+        try:
+            code = cli.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_help_needs_neither_torch_nor_pandas():
+    code = (
+        "import sys; from ddlib.cli import parser; print(parser().format_help());"
+        "assert not {'torch', 'pandas', 'matplotlib', 'yaml'} & {*sys.modules}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n    {name}" in done.stdout for name in cli.COMMANDS)
+
+
+def test_bare_ddlib_helps(ddlib):
+    code, out, err = ddlib()
+    assert (code, err) == (0, "") and out == cli.parser().format_help()
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_help_page_has_examples_that_parse(ddlib, name):
+    code, out, _ = ddlib(name, "--help")
+    lines = [line for line in out.splitlines() if line.startswith(f"  ddlib {name}")]
+    assert code == 0 and lines
+    for line in lines:
+        words = shlex.split(line.split("     ")[0])
+        assert cli.parser().parse_args(words[1:]).command == name
+    if "--profile" in out:
+        assert all(profile in out for profile in PROFILES)
+
+
+def test_presets_name_the_line_that_gives_each_value(ddlib):
+    for profile in PROFILES:
+        rows = presets.table("dm", "folder:cifar10", 10, profile)
+        values = resolve("dm", "cifar10", 10, profile).values
+        assert sorted(rows.key) == sorted(values)
+        for row in rows[rows.source != "default"].itertuples():
+            file, line = row.source.partition(",")[0].split(":")
+            text = (ROOT / "ddlib" / "methods" / file).read_text().splitlines()[int(line) - 1]
+            assert f"{row.key}:" in text and row.remark in text + row.remark
+    rows = presets.table("tesla", "imagenet1k", 1, "paper").set_index("key")  # YAML's `<<: *name`
+    assert rows.loc["syn_steps", "value"] == "10" and "trajectory.yaml:" in rows.source["syn_steps"]
+    code, out, _ = ddlib("presets", "frepo", "--dataset", "cifar10", "--ipc", "10")
+    assert code == 0 and max(map(len, out.splitlines())) <= 100
+    code, out, err = ddlib("presets", "dn", "--dataset", "cifar10", "--ipc", "10")
+    assert (code, out) == (2, "") and "unknown method 'dn'" in err
+
+
+def test_a_table_folds_to_the_width_it_is_given():
+    rows = pd.DataFrame(
+        {
+            "name": ["a long sentence that goes on and on", "b"],
+            "count": [1.26, float("nan")],
+            "none": [None, None],
+        }
+    )
+    text = terminal.table(rows, 24)
+    assert max(map(len, text.splitlines())) <= 24 and "none" not in text and "nan" not in text
+    assert "1.3" in text and " ".join(text.split()).startswith("name count a long sentence")
+
+
+def test_the_kept_runs_fit_a_terminal():
+    rows = tables.runs(tables.stored(ROOT / "results", "small"))
+    for width in (60, 100):
+        text = terminal.runs(rows, width)
+        assert len(text.splitlines()) > len(rows) and max(map(len, text.splitlines())) <= width
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """A checkout with one notebook of three lines."""
+    monkeypatch.setattr(reproduce, "SOURCE", tmp_path)
+    for name in ("DDLIB_RESULTS", "DDLIB_FIGURES", "PYTHONPATH", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1" if name == "OMP_NUM_THREADS" else str(tmp_path))
+    cells = [
+        nbformat.v4.new_code_cell("profile = 'x'  # a remark\n# another\nfail = False"),
+        nbformat.v4.new_code_cell("print(profile)\nassert not fail"),
+    ]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / "one.ipynb"
+    )
+    return tmp_path
+
+
+def test_reproduce_is_quiet_and_says_where_to_look(notebooks, capfd, monkeypatch):
+    monkeypatch.chdir(notebooks)
+    paths = reproduce.reproduce(results=notebooks / "results")
+    out, err = capfd.readouterr()
+    assert err == "" and out.splitlines()[0].startswith("[ 1/1] one")
+    assert "results/notebooks/smoke  the executed notebooks" in out
+    assert max(map(len, out.splitlines())) <= 100
+    text = paths[0].read_text()
+    assert "smoke\\n" in json.dumps(json.loads(text)["cells"]) and str(notebooks) not in text
+    with pytest.raises(DDError, match="notebook one stopped: AssertionError"):
+        reproduce.reproduce(parameters={"fail": True}, results=notebooks / "results")
+    with pytest.raises(DDError, match="unknown notebook parameter 'ipx'"):
+        reproduce.reproduce(parameters={"ipx": 1}, results=notebooks / "results")
