@@ -179,6 +179,12 @@ def published() -> pd.DataFrame:
     return pd.read_csv(Path(__file__).with_name("published.csv"), dtype={"paper": str})
 
 
+def recalled() -> pd.DataFrame:
+    """The rows of `published` that were quoted from memory and not yet seen in print; tables mark them with `*`."""
+    table = published()
+    return table[table.verified.str.startswith("RECALLED")]
+
+
 def _own(table: pd.DataFrame) -> pd.DataFrame:
     """The rows on which a paper's method is tested on the network it was distilled on, in its plain form."""
     return table[
