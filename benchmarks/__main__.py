@@ -7,7 +7,8 @@ import importlib
 import json
 from pathlib import Path
 
-from ddlib.core import pick_device, write_atomically
+from ddlib.core import pick_device
+from ddlib.files import write_atomically
 
 PARTS = ("dm", "trajectory", "frepo", "gradient", "kmeans")
 

@@ -15,7 +15,7 @@ import sys
 import time
 
 from benchmarks.__main__ import PARTS
-from ddlib.core import results_folder
+from ddlib.files import results_folder
 
 # (method, IPC, overrides), by what the arithmetic says that a run costs; experts come before the runs that need them.
 ROWS = [

@@ -147,7 +147,8 @@ def _list(args: argparse.Namespace) -> None:
     ddlib list --profile small
     ddlib list --method dm --json        every column, for machines
     """
-    from .core import choose, results_folder
+    from .core import choose
+    from .files import results_folder
     from .methods import METHODS
     from .report import tables, terminal
 

@@ -1,24 +1,21 @@
-"""The few small things that every other file needs: one error, one random stream, one way to stop or write."""
+"""The few small things that every other file needs: one error, choices, random streams, devices."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import hashlib
-import json
-import os
-import secrets
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+import math
+import numbers as abstract
+import reprlib
+from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-SOURCE = Path(__file__).resolve().parents[1]  # the checkout, when ddlib is installed from one
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 12
 
 
 class DDError(ValueError):
@@ -32,13 +29,44 @@ class DDError(ValueError):
 def choose(what: str, value: object, allowed: Iterable[object]) -> object:
     """Return `value` if it is one of `allowed`, else raise `DDError` naming the choices and the nearest one."""
     allowed = list(allowed)
-    if value in allowed:
+    if isinstance(value, (str, int, float, type(None))) and value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+    words = [str(word) for word in allowed]
+    near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise DDError(
-        f"unknown {what} {value!r}{hint}; allowed: {', '.join(str(a) or '(empty)' for a in allowed)}"
+        f"unknown {what} {shown(value)}{hint}; "
+        f"allowed: {', '.join(word or '(empty)' for word in words)}"
     )
+
+
+def shown(value: object) -> str:
+    """`repr(value)` for an error's sentence, shortened: a user may give a value of any size and depth."""
+    try:
+        return _REPR.repr(value)
+    except Exception:  # noqa: BLE001  whatever another library's repr does
+        return f"a {type(value).__name__}"
+
+
+def plain(value: object) -> object:
+    """A NumPy (or any other) number as Python's bool, int or float, which settings and names are made of."""
+    if isinstance(value, (bool, int, float)):
+        return value
+    if type(value).__name__ in ("bool", "bool_") and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, abstract.Integral):
+        return int(value)
+    return float(value) if isinstance(value, abstract.Real) else value
+
+
+def whole(what: str, value: object, least: int, most: int | None = None) -> int:
+    """`value` as an int from `least` to `most`, else a `DDError` that names `what`."""
+    value = plain(value)
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if fits and (most is None or value <= most):
+        return value
+    span = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise DDError(f"{what} must be an integer {span}, not {shown(value)}")
 
 
 def numbers(text: object, kind: type = int, least: float | None = None) -> list:
@@ -61,11 +89,18 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+_BITS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
 def checksum(*tensors: torch.Tensor) -> str:
     """sha256 over dtype, shape and bytes of the tensors, as hex."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        array = tensor.detach().cpu().contiguous().numpy()
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.dtype in _BITS:  # NumPy has no such numbers
+            sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            tensor = tensor.flatten().view(torch.uint8)
+        array = tensor.numpy()
         sha.update(f"{array.dtype}{array.shape}".encode())
         sha.update(array.data)
     return sha.hexdigest()
@@ -87,122 +122,59 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     ) from error
 
 
-def results_folder(results: str | Path | None = None) -> Path:
-    """Where records live: the argument, else DDLIB_RESULTS, else `results/` of the checkout or working directory."""
-    root = SOURCE if (SOURCE / "pyproject.toml").is_file() else Path.cwd()
-    return Path(results or os.environ.get("DDLIB_RESULTS") or root / "results")
-
-
 class Interrupted(DDError):
     """The run was stopped by a signal; its checkpoint holds every finished step."""
-
-
-@contextmanager
-def guard() -> Iterator[dict]:
-    """Turn SIGTERM and Ctrl-C into KeyboardInterrupt, but never inside a step, which would tear its state."""
-    flags = {"stepping": False, "stop": False}
-
-    def handle(*_: object) -> None:
-        flags["stop"] = True
-        if not flags["stepping"]:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield flags
-        return
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield flags
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
-    """Call `write(temporary)` beside `path`, then rename: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise DDError(
-            f"cannot write {path}: {error.strerror}; choose a writable folder (--results DIR, "
-            f"or the environment variable DDLIB_RESULTS)"
-        ) from error
-    try:
-        rights = (
-            temporary.stat().st_mode
-        )  # what the umask gives; safetensors would leave the owner alone with it
-        write(temporary)
-        temporary.chmod(rights)
-        os.replace(temporary, path)
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # safetensors wraps a full disk in an error of its own
-        raise DDError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict) -> Path:
-    """Write tensors and a JSON header as one safetensors file: loading it can never run code."""
-    # Copies: safetensors refuses tensors that share memory, as a set and its first snapshot may.
-    tensors = {
-        name: value.detach().cpu().contiguous().clone() for name, value in sorted(tensors.items())
-    }
-    meta = {"ddlib": json.dumps({**header, "sha256": checksum(*tensors.values())}, sort_keys=True)}
-    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
-
-
-def load_tensors(path: Path, kind: str, cure: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Read what `save_tensors` wrote as (tensors, header); a missing, truncated or altered file is a `DDError`."""
-    if not path.is_file():
-        raise DDError(f"no {kind} at {path}; {cure}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["ddlib"])
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DDError(
-            f"the {kind} {path} is damaged or not ddlib's ({type(error).__name__}); {cure}"
-        ) from error
-    if header.pop("sha256", None) != checksum(*tensors.values()):
-        raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
-    return tensors, header
 
 
 def fields_from(cls: type, values: dict, what: str) -> object:
     """Build the frozen dataclass `cls` from `values`; an unknown key or a wrong type is a `DDError` naming it.
 
     Types are those of the annotations: bool, int, float (an int will do), str, tuple. A field's metadata may carry
-    `allowed` (a tuple of choices), `least` (a lower bound) or `below` (a bound that is not reached).
+    `allowed` (a tuple of choices), `least` and `most` (bounds) or `below` (a bound that is not reached).
     """
-    kinds = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (list, tuple)}
     known = {field.name: field for field in dataclasses.fields(cls)}
     clean = {}
     for key, value in values.items():
         choose(f"{what} key", key, known)
-        field, kind = known[key], known[key].type.split("[")[0]
-        if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool"):
-            raise DDError(f"{what} key {key!r} must be {field.type}, not {value!r}")
-        if "allowed" in field.metadata:
-            choose(f"{what} {key}", value, field.metadata["allowed"])
-        if "least" in field.metadata and not value >= field.metadata["least"]:
-            raise DDError(
-                f"{what} key {key!r} must be at least {field.metadata['least']}, not {value!r}"
-            )
-        if "below" in field.metadata and not value < field.metadata["below"]:
-            raise DDError(
-                f"{what} key {key!r} must be below {field.metadata['below']}, not {value!r}"
-            )
-        clean[key] = {"tuple": tuple, "float": float}.get(kind, lambda v: v)(value)
+        clean[key] = _field_value(known[key], plain(value), what)
     return cls(**clean)
 
 
+_KINDS = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (list, tuple)}
+
+
+def _field_value(field: dataclasses.Field, value: object, what: str) -> object:
+    kind, bounds, key = field.type.split("[")[0], field.metadata, field.name
+    wrong = isinstance(value, bool) and kind != "bool"
+    if wrong or not isinstance(value, _KINDS[kind]):
+        raise DDError(f"{what} key {key!r} must be {field.type}, not {shown(value)}")
+    if "allowed" in bounds:
+        choose(f"{what} {key}", value, bounds["allowed"])
+    if kind == "float":
+        value = _finite(value, f"{what} key {key!r}")
+    if kind == "tuple":
+        value = tuple(map(plain, value))
+    for bound, words, holds in _BOUNDS:
+        if bound in bounds and not holds(value, bounds[bound]):
+            raise DDError(f"{what} key {key!r} must be {words} {bounds[bound]}, not {shown(value)}")
+    return value
+
+
+_BOUNDS = (
+    ("least", "at least", lambda value, bound: value >= bound),
+    ("most", "at most", lambda value, bound: value <= bound),
+    ("below", "below", lambda value, bound: value < bound),
+)
+
+
+def _finite(value: float, what: str) -> float:
+    with suppress(OverflowError):  # an int of 400 digits
+        value = float(value)
+        if math.isfinite(value):
+            return value
+    raise DDError(f"{what} must be a finite number, not {shown(value)}")
+
+
 def option(default: object, **bounds: object) -> object:
-    """A dataclass field with a default and the bounds `allowed`, `least` and `below` that `fields_from` checks."""
+    """A dataclass field with a default and the bounds `allowed`, `least`, `most` and `below` that `fields_from` checks."""
     return dataclasses.field(default=default, metadata=bounds)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .core import DDError, load_tensors, save_tensors
+from .core import DDError
 from .data.dataset import Dataset
+from .files import load_tensors, save_tensors
 from .train.loop import Recipe
 
 

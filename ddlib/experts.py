@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .core import DDError, generator, load_tensors, results_folder, save_tensors, write_atomically
+from .core import DDError, generator
 from .data.dataset import Dataset
+from .files import load_tensors, results_folder, save_tensors, write_atomically
 from .match.trajectory import FlatNet
 from .nets.build import Backbone, build, initialise
 from .train.loop import Recipe, accuracy, compiled, train

@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import DDError, checksum, write_atomically
+from ..core import DDError, checksum
+from ..files import write_atomically
 from .folders import Tree
 
 VERIFY_ALL_BELOW = 2 * 10**9  # bytes: of a larger split only 64 blocks of 1 MiB are verified

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import DDError, checksum, choose, load_tensors, save_tensors
+from ..core import DDError, checksum, choose
+from ..files import load_tensors, save_tensors
 
 KINDS = ("mtt", "frepo", "frepo_checkerboard")
 LARGEST = (

@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from ..core import SOURCE
+from ..files import SOURCE
 from . import heap
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..config import Spec, defaults, resolve
-from ..core import DDError, pick_device, write_atomically
+from ..core import DDError, pick_device
 from ..data.dataset import Dataset, load
 from ..distilled import Synthetic
+from ..files import write_atomically
 from ..train.evaluate import OWN_AUGMENT, VERSION, Evaluation, evaluate
 from ..train.evaluate import protocol as make_protocol
 from .meter import machine

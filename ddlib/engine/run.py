@@ -15,87 +15,20 @@ import torch
 from tqdm.auto import tqdm
 
 from ..config import Spec, resolve
-from ..core import (
-    DDError,
-    Interrupted,
-    guard,
-    load_tensors,
-    pick_device,
-    results_folder,
-    save_tensors,
-    write_atomically,
-)
+from ..core import DDError, Interrupted, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..experts import ExpertsError, train_experts
+from ..files import results_folder, write_atomically
 from ..methods import METHODS
 from ..nets.build import build
 from ..train.evaluate import evaluate
-from .meter import PeakMemory, commit, machine
+from .checkpoint import Progress, guard
+from .meter import PeakMemory, machine
 from .record import Run, dataset_of, summary
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-class _Progress:
-    """What a checkpoint keeps beside the method's tensors: history, evaluations, snapshots and seconds so far."""
-
-    def __init__(self, spec: Spec, path: Path, method: Any, data: str):
-        self.spec, self.path, self.method, self.data, self.total = (
-            spec,
-            path,
-            method,
-            data,
-            spec.config.iterations,
-        )
-        self.step, self.history, self.evaluations, self.snapshots = 0, [], [], {}
-        self.seconds = {"distill": 0.0, "evaluate": 0.0}
-        self.peak = 0
-        self.commit = commit()  # of the code that runs, whatever is committed while it does
-
-    KEPT = ("step", "history", "evaluations", "seconds", "peak")
-
-    def save(self, peak: PeakMemory) -> None:
-        self.peak = max(self.peak, peak.read())
-        tensors = {f"method.{k}": v for k, v in self.method.state_dict().items()}
-        tensors |= {f"snapshot.{k}": v for k, v in self.snapshots.items()}
-        header = {"name": self.spec.name, "data": self.data} | {
-            k: getattr(self, k) for k in self.KEPT
-        }
-        save_tensors(self.path, tensors, header)
-
-    def restore(self) -> None:
-        if not self.path.exists():
-            return
-        tensors, header = load_tensors(
-            self.path, "checkpoint", "delete it to start this run from the beginning"
-        )
-        if header.get("name") != self.spec.name or header.get("data", self.data) != self.data:
-            raise DDError(
-                f"the checkpoint {self.path} belongs to another run or other images; delete it to start anew"
-            )
-        for key in self.KEPT:
-            setattr(self, key, header[key])
-        self.snapshots = {
-            int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("snapshot.")
-        }
-        state = {
-            k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")
-        }
-        try:
-            self.method.load_state_dict(state)
-        except KeyError as error:
-            raise DDError(
-                f"the checkpoint {self.path} is of an older ddlib and lacks {error}; delete it to start anew"
-            ) from None
-
-    def kept(self, step: int) -> str:
-        return (
-            f"the last good state, step {step}, is kept in {self.path}"
-            if self.path.is_file()
-            else "nothing is kept"
-        )
 
 
 def _points(total: int, count: int) -> set[int]:
@@ -169,9 +102,7 @@ def run(
         work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
     except ExpertsError as error:
         raise DDError(f"{error}: {spec.command('experts')}") from None
-    state = _Progress(
-        spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, data.checksum
-    )
+    state = Progress(spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, data.checksum)
     if fresh:
         state.path.unlink(missing_ok=True)
     state.restore()
@@ -216,7 +147,7 @@ def _teach(spec: Spec, data: Dataset, progress: bool) -> list[Path]:
     )
 
 
-def _synthetic(state: _Progress, data: Dataset, snapshots: bool = False) -> Synthetic:
+def _synthetic(state: Progress, data: Dataset, snapshots: bool = False) -> Synthetic:
     extra = {"snapshots": state.snapshots} if snapshots else {}
     recipe = state.spec.recipe
     if hasattr(state.method, "recipe") and not state.spec.run.eval_lr:
@@ -235,7 +166,7 @@ def _synthetic(state: _Progress, data: Dataset, snapshots: bool = False) -> Synt
 
 
 def _loop(
-    state: _Progress, data: Dataset, peak: PeakMemory, flags: dict, progress: bool, every: int
+    state: Progress, data: Dataset, peak: PeakMemory, flags: dict, progress: bool, every: int
 ) -> None:
     spec, total = state.spec, state.total
     config = spec.run
@@ -303,14 +234,14 @@ def _loop(
             raise
 
 
-def _diverged(state: _Progress, saved: int, what: str) -> DDError:
+def _diverged(state: Progress, saved: int, what: str) -> DDError:
     return DDError(
         f"{state.spec.method} diverged at step {state.step}: {what}; {state.kept(saved)}; lower the step "
         "size"
     )
 
 
-def _test(state: _Progress, data: Dataset, bar: tqdm) -> None:
+def _test(state: Progress, data: Dataset, bar: tqdm) -> None:
     config = state.spec.run
     bar.set_description(
         f"{state.spec.method} ipc {state.spec.ipc}: evaluating {config.networks} networks"
@@ -331,7 +262,7 @@ def _test(state: _Progress, data: Dataset, bar: tqdm) -> None:
     ]
 
 
-def _write(path: Path, state: _Progress, data: Dataset, peak: PeakMemory) -> None:
+def _write(path: Path, state: Progress, data: Dataset, peak: PeakMemory) -> None:
     spec = state.spec
     _synthetic(state, data, snapshots=True).save(path.with_suffix(".safetensors"))
     judged = [

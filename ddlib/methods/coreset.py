@@ -21,9 +21,10 @@ from functools import cached_property
 
 import torch
 
-from ..core import DDError, generator, load_tensors, option, save_tensors
+from ..core import DDError, generator, option
 from ..data.dataset import Dataset
 from ..experts import experts_folder
+from ..files import load_tensors, save_tensors
 from ..nets.build import Backbone, build
 from ..train.loop import Recipe, accuracy, compiled, embed, train
 

@@ -19,9 +19,10 @@ import pandas as pd
 import yaml
 
 from ..config import resolve
-from ..core import DDError, choose, results_folder
+from ..core import DDError, choose
 from ..data.dataset import canonical
 from ..engine.record import Run
+from ..files import results_folder
 from ..methods.coreset import KINDS
 from ..studies.architecture_search import correlations
 from . import tables

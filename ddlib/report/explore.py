@@ -19,10 +19,11 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from ..config import PROFILES
-from ..core import DDError, choose, generator, pick_device, write_atomically
+from ..core import DDError, choose, generator, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..engine.record import Run, dataset_of, resolve_record
+from ..files import write_atomically
 from ..methods import METHODS
 from ..nets.build import build, initialise
 from ..train.evaluate import VERSION

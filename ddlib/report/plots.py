@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from ..config import PROFILES
-from ..core import SOURCE, DDError, choose, generator
+from ..core import DDError, choose, generator
 from ..data.dataset import Dataset, canonical
 from ..distilled import Synthetic
 from ..engine.record import Run
+from ..files import SOURCE
 from . import tables
 
 COLOURS = {

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from ..core import SOURCE, DDError, choose, results_folder
+from ..core import DDError, choose
+from ..files import SOURCE, results_folder
 from . import tables, terminal
 
 # What the notebooks reproduce on where no dataset is named.

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import SOURCE, DDError, results_folder
+from ..core import DDError
+from ..files import SOURCE, results_folder
 from . import claims, tables
 
 BLOCK = re.compile(

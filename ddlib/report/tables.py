@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..config import resolve
-from ..core import DDError, results_folder
+from ..core import DDError
 from ..data.dataset import canonical
 from ..engine.record import Run, resolve_record
+from ..files import results_folder
 from ..methods import METHODS
 from ..train.evaluate import VERSION
 

@@ -32,10 +32,11 @@ import pandas as pd
 import torch
 
 from ..config import resolve
-from ..core import DDError, generator, pick_device, results_folder
+from ..core import DDError, generator, pick_device
 from ..distilled import Synthetic
 from ..engine.record import Run, dataset_of, resolve_record
 from ..engine.run import run as distil
+from ..files import results_folder
 from ..nets.build import build
 from ..train.evaluate import evaluate
 from ..train.loop import accuracy, train_on

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..config import Spec, resolve
-from ..core import results_folder
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..engine.run import run
+from ..files import results_folder
 
 EVALUATION = ("protocol", "eval_backbone", "eval_epochs", "eval_lr", "eval_augment", "zca")
 

@@ -24,11 +24,12 @@ import torch.nn.functional as F
 
 from ..augment.siamese import augment, draw
 from ..config import Spec, resolve
-from ..core import DDError, generator, pick_device, results_folder, write_atomically
+from ..core import DDError, generator, pick_device
 from ..data.dataset import Dataset
 from ..engine.meter import PeakMemory, SavedTensors, machine, seconds
 from ..engine.record import Run, dataset_of, resolve_record
 from ..experts import ExpertsError, load_experts, sharpness
+from ..files import results_folder, write_atomically
 from ..match.trajectory import FlatNet, Segment, match
 from ..methods import METHODS
 from ..nets.build import build

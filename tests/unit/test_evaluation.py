@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ddlib.core import DDError, generator, save_tensors
+from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays, load
 from ddlib.distilled import Synthetic
+from ddlib.files import save_tensors
 from ddlib.train import evaluate as evaluation
 from ddlib.train.evaluate import Evaluation, evaluate, protocol
 from ddlib.train.loop import Recipe

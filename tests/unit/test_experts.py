@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import grad
 
-from ddlib.core import DDError, generator, load_tensors, save_tensors
+from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
 from ddlib.experts import (
     ExpertRecipe,
@@ -19,6 +19,7 @@ from ddlib.experts import (
     sharpness,
     train_experts,
 )
+from ddlib.files import load_tensors, save_tensors
 from ddlib.match.trajectory import FlatNet
 from ddlib.methods.trajectory import Config, Trajectory
 from ddlib.nets.build import build

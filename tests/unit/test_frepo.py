@@ -11,8 +11,9 @@ import torch
 from sklearn.kernel_ridge import KernelRidge
 
 from ddlib import load, resolve, run
-from ddlib.core import DDError, generator, load_tensors, save_tensors
+from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
+from ddlib.files import load_tensors, save_tensors
 from ddlib.methods import frepo
 from ddlib.methods.frepo import Config, FRePo, krr
 from ddlib.nets.build import build

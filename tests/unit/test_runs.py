@@ -22,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 import ddlib as dd
 from ddlib import cli as command_line
 from ddlib import core
+from ddlib import files as kept_files
 from ddlib.config import PRESETS, PROFILES, resolve
-from ddlib.core import DDError, load_tensors
+from ddlib.core import DDError
 from ddlib.engine import meter
 from ddlib.engine import record as records
 from ddlib.engine import run as runs
+from ddlib.files import load_tensors
 from ddlib.methods import METHODS
 from ddlib.methods.dm import DM
 
@@ -482,25 +484,25 @@ def test_a_results_folder_that_cannot_be_written(ddlib, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
-    path = core.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"k": 1})
+    path = kept_files.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"k": 1})
     before = path.read_bytes()
 
     def full(tensors, at, metadata):
         Path(at).write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(core, "save_file", full)
+    monkeypatch.setattr(kept_files, "save_file", full)
     with pytest.raises(
         DDError, match="cannot write .*a.safetensors: I/O error: No space left on device"
     ):
-        core.save_tensors(path, {"x": torch.zeros(2)}, {})
+        kept_files.save_tensors(path, {"x": torch.zeros(2)}, {})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_files_have_the_rights_of_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
-        path = core.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})
+        path = kept_files.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})
     finally:
         os.umask(old)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
@@ -529,7 +531,7 @@ def test_a_machine_without_git(monkeypatch):
         (["--set", "augment=[crop"], "--set takes KEY=VALUE, not"),
         (["--set", "lr_img=fast"], "'lr_img' must be float, not 'fast'"),
         (["--set", "lr_img=-1"], "'lr_img' must be at least 0, not -1"),
-        (["--set", "lr_img=.nan"], "'lr_img' must be at least 0, not nan"),
+        (["--set", "lr_img=.nan"], "'lr_img' must be a finite number, not nan"),
         (["--set", "iterations=1.5"], "'iterations' must be int, not 1.5"),
         (["--set", "iterations=true"], "'iterations' must be int, not True"),
         (["--set", "init=zeros"], "unknown preset init 'zeros'; allowed: real, noise"),

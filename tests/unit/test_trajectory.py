@@ -12,9 +12,10 @@ import yaml
 import ddlib as dd
 from ddlib.cli import parser
 from ddlib.config import PRESETS
-from ddlib.core import DDError, generator, load_tensors, save_tensors
+from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
 from ddlib.experts import Experts, train_experts
+from ddlib.files import load_tensors, save_tensors
 from ddlib.match.trajectory import FlatNet, match, parse_engine
 from ddlib.methods import trajectory
 from ddlib.methods.trajectory import Config, Trajectory, soft_cross_entropy

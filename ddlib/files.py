@@ -1,0 +1,207 @@
+"""Files that are whole or refused: atomic writes, safetensors and JSON under one checksum, locks.
+
+Every file of ours carries `sha256` over all that it says. Files that ddlib wrote before it did so stay readable: a
+safetensors file of theirs has a checksum of its tensors alone, a JSON file none at all (`sealed` tells them apart).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .core import DDError, checksum
+
+SOURCE = Path(__file__).resolve().parents[1]  # the checkout, when ddlib is installed from one
+_STALE = 3600  # seconds after which a temporary file is nobody's any more
+
+
+class CannotWrite(DDError):
+    """A file could not be written: the folder is missing, read-only or full."""
+
+
+class Busy(DDError):
+    """Another process holds the lock, and the caller asked not to wait for it."""
+
+
+def results_folder(results: str | Path | None = None) -> Path:
+    """Where records live: the argument, else DDLIB_RESULTS, else `results/` of the checkout or working directory."""
+    root = SOURCE if (SOURCE / "pyproject.toml").is_file() else Path.cwd()
+    return Path(results or os.environ.get("DDLIB_RESULTS") or root / "results")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
+    """Call `write(temporary)` beside `path`, then rename: a reader sees the old file or the whole new one.
+
+    Temporary files of `path` that a killed process left more than an hour ago are removed. Raises `CannotWrite`.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise CannotWrite(
+            f"cannot write {path}: {reason}; choose a writable folder (--results DIR, "
+            f"or the environment variable DDLIB_RESULTS)"
+        ) from error
+    try:
+        # What the umask gives; safetensors would leave the owner alone with it.
+        rights = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(rights)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise CannotWrite(f"cannot write {path}: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sweep(path)
+    return path
+
+
+def _sweep(path: Path) -> None:
+    """Remove old temporary files of `path`."""
+    ours = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{8}")
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if ours.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _STALE:
+                os.unlink(entry.path)
+
+
+@contextmanager
+def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of `path`, which lies in `.locks/` beside it; a dead process's lock is free at once.
+
+    `what` names the work in the sentence of `Busy`, which is raised where another process holds the lock and `wait`
+    is False. A file system without locks is used without, after one warning. Raises `CannotWrite`.
+    """
+    from filelock import FileLock, Timeout  # slow to import, and most calls need no lock
+
+    place = path.parent / ".locks" / f"{path.name}.lock"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CannotWrite(f"cannot write {path}: {reason}; choose a writable folder") from error
+    held = FileLock(place)
+    try:
+        held.acquire(timeout=-1 if wait else 0, poll_interval=0.05)
+    except Timeout:
+        raise Busy(f"another process is at work on {what}") from None
+    except (OSError, NotImplementedError):
+        warnings.warn(
+            f"{place.parent} is on a file system without locks: two processes may do the same work",
+            stacklevel=3,
+        )
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict) -> Path:
+    """Write tensors and a JSON header as one safetensors file: loading it can never run code."""
+    # Copies: safetensors refuses tensors that share memory, as a set and its first snapshot may.
+    tensors = {
+        name: value.detach().cpu().contiguous().clone() for name, value in sorted(tensors.items())
+    }
+    seal = _seal(header, [*tensors], checksum(*tensors.values()))
+    meta = {"ddlib": json.dumps({**header, "sha256": seal}, sort_keys=True)}
+    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
+
+
+def load_tensors(path: Path, kind: str, cure: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read what `save_tensors` wrote as (tensors, header); a missing, truncated or altered file is a `DDError`."""
+    tensors, header, seal = _read_tensors(path, kind, cure)
+    old = checksum(*tensors.values())
+    if seal not in (_seal(header, [*tensors], old), old):
+        raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
+    return tensors, header
+
+
+def _read_tensors(path: Path, kind: str, cure: str) -> tuple[dict, dict, str | None]:
+    """(tensors, header, checksum) as they stand in the file."""
+    if not path.is_file():
+        raise DDError(f"no {kind} at {path}; {cure}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["ddlib"])
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        return tensors, header, header.pop("sha256", None)
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise DDError(
+            f"the {kind} {path} is damaged or not ddlib's ({type(error).__name__}); {cure}"
+        ) from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> Path:
+    """Write a JSON object with `sha256`, the checksum of its canonical form, as its last key."""
+    text = json.dumps({**value, "sha256": _seal(value)}, indent=1)
+    return write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: Path, kind: str, cure: str) -> dict[str, Any]:
+    """Read what `write_json` wrote, or an older file without a checksum; what is amiss is a `DDError` with the cure."""
+    value = _read_object(path, kind, cure)
+    seal = value.pop("sha256", None)
+    if seal is not None and seal != _seal(value):
+        raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
+    return value
+
+
+def _read_object(path: Path, kind: str, cure: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise DDError(f"no {kind} at {path}; {cure}")
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise TypeError
+        return value
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DDError(
+            f"the {kind} {path} cannot be read ({type(error).__name__}); {cure}"
+        ) from error
+
+
+def update_json(path: Path, kind: str, cure: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Add or replace keys of a JSON object that other processes write too: none of theirs is lost."""
+    with lock(path, f"the {kind} {path.name}"):
+        value = (read_json(path, kind, cure) if path.exists() else {}) | changes
+        write_json(path, value)
+    return value
+
+
+def sealed(path: Path) -> bool:
+    """Whether the checksum of the file, a JSON or safetensors one, covers all of it; False for the older forms."""
+    if path.suffix == ".json":
+        return "sha256" in _read_object(path, "file", "make it anew")
+    tensors, header, seal = _read_tensors(path, "file", "make it anew")
+    return seal == _seal(header, [*tensors], checksum(*tensors.values()))
+
+
+def _seal(value: dict[str, Any], *more: object) -> str:
+    """sha256, as hex, of a JSON object as it will be read, and of what comes with it."""
+    text = json.dumps([json.loads(json.dumps(value)), *more], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
