@@ -150,14 +150,12 @@ def _field_value(field: dataclasses.Field, value: object, what: str) -> object:
         raise DDError(f"{what} key {key!r} must be {field.type}, not {shown(value)}")
     if "allowed" in bounds:
         choose(f"{what} {key}", value, bounds["allowed"])
-    if kind == "float":
-        value = _finite(value, f"{what} key {key!r}")
     if kind == "tuple":
         value = tuple(map(plain, value))
     for bound, words, holds in _BOUNDS:
         if bound in bounds and not holds(value, bounds[bound]):
             raise DDError(f"{what} key {key!r} must be {words} {bounds[bound]}, not {shown(value)}")
-    return value
+    return _finite(value, f"{what} key {key!r}") if kind == "float" else value
 
 
 _BOUNDS = (

@@ -531,7 +531,7 @@ def test_a_machine_without_git(monkeypatch):
         (["--set", "augment=[crop"], "--set takes KEY=VALUE, not"),
         (["--set", "lr_img=fast"], "'lr_img' must be float, not 'fast'"),
         (["--set", "lr_img=-1"], "'lr_img' must be at least 0, not -1"),
-        (["--set", "lr_img=.nan"], "'lr_img' must be a finite number, not nan"),
+        (["--set", "lr_img=.nan"], "'lr_img' must be at least 0, not nan"),
         (["--set", "iterations=1.5"], "'iterations' must be int, not 1.5"),
         (["--set", "iterations=true"], "'iterations' must be int, not True"),
         (["--set", "init=zeros"], "unknown preset init 'zeros'; allowed: real, noise"),
