@@ -20,7 +20,7 @@ from .data.dataset import canonical
 from .data.zca import KINDS
 from .methods import METHODS
 from .train.evaluate import OWN_AUGMENT, PROTOCOLS, VERSION, protocol
-from .train.loop import Recipe
+from .train.loop import PRECISIONS, Recipe
 
 PROFILES = ("smoke", "small", "paper")
 PRESETS = Path(__file__).parent / "methods"  # beside the classes
@@ -62,6 +62,9 @@ class RunConfig:
         0, least=0
     )  # training images a class to use, drawn once by seed 0; 0 is all of them
     compile: bool = False  # torch.compile networks where there is a compiler
+    eval_precision: str = option(
+        "float32", allowed=PRECISIONS
+    )  # of the evaluation networks' passes; bf16 is autocast, weights and loss stay float32
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ class Run:
                 recipe=recipe,
                 seed=spec.seed,
                 compile=spec.run.compile,
+                precision=spec.run.eval_precision,
             )
             kept[key] = {
                 **changes,

@@ -252,6 +252,7 @@ def _test(state: Progress, data: Dataset, bar: tqdm) -> None:
         networks=config.networks,
         seed=state.spec.seed,
         compile=config.compile,
+        precision=config.eval_precision,
     )
     bar.set_description(
         f"{state.spec.method} {state.spec.dataset} ipc {state.spec.ipc}, {result.mean:.1f} %"

@@ -129,7 +129,11 @@ def study(
                 {s: seen(data, so_far, s) for s in ("train", "test")},
             )
             found = evaluate(
-                memory(sets, tasks[:count], data), tested, networks=networks, seed=order
+                memory(sets, tasks[:count], data),
+                tested,
+                networks=networks,
+                seed=order,
+                precision=spec.run.eval_precision,
             )
             rows.append(
                 {

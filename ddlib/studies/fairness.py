@@ -169,6 +169,7 @@ def baseline(name: str, run: Run, *, train: bool = True, device: str = "auto") -
         "augment",
         "resolution",
         "compile",
+        "eval_precision",
         *(() if spec.run.eval_backbone else ("backbone",)),
     )
     same = {key: getattr(spec.run, key) for key in keys}
@@ -225,6 +226,7 @@ def teacher(random: Run, *, epochs: int, plain: bool = True, device: str = "auto
                 seed=spec.seed,
                 recipe=recipe,
                 compile=spec.run.compile,
+                precision=spec.run.eval_precision,
             )
             rows.append(
                 {"condition": name, "networks": list(found.accuracies), "seconds": found.seconds}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..augment.siamese import augment, cutmix, draw
-from ..core import DDError, generator
+from ..core import DDError, choose, generator
 from ..data.dataset import Dataset
 from ..nets.build import Backbone
 
@@ -79,6 +79,24 @@ def compiled(function: Callable) -> Callable:
         64  # one graph a batch shape and mode; past the limit it runs uncompiled
     )
     return torch.compile(function, dynamic=False)
+
+
+PRECISIONS = ("float32", "bf16")
+
+
+def lowered(forward: Callable, device: torch.device, precision: str) -> Callable:
+    """`forward` with its convolutions and products in `precision`: "float32" leaves it alone, "bf16" is autocast.
+
+    Weights, their gradients and the result stay float32, so the loss and the optimiser do too.
+    """
+    if choose("precision", precision, PRECISIONS) == "float32":
+        return forward
+
+    def cast(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return forward(x).float()
+
+    return cast
 
 
 def _targets(labels: torch.Tensor, recipe: Recipe, classes: int) -> torch.Tensor:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import benchmarks.dm as bench
-from benchmarks import gpu
+from benchmarks import gpu, precision
 from benchmarks.__main__ import parser as bench_parser
 from ddlib.cli import _key_values, parser
 from ddlib.config import resolve
+from ddlib.engine.run import run as distil
 from ddlib.methods import dm
 from ddlib.train import evaluate as evaluation
 
@@ -96,3 +97,38 @@ def test_every_part_of_the_gpu_run_is_a_command_that_resolves(tmp_path, monkeypa
     assert (
         len(gpu.commands("cifar10", "cuda")) == len(parts) - 1
     )  # what is measured is not measured again
+
+
+def test_precisions_are_compared_pair_by_pair(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "compiled", lambda function: function)
+    run = distil(
+        "random",
+        "digits",
+        ipc=1,
+        results=tmp_path,
+        progress=False,
+        networks=1,
+        eval_epochs=2,
+        compile=False,
+    )
+    out = tmp_path / "precision.json"
+    words = [str(run.path.with_suffix(".safetensors")), "--networks", "2", "--out", str(out)]
+    record = precision.main([*words, "--turns", "0", "--device", "cpu"])
+    (row,) = record["sets"].values()
+    assert row["accuracies"]["float32"][0] == run.accuracy  # as the run evaluates
+    assert record["pairs"] == 2 and record["mean difference"] == pytest.approx(
+        sum(row["differences"]) / 2
+    )
+    monkeypatch.setattr(precision, "both_ways", lambda *_: pytest.fail("evaluated again"))
+    assert precision.main([*words, "--turns", "0", "--device", "cpu"]) == record
+    for row in precision.speed(CPU, 1, True, "convnet:width=4"):
+        positive(row, "float32", "bf16", "times faster")
+
+
+def test_the_rule_of_neutral_precision():
+    assert precision.verdict([0.2, 0.2])["verdict"] == "neutral"
+    assert precision.verdict([0.5, 0.5])["verdict"] == "not neutral"
+    wide = precision.verdict([0.0, 1.2])  # 0.6 with a standard error of 0.6
+    assert wide["standard error"] == pytest.approx(0.6) and wide["verdict"] == "neutral"
+    assert precision.verdict([0.0, 6.0])["verdict"] == "inconclusive"
+    assert precision.verdict([0.1])["verdict"] == "too few pairs"

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from ddlib.config import resolve
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays, load
 from ddlib.distilled import Synthetic
+from ddlib.engine.run import run as distil
 from ddlib.files import save_tensors
+from ddlib.nets.build import build
 from ddlib.train import evaluate as evaluation
 from ddlib.train.evaluate import Evaluation, evaluate, protocol
-from ddlib.train.loop import Recipe
+from ddlib.train.loop import PRECISIONS, Recipe, lowered, predict, train
 
 BACKBONE = "convnet:width=4"
 
@@ -289,3 +292,37 @@ def test_the_best_epoch_and_the_validation_split_are_noted_beside_the_last_epoch
     plain = evaluate(replace(syn, recipe=replace(syn.recipe, tests=())), data, networks=2)
     assert plain.accuracies == result.accuracies  # looking changes nothing
     assert plain.extras == {"val": evaluate(syn, data, networks=2, split="val").accuracies}
+
+
+def test_bf16_trains_float32_weights_on_nearly_the_same_way(syn, digits):
+    """The same first weights and order; logits and weights differ by bf16's rounding, and are float32 outside."""
+    nets = {}
+    for precision in PRECISIONS:
+        net = build("convnet:width=8", digits.shape, 10)
+        forward, seen = lowered(net.forward, digits.device, precision), []
+        net.body[0].register_forward_hook(lambda *call, seen=seen: seen.append(call[2].dtype))
+        recipe = Recipe(epochs=5, drops=(), augment="none")
+        train(net, syn.images, syn.labels, recipe, generator(0), forward=forward)
+        logits = predict(net, digits, forward=forward)
+        assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+        assert logits.dtype == torch.float32 and net.classifier.weight.grad.dtype == torch.float32
+        nets[precision] = torch.cat([p.flatten() for p in net.parameters()]), logits
+    (weights, logits), (low_weights, low_logits) = nets["float32"], nets["bf16"]
+    assert 0 < (low_weights - weights).norm() < 0.01 * weights.norm()
+    assert 0 < (low_logits - logits).norm() < 0.05 * logits.norm()
+
+
+def test_bf16_evaluates_by_the_runs_key(syn, digits, tmp_path):
+    with pytest.raises(DDError, match="unknown precision 'fp8'; allowed: float32, bf16"):
+        evaluate(syn, digits, networks=1, precision="fp8")
+    with pytest.raises(DDError, match="unknown preset eval_precision 'half'; allowed: float32"):
+        resolve("random", "digits", 1, eval_precision="half")
+    plain = resolve("random", "digits", 1)
+    assert resolve("random", "digits", 1, eval_precision="float32").name == plain.name
+    low = {"eval_precision": "bf16", "networks": 2, "eval_epochs": 3, "compile": False}
+    assert resolve("random", "digits", 1, **low).name != plain.name
+    run = distil("random", "digits", ipc=1, results=tmp_path, progress=False, **low)
+    data, chosen = load("digits"), run.synthetic
+    networks = run.record["accuracy"]["last"]["networks"]
+    both = [evaluate(chosen, data, networks=2, precision=p).accuracies for p in PRECISIONS]
+    assert networks == list(both[1]) and both[0] != both[1]
