@@ -104,7 +104,8 @@ def test_memory_and_test_grow_by_the_task(results, data, monkeypatch):
             sorted(set(tested.labels["test"].tolist())) == classes and tested.num_classes == 10
         )  # no masking
         assert len(tested.labels["test"]) == data.class_sizes("test")[classes].sum()
-        assert options == {"networks": 2, "seed": 3} and syn.recipe.epochs == 41
+        assert options == {"networks": 2, "seed": 3, "precision": "float32"}
+        assert syn.recipe.epochs == 41
     nearest = torch.cdist(calls[-1][0].images.flatten(1), train).min(1)
     assert (nearest.values < 0.02).all() and torch.equal(
         data.labels["train"][nearest.indices], calls[-1][0].labels
