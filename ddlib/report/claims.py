@@ -50,7 +50,11 @@ FIGURE = {
     "unit",
     "value",
 }  # of a claim that selects nothing
-ALLOWED = NEEDED | FIGURE | {"select", "ipc", "evidence", "measured", "overrides", "extra"}
+ALLOWED = (
+    NEEDED
+    | FIGURE
+    | {"select", "ipc", "evidence", "measured", "overrides", "extra", "sense", "setting"}
+)
 COLUMNS = [
     "paper",
     "where",
@@ -73,6 +77,8 @@ COLUMNS = [
     "measured",
     "overrides",
     "extra",
+    "sense",
+    "setting",
     "reason",
 ]
 NEUTRAL = {"times": 1.0, "AUC": 0.5}  # "no difference"; 0 in any other unit
@@ -113,8 +119,8 @@ def _expand(claim: dict[str, Any], document: dict[str, Any], name: str) -> list[
     if missing := sorted((NEEDED | (set() if "select" in claim else FIGURE)) - claim.keys()):
         raise DDError(f"{name} lacks {', '.join(missing)}")
     choose(f"paper in {name}", claim["paper"], document["papers"])
-    common = dict.fromkeys(("extra", "evidence", "note", "variant", "protocol"), "")
-    common |= {"measured": None, "overrides": None}
+    common = dict.fromkeys(("extra", "evidence", "note", "variant", "protocol", "sense"), "")
+    common |= {"measured": None, "overrides": None, "setting": None}
     common |= {key: value for key, value in claim.items() if key != "select"}
     common |= {
         "spread_means": document["spreads"].get(claim["spread"], claim["spread"]),
@@ -133,8 +139,8 @@ def _expand(claim: dict[str, Any], document: dict[str, Any], name: str) -> list[
             }
         ]
     rows = tables.published()
-    rows = rows[rows.paper == claim["paper"]].fillna({"variant": "", "note": ""})
-    for key, wanted in claim["select"].items():
+    rows = rows.fillna({"variant": "", "note": ""})
+    for key, wanted in ({"paper": claim["paper"]} | claim["select"]).items():
         rows = rows[
             rows[choose(f"selector in {name}", key, sorted(rows))].isin(
                 wanted if isinstance(wanted, list) else [wanted]

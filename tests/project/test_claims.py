@@ -31,30 +31,44 @@ TESLA = next(
 
 
 def test_every_published_row_of_the_five_papers_is_one_claim():
+    document = yaml.safe_load((ROOT / "ddlib" / "report" / "claims.yaml").read_text())
+    quoting = [c["where"] for c in document["claims"] if "paper" in c.get("select", {})]
     loaded = claims.load()
-    key = [
-        "paper",
-        "method",
-        "variant",
-        "dataset",
-        "ipc",
-        "network",
-        "network_eval",
-        "protocol",
-        "value",
-    ]
-    mine = loaded[(loaded.quantity == "accuracy") & loaded.protocol.ne("")]
+    key = ["method", "variant", "dataset", "ipc", "network", "network_eval", "protocol", "value"]
+    accuracies = loaded[(loaded.quantity == "accuracy") & loaded.protocol.ne("")]
+    quoted = accuracies["where"].isin(quoting)
     rows = tables.published().rename(
         columns={"backbone": "network", "backbone_eval": "network_eval"}
     )
-    rows = rows[rows.paper.isin(claims.papers())].fillna({"variant": ""})
-    assert len(mine) == len(rows) > 150
-    assert (
-        mine[key]
-        .sort_values(key)
-        .reset_index(drop=True)
-        .equals(rows[key].sort_values(key).reset_index(drop=True))
-    )
+    rows = rows.fillna({"variant": ""})
+    mine = rows.paper.isin(claims.papers())
+
+    def cells(table, *more):
+        return table[[*more, *key]].sort_values([*more, *key]).reset_index(drop=True)
+
+    assert mine.sum() > 150
+    assert cells(accuracies[~quoted], "paper").equals(cells(rows[mine], "paper"))
+    others = set(cells(rows[~mine]).itertuples(index=False))
+    assert quoted.sum() > 50 and set(cells(accuracies[quoted]).itertuples(index=False)) <= others
+
+
+def test_a_printed_factor_says_what_it_means_and_where_it_holds():
+    loaded = claims.load()
+    known = loaded[loaded.protocol.eq("") & loaded.value.notna()]
+    assert len(known) > 20
+    assert set(known.sense) == {"at most", "at least", "about"}
+    for claim in known.itertuples():
+        assert {"text"} <= set(claim.setting) <= {"text", "dataset"}, claim
+        assert claim.setting.get("dataset", claim.dataset) == claim.dataset, claim
+    rest = loaded.drop(known.index)
+    assert rest.sense.eq("").all() and rest.setting.isna().all()
+
+
+def test_what_tesla_claims_of_imagenet_is_bound_to_it():
+    loaded = claims.load()
+    factors = loaded[(loaded.paper == "2211.10586") & loaded.quantity.str.contains("MTT")]
+    assert sorted(factors.value) == [1.02, 6]
+    assert all(setting["dataset"] == "imagenet1k" for setting in factors.setting)
 
 
 def test_every_paper_every_reason():
@@ -209,7 +223,7 @@ def test_a_point_of_a_curve_is_the_evaluation_on_the_way(tmp_path):
     written = json.loads(run.path.read_text())
     written["evaluations"] = [{"step": 40, "mean": 65.0, "std": 0.0, "networks": [65.0] * 5}]
     run.path.write_text(json.dumps(written))
-    point = {"paper": "2310.15052", "ipc": 10}
+    point = {"paper": "2310.15052", "method": "dream_plus", "ipc": 10}
     assert judged(tmp_path, **point, variant="iteration=40").kind == "reproduced"
     assert judged(tmp_path, **point, variant="iteration=80").kind == "not attempted"
 
