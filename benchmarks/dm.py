@@ -27,8 +27,8 @@ from ddlib.distilled import Synthetic
 from ddlib.engine.meter import PeakMemory, machine, seconds, sgemm_rate
 from ddlib.methods.dm import DM, Config
 from ddlib.nets.build import build, count_flops, initialise
-from ddlib.train.evaluate import evaluate, protocol
-from ddlib.train.loop import Recipe
+from ddlib.recipe import Recipe, protocol
+from ddlib.train.evaluate import evaluate
 
 
 def shapes(classes: int, each: int, device: torch.device):

@@ -32,10 +32,10 @@ NAMES = {
     "load": "data.dataset",
     "numbers": "core",
     "prepare": "engine.run",
-    "protocol": "train.evaluate",
+    "protocol": "recipe",
     "resolve": "config",
     "run": "engine.run",
-    "sweep": "engine.run",
+    "sweep": "report.tables",
 }
 __all__ = [*NAMES, "plots", "tables"]  # noqa: PLE0604
 

@@ -12,15 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from .augment.siamese import check_strategy
 from .core import DDError, choose, fields_from, option
-from .data.dataset import canonical
+from .data.dataset import Dataset, canonical, load
 from .data.zca import KINDS
 from .methods import METHODS
-from .train.evaluate import OWN_AUGMENT, PROTOCOLS, VERSION, protocol
-from .train.loop import PRECISIONS, Recipe
+from .recipe import PRECISIONS, VERSION, Recipe, own_augment, protocol
 
 PROFILES = ("smoke", "small", "paper")
 PRESETS = Path(__file__).parent / "methods"  # beside the classes
@@ -34,7 +34,7 @@ class RunConfig:
     eval_backbone: str = (
         ""  # another network for the evaluation, e.g. FRePo's without norm; "" is the same
     )
-    protocol: str = option("dsa", allowed=tuple(PROTOCOLS))  # of the evaluation
+    protocol: str = "dsa"  # of the evaluation, a name of `recipe.PROTOCOLS`
     eval_epochs: int = option(
         1000, least=1
     )  # E of the protocol, which makes E + 1 passes in the DC family
@@ -95,7 +95,7 @@ class Spec:
             run.protocol,
             epochs=run.eval_epochs,
             mirror=run.mirror,
-            augment=run.eval_augment or (None if run.protocol in OWN_AUGMENT else run.augment),
+            augment=run.eval_augment or (None if own_augment(run.protocol) else run.augment),
         )
         return replace(recipe, lr=run.eval_lr) if run.eval_lr else recipe
 
@@ -221,3 +221,11 @@ def resolve(
     spec.recipe  # noqa: B018  an impossible protocol is an error here, not after the distillation
     check_strategy(spec.run.augment)
     return spec
+
+
+def dataset_of(spec: Spec, device: torch.device) -> Dataset:
+    """The dataset that a run sees: its resolution, whitening and subset applied."""
+    run = spec.run
+    data = load(spec.dataset, device=device, resolution=run.resolution or None, zca=run.zca or None)
+    data = data.subset(run.subset) if run.subset else data
+    return data.minival(run.minival) if run.minival else data

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .core import DDError
 from .data.dataset import Dataset
 from .files import load_tensors, save_tensors
-from .train.loop import Recipe
+from .recipe import Recipe
 
 
 def decode(images: torch.Tensor, factor: int, fill: torch.Tensor | float = 0.5) -> torch.Tensor:

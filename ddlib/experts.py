@@ -34,7 +34,8 @@ from .data.dataset import Dataset
 from .files import load_tensors, results_folder, save_tensors, write_atomically
 from .match.trajectory import FlatNet
 from .nets.build import Backbone, build, initialise
-from .train.loop import Recipe, accuracy, compiled, train
+from .recipe import Recipe
+from .train.loop import accuracy, compiled, train
 
 
 class ExpertsError(DDError):

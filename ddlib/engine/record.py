@@ -9,15 +9,14 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-import torch
-
-from ..config import Spec, defaults, resolve
+from ..config import Spec, dataset_of, defaults, resolve
 from ..core import DDError, pick_device
-from ..data.dataset import Dataset, load
+from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..files import write_atomically
-from ..train.evaluate import OWN_AUGMENT, VERSION, Evaluation, evaluate
-from ..train.evaluate import protocol as make_protocol
+from ..recipe import VERSION, own_augment
+from ..recipe import protocol as make_protocol
+from ..train.evaluate import Evaluation, evaluate
 from .meter import machine
 
 
@@ -92,7 +91,7 @@ class Run:
                     name,
                     epochs=plain.eval_epochs if epochs is None else epochs,
                     mirror=plain.mirror,
-                    augment=augment or (None if name in OWN_AUGMENT else plain.augment),
+                    augment=augment or (None if own_augment(name) else plain.augment),
                 )
             if augment == "none":
                 recipe = replace(recipe, cutmix=0.0)  # which augments too
@@ -127,14 +126,6 @@ def resolve_record(record: dict[str, Any]) -> Spec:
     """The spec of a stored record, as `spec.name` was computed from; a key younger than the record has its default."""
     facts = {key: record[key] for key in ("method", "dataset", "ipc", "profile", "seed")}
     return Spec(**facts, values=defaults(record["method"]) | record["values"])
-
-
-def dataset_of(spec: Spec, device: torch.device) -> Dataset:
-    """The dataset that a run sees: its resolution, whitening and subset applied."""
-    run = spec.run
-    data = load(spec.dataset, device=device, resolution=run.resolution or None, zca=run.zca or None)
-    data = data.subset(run.subset) if run.subset else data
-    return data.minival(run.minival) if run.minival else data
 
 
 def summary(step: int, result: Evaluation) -> dict[str, Any]:

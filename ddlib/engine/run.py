@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
 from tqdm.auto import tqdm
 
-from ..config import Spec, resolve
+from ..config import Spec, dataset_of, resolve
 from ..core import DDError, Interrupted, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
@@ -25,10 +24,7 @@ from ..nets.build import build
 from ..train.evaluate import evaluate
 from .checkpoint import Progress, guard
 from .meter import PeakMemory, machine
-from .record import Run, dataset_of, summary
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .record import Run, summary
 
 
 def _points(total: int, count: int) -> set[int]:
@@ -295,14 +291,3 @@ def _write(path: Path, state: Progress, data: Dataset, peak: PeakMemory) -> None
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
-
-
-def sweep(
-    method: str, dataset: str, *, ipcs: Iterable[int], seeds: Iterable[int] = (0,), **options: Any
-) -> pd.DataFrame:
-    """`run` for every IPC and seed; one row a run, as `tables.runs` makes them."""
-    from ..report.tables import runs
-
-    return runs(
-        [run(method, dataset, ipc=ipc, seed=seed, **options) for ipc in ipcs for seed in seeds]
-    )

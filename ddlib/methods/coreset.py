@@ -26,7 +26,8 @@ from ..data.dataset import Dataset
 from ..experts import experts_folder
 from ..files import load_tensors, save_tensors
 from ..nets.build import Backbone, build
-from ..train.loop import Recipe, accuracy, compiled, embed, train
+from ..recipe import Recipe
+from ..train.loop import accuracy, compiled, embed, train
 
 KINDS = ("random", "herding", "kcenter", "kmeans", "forgetting")
 

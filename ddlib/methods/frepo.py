@@ -32,9 +32,8 @@ from torch.utils.checkpoint import checkpoint
 from ..core import DDError, generator, option
 from ..data.dataset import Dataset
 from ..nets.build import Backbone, build, initialise
+from ..train.krr import krr
 from ..train.loop import compiled
-
-RAISES = 9  # from lambda 1e-6 to 1e3; a kernel that fails there is zero or not finite
 
 
 @dataclass(frozen=True)
@@ -61,54 +60,6 @@ class Config:
         0, least=0
     )  # synthetic images in one graph, recomputed in the backward pass; 0: all, kept
     compile: bool = False  # torch.compile the networks; same numbers to about 1e-5
-
-
-class _Solve(torch.autograd.Function):
-    """A = K^-1 Y for symmetric K = L L^T; the derivative dK = -G A^T, dY = G with G = K^-1 dA needs L alone."""
-
-    @staticmethod
-    def forward(ctx, kernel: Tensor, labels: Tensor, factor: Tensor) -> Tensor:
-        solution = torch.cholesky_solve(labels, factor)
-        ctx.save_for_backward(solution, factor)
-        return solution
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        solution, factor = ctx.saved_tensors
-        grad = torch.cholesky_solve(grad, factor)
-        return -grad @ solution.T, grad, None
-
-
-def krr(f_test: Tensor, f_train: Tensor, labels: Tensor, lam: float = 1e-6) -> tuple[Tensor, int]:
-    """Kernel ridge regression on features (the paper's equation, in the module's docstring).
-
-    f_test [N, d], f_train [n, d], labels [n, C] -> predictions float64 [N, C], differentiable in all three, and how
-    often lambda was raised tenfold before the kernel [n, n] could be factorised. Raises DDError for shapes that do not
-    fit and for features that are not finite or all zero.
-    """
-    if labels.ndim != 2 or len(labels) != len(f_train) or f_test.shape[1:] != f_train.shape[1:]:
-        raise DDError(
-            f"regression needs labels [n, C] and features [n, d] and [N, d], not {list(labels.shape)}, "
-            f"{list(f_train.shape)} and {list(f_test.shape)}"
-        )
-    f_test, f_train = f_test.double(), f_train.double()
-    kernel = f_train @ f_train.T
-    mean, eye = (
-        kernel.diagonal().mean(),
-        torch.eye(len(kernel), dtype=torch.float64, device=kernel.device),
-    )
-    for raised in range(RAISES + 1):
-        ridged = kernel + lam * 10**raised * mean * eye
-        factor, info = torch.linalg.cholesky_ex(ridged.detach())
-        if not (info.bool() | ~mean.isfinite()):  # one wait for the device
-            layer = f_train.T @ _Solve.apply(
-                ridged, labels.double(), factor
-            )  # [d, C], the last layer solved for
-            return f_test @ layer, raised
-    raise DDError(
-        f"the regression kernel of {len(kernel)} images cannot be factorised (mean diagonal {mean.item():.3g}): "
-        "the features are not finite or all zero"
-    )
 
 
 class FRePo:

@@ -39,7 +39,8 @@ from ..distilled import check_factor, decode, encode
 from ..match.gradients import DISTANCES, ENGINES, LAYERS, MATCHES, Matching, Traced
 from ..match.sampler import SAMPLINGS, Sampler, initial_rows
 from ..nets.build import build, initialise
-from ..train.loop import Recipe, compiled
+from ..recipe import Recipe
+from ..train.loop import compiled
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from ..experts import ExpertRecipe, load_experts
 from ..match.sampler import initial_rows
 from ..match.trajectory import FlatNet, Match, Segment, match, parse_engine
 from ..nets.build import build
-from ..train.loop import Recipe
+from ..recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from ..config import PROFILES
+from ..config import PROFILES, dataset_of
 from ..core import DDError, choose, generator, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
-from ..engine.record import Run, dataset_of, resolve_record
+from ..engine.record import Run, resolve_record
 from ..files import write_atomically
 from ..methods import METHODS
 from ..nets.build import build, initialise
-from ..train.evaluate import VERSION
+from ..recipe import VERSION
 from ..train.loop import predict, train
 from . import plots, tables
 

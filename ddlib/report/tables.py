@@ -1,4 +1,4 @@
-"""DataFrames from records and from the papers' published figures; nothing is trained here."""
+"""DataFrames from records and from the papers' published figures; only `sweep` trains anything."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ..config import resolve
 from ..core import DDError
 from ..data.dataset import canonical
 from ..engine.record import Run, resolve_record
+from ..engine.run import run as distil
 from ..files import results_folder
 from ..methods import METHODS
-from ..train.evaluate import VERSION
+from ..recipe import VERSION
 
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
@@ -486,3 +487,12 @@ def markdown(table: pd.DataFrame) -> str:
         for row in rows[names].itertuples(index=False)
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sweep(
+    method: str, dataset: str, *, ipcs: Iterable[int], seeds: Iterable[int] = (0,), **options: Any
+) -> pd.DataFrame:
+    """`run` for every IPC and seed; one row per run, as `tables.runs` makes them."""
+    return runs(
+        [distil(method, dataset, ipc=ipc, seed=seed, **options) for ipc in ipcs for seed in seeds]
+    )

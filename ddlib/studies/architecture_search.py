@@ -28,14 +28,13 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-from ..config import resolve
+from ..config import dataset_of, resolve
 from ..core import DDError, choose, generator, pick_device
-from ..engine.record import dataset_of
 from ..methods import METHODS
 from ..nets.build import build
 from ..train.loop import accuracy, train
 from .parts import distil, part
-from .trajectories import cached
+from .store import cached
 
 VERSION = 1  # raise it when a change here changes the rows
 REFERENCES = ("whole", "early stop")

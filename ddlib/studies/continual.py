@@ -28,14 +28,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import resolve
+from ..config import dataset_of, resolve
 from ..core import DDError, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
-from ..engine.record import dataset_of
 from ..train.evaluate import evaluate
 from .parts import distil, part
-from .trajectories import cached
+from .store import cached
 
 VERSION = 1  # raise it when a change here changes the rows
 

@@ -31,17 +31,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import resolve
+from ..config import dataset_of, resolve
 from ..core import DDError, generator, pick_device
 from ..distilled import Synthetic
-from ..engine.record import Run, dataset_of, resolve_record
+from ..engine.record import Run, resolve_record
 from ..engine.run import run as distil
 from ..files import results_folder
 from ..nets.build import build
 from ..train.evaluate import evaluate
 from ..train.loop import accuracy, train_on
 from .parts import EVALUATION
-from .trajectories import cached
+from .store import cached
 
 VERSION = 1  # raise it when a change here changes the rows
 HARD, TAUGHT, PLAIN = "hard labels", "random, teacher's labels", ", no augmentation"  # conditions

@@ -24,17 +24,16 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..config import resolve
+from ..config import dataset_of, resolve
 from ..core import DDError, choose, generator, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
-from ..engine.record import dataset_of
 from ..methods import METHODS
 from ..nets.build import build
-from ..train.evaluate import protocol
+from ..recipe import protocol
 from ..train.loop import accuracy, predict, train
 from .parts import distil, part
-from .trajectories import cached
+from .store import cached
 
 VERSION = 1  # raise it when a change here changes the rows
 ATTACKS = ("threshold", "logistic", "mlp", "forest", "knn")

@@ -9,9 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,49 +20,20 @@ import torch
 import torch.nn.functional as F
 
 from ..augment.siamese import augment, draw
-from ..config import Spec, resolve
+from ..config import Spec, dataset_of, resolve
 from ..core import DDError, generator, pick_device
 from ..data.dataset import Dataset
 from ..engine.meter import PeakMemory, SavedTensors, machine, seconds
-from ..engine.record import Run, dataset_of, resolve_record
+from ..engine.record import Run, resolve_record
 from ..experts import ExpertsError, load_experts, sharpness
-from ..files import results_folder, write_atomically
 from ..match.trajectory import FlatNet, Segment, match
 from ..methods import METHODS
 from ..nets.build import build
 from ..train.loop import accuracy, train_on
-
-VERSION = 1  # raise it when a change here changes the rows
-
-
-def _place(dataset: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "_", dataset).strip("_")
-
-
-def cached(
-    kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[], list[dict]]
-) -> pd.DataFrame:
-    """The rows of a study from `results/PROFILE/studies/`, else computed and written there."""
-    digest = hashlib.sha256(
-        json.dumps([spec.name, options, VERSION], sort_keys=True).encode()
-    ).hexdigest()[:8]
-    name = f"{kind}-{spec.method}-{_place(spec.dataset)}-ipc{spec.ipc}-{digest}.json"
-    path = results_folder() / spec.profile / "studies" / name
-    if path.is_file():
-        try:
-            return pd.DataFrame(json.loads(path.read_text())["rows"])
-        except (ValueError, KeyError):
-            raise DDError(f"the study {path} is damaged: delete it and run again") from None
-    rows = compute()
-    record = {"study": kind, "run": spec.name, "options": options, "rows": rows}
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
-    return pd.DataFrame(rows)
-
-
-def kept(kind: str, dataset: str) -> pd.DataFrame:
-    """All rows of the kept studies of one kind on a dataset or a sample of it, whatever the profile and options."""
-    found = sorted(results_folder().glob(f"*/studies/{kind}-*{_place(dataset)}*-ipc*.json"))
-    return pd.DataFrame([row for path in found for row in json.loads(path.read_text())["rows"]])
+from .store import (
+    cached,
+    kept,  # noqa: F401  also offered here, beside the studies that it reads
+)
 
 
 def unrolling(

@@ -2,90 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import lru_cache
 from statistics import fmean, pstdev
 
 import torch
 import torch.nn.functional as F
 
-from ..augment.siamese import check_strategy
 from ..core import DDError, choose, generator
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..nets.build import Backbone, build, initialise
-from .loop import Recipe, accuracy, compiled, embed, halved, lowered, train
-
-VERSION = 1  # raise it when a change here or in training.py changes results: old records are then made anew
-
-
-def _idc(name: str, epochs: int) -> Recipe:
-    """IDC's, also DREAM's and DREAM+'s (released code): trained on the decoded set with CutMix instead of cutout."""
-    return Recipe(
-        name,
-        epochs=epochs,
-        batch=64,
-        drops=(2 * epochs // 3, 5 * epochs // 6),
-        drop=0.2,
-        reset=False,
-        augment="color+flip+crop_scale_rotate",
-        cutmix=0.5,
-        tests=tuple(max(1, epochs * k // 4) for k in (1, 2, 3, 4)),
-    )
-
-
-def _frepo(name: str, epochs: int) -> Recipe:
-    """FRePo's (released code): Adam on the learned labels' squared error, with warm-up and a cosine to 1 %."""
-    return Recipe(
-        name,
-        epochs=epochs,
-        lr=3e-4,
-        batch=500,
-        drops=(),
-        optimiser="adam",
-        loss="mse",
-        warmup=500,
-        cosine=0.01,
-        augment="frepo:flip_color_crop_rotate_translate_cutout",
-    )
-
-
-# name -> (the recipe for E epochs, the usual E). Source: Zhao et al., DC (ICLR 2021), DSA (ICML 2021), DM (WACV 2023),
-# released code. DM evaluates as DSA does. MTT, TESLA and FTD too, at the learned step size; DATM's batches are of 128.
-PROTOCOLS: dict[str, tuple[Callable[[str, int], Recipe], int]] = {
-    "dc": (partial(halved, augment="none"), 300),
-    "dsa": (halved, 1000),
-    "dm": (halved, 1000),
-    "mtt": (halved, 1000),
-    "datm": (partial(halved, batch=128), 1000),
-    "idc": (_idc, 1000),
-    "frepo": (_frepo, 1000),
-}
-OWN_AUGMENT = (
-    "idc",
-    "frepo",
-)  # protocols with an augmentation of their own, whatever distillation uses
-
-
-def protocol(
-    name: str, *, epochs: int | None = None, augment: str | None = None, mirror: bool = True
-) -> Recipe:
-    """The recipe of a protocol; `epochs` shortens or lengthens it (E means E + 1 passes in the DC family), `augment`
-    replaces its augmentation, where it has one, and without `mirror` the protocol's own has no flip (digits)."""
-    make, usual = PROTOCOLS[choose("protocol", name, PROTOCOLS)]
-    if epochs is not None and epochs < 1:
-        raise DDError(f"eval_epochs must be at least 1, not {epochs}")
-    recipe = make(name, epochs or usual)
-    if not mirror:
-        recipe = replace(recipe, augment=re.sub(r"flip[_+]", "", recipe.augment))
-    if augment and recipe.augment != "none":
-        check_strategy(augment)
-        recipe = replace(recipe, augment=augment)
-    return recipe
+from ..recipe import Recipe
+from .krr import krr
+from .loop import accuracy, compiled, embed, lowered, train
 
 
 @dataclass(frozen=True)
@@ -199,8 +131,6 @@ def evaluate(
 @torch.no_grad()
 def _krr(net: Backbone, syn: Synthetic, data: Dataset, split: str) -> float:
     """Accuracy (per cent) of ridge regression from the network's features of the set to its labels (FRePo, eq. 3)."""
-    from ..methods.frepo import krr
-
     images, labels = syn.training_set()
     if (
         syn.spec.get("values", {}).get("flip") == "on"

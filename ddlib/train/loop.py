@@ -8,7 +8,6 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from shutil import which
@@ -20,41 +19,7 @@ from ..augment.siamese import augment, cutmix, draw
 from ..core import DDError, choose, generator
 from ..data.dataset import Dataset
 from ..nets.build import Backbone
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one network is trained; the defaults are the DSA protocol (dm: same), DSA paper and released code."""
-
-    name: str = "dsa"  # the protocol's name in tables
-    epochs: int = 1001  # passes over the set; the released loop runs 0..1000 inclusive
-    lr: float = 0.01  # step size, or the learned one where the method learns it
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch: int = 256  # the last, smaller batch is kept
-    drops: tuple[int, ...] = (502,)  # after so many epochs the step size is multiplied by `drop`
-    drop: float = 0.1
-    augment: str = (
-        "color_crop_cutout_flip_scale_rotate"  # DSA: one operation a batch, parameters an image
-    )
-    reset: bool = (
-        True  # a drop also forgets the momentum, since the DC family's code builds a new optimiser
-    )
-    cutmix: float = 0.0  # share of batches mixed by CutMix (IDC)
-    optimiser: str = "sgd"  # or adam, which has neither momentum nor weight decay here (FRePo)
-    loss: str = (
-        "ce"  # or mse: half the squared error, summed over classes, on centred labels (FRePo)
-    )
-    warmup: int = 0  # steps in which the step size grows from 0; at most half of them all
-    cosine: float = 1.0  # share of the step size that a cosine ends at; 1 is no cosine
-    tests: tuple[
-        int, ...
-    ] = ()  # epochs after which the test accuracy is noted too, for "best of" columns
-
-
-def halved(name: str, epochs: int, **changes) -> Recipe:
-    """The DC family's schedule for `--epoch_eval_train epochs`: epochs + 1 passes, one drop after epochs // 2 + 2."""
-    return Recipe(name=name, epochs=epochs + 1, drops=(epochs // 2 + 2,), **changes)
+from ..recipe import PRECISIONS, Recipe
 
 
 @cache
@@ -81,9 +46,6 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-PRECISIONS = ("float32", "bf16")
-
-
 def lowered(forward: Callable, device: torch.device, precision: str) -> Callable:
     """`forward` with its convolutions and products in `precision`: "float32" leaves it alone, "bf16" is autocast.
 
@@ -106,12 +68,22 @@ def _targets(labels: torch.Tensor, recipe: Recipe, classes: int) -> torch.Tensor
     return labels
 
 
+# Recipe.optimiser -> (parameters, recipe, step size) -> optimiser. FRePo's Adam has neither momentum nor weight decay.
+# Another package may add a name of its own.
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, recipe, lr: torch.optim.SGD(
+        parameters, lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    ),
+    "adam": lambda parameters, recipe, lr: torch.optim.Adam(parameters, lr=lr),
+    "adamw": lambda parameters, recipe, lr: torch.optim.AdamW(
+        parameters, lr=lr, weight_decay=recipe.weight_decay
+    ),
+}
+
+
 def _optimiser(net: Backbone, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    if recipe.optimiser == "adam":
-        return torch.optim.Adam(net.parameters(), lr=lr)
-    return torch.optim.SGD(
-        net.parameters(), lr=lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    make = OPTIMISERS[choose("optimiser", recipe.optimiser, OPTIMISERS)]
+    return make(net.parameters(), recipe, lr)
 
 
 def _loss(forward: Callable, x: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
@@ -140,13 +112,15 @@ def train(
     forward: Callable | None = None,
     after_epoch: Callable[[int], None] | None = None,
     adjust: Callable[[Callable[[], torch.Tensor]], None] | None = None,
+    targets: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Backbone:
     """Train `net` in place under `recipe` and return it.
 
     images: normalised float [n, C, H, W], or a function from an index [b] to such a batch; labels: int64 [n], or float
     [n, classes] (probabilities, or any numbers under mse). `forward` is the network's compiled forward, if there is one. `rng` gives the order
     of the images and the augmentation. `adjust(closure)` may edit the gradients before the step; the closure gives the
-    batch's loss again. Raises `DDError` when the loss stops being finite.
+    batch's loss again. `targets(x, y)` gives what the loss compares the logits of the augmented batch x with, in place
+    of y: a teacher's answers, say. Raises `DDError` when the loss stops being finite.
     """
     fetch = images if callable(images) else images.__getitem__
     forward, n = forward or net, len(labels)
@@ -169,6 +143,8 @@ def train(
             x = augment(x, draw(recipe.augment, len(x), tuple(x.shape[-2:]), rng, op_every=len(x)))
             if recipe.cutmix:
                 x, y = cutmix(x, y, rng, recipe.cutmix, classes)
+            if targets:
+                y = targets(x, y)
             if recipe.warmup or recipe.cosine != 1:
                 optimiser.param_groups[0]["lr"] = lr * _share(recipe, step, total)
             step += 1

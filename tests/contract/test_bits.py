@@ -177,7 +177,7 @@ def test_every_method_has_its_bits():
     kept = json.loads(BITS.read_text())["bits"]
     assert kept.keys() == CASES.keys()
     built_in = {method for method, *_ in CASES.values()}
-    assert {name for name in dd.METHODS} == built_in
+    assert set(dd.METHODS) - built_in == {"forgetting"}  # which came later, and has no before
 
 
 def test_every_kept_record_is_found_again():

@@ -16,7 +16,7 @@ from ddlib.methods.coreset import (
     kmeans,
     train_and_count,
 )
-from ddlib.train.loop import Recipe
+from ddlib.recipe import Recipe
 
 
 def line(*values: float) -> torch.Tensor:

@@ -13,9 +13,17 @@ from ddlib.distilled import Synthetic
 from ddlib.engine.run import run as distil
 from ddlib.files import save_tensors
 from ddlib.nets.build import build
+from ddlib.recipe import (
+    PRECISIONS,
+    PROTOCOLS,
+    EvaluationProtocol,
+    Recipe,
+    protocol,
+    register_protocol,
+)
 from ddlib.train import evaluate as evaluation
-from ddlib.train.evaluate import Evaluation, evaluate, protocol
-from ddlib.train.loop import PRECISIONS, Recipe, lowered, predict, train
+from ddlib.train.evaluate import Evaluation, evaluate
+from ddlib.train.loop import lowered, predict, train
 
 BACKBONE = "convnet:width=4"
 
@@ -326,3 +334,22 @@ def test_bf16_evaluates_by_the_runs_key(syn, digits, tmp_path):
     networks = run.record["accuracy"]["last"]["networks"]
     both = [evaluate(chosen, data, networks=2, precision=p).accuracies for p in PRECISIONS]
     assert networks == list(both[1]) and both[0] != both[1]
+
+
+def test_another_package_may_register_a_protocol(monkeypatch):
+    monkeypatch.setattr("ddlib.recipe.PROTOCOLS", dict(PROTOCOLS))
+    mine = EvaluationProtocol(lambda name, epochs: Recipe(name, epochs, augment="none"), epochs=7)
+    register_protocol("mine", mine)
+    register_protocol("mine", mine)  # a module may be imported twice
+    assert protocol("mine") == Recipe("mine", 7, augment="none")
+    assert resolve("dm", "digits", 1, protocol="mine", eval_epochs=3).recipe.epochs == 3
+    with pytest.raises(DDError, match="the protocol name 'dsa' is taken"):
+        register_protocol("dsa", mine)
+
+
+def test_a_set_changes_only_what_its_protocol_has():
+    assert protocol("mtt").tuned({"lr": 0.5}) == replace(protocol("mtt"), lr=0.5)
+    assert protocol("mtt").tuned({"cutmix": 1.0}) == protocol("mtt")
+    assert protocol("idc").tuned({"cutmix": 1.0}).cutmix == 1.0
+    with pytest.raises(DDError, match="unknown change of the recipe 'rate'"):
+        protocol("mtt").tuned({"rate": 0.5})

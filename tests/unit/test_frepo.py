@@ -15,9 +15,10 @@ from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
 from ddlib.files import load_tensors, save_tensors
 from ddlib.methods import frepo
-from ddlib.methods.frepo import Config, FRePo, krr
+from ddlib.methods.frepo import Config, FRePo
 from ddlib.nets.build import build
 from ddlib.studies import trajectories as studies
+from ddlib.train.krr import krr
 from ddlib.train.loop import _can_compile
 
 BACKBONE = "convnet:width=4,norm=bn,grow=2,order=pre,init=lecun"  # 8 x 2 x 2 = 32 features

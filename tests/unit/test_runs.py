@@ -551,7 +551,7 @@ def test_a_machine_without_git(monkeypatch):
             ["run", "frepo", "--set", "augment=colour"],
             r"unknown augmentation 'colour' \(did you mean 'color'\?\)",
         ),
-        (["--set", "protocol=mtx"], r"unknown preset protocol 'mtx'"),
+        (["--set", "protocol=mtx"], r"unknown protocol 'mtx'"),
         (["--set", "augment=crop_blur"], "unknown augmentation 'blur'"),
         (["--set", "seed=1"], "--set takes the keys of a preset, and 'seed' is none"),
         (["--set", "data=1"], "--set takes the keys of a preset, and 'data' is none"),

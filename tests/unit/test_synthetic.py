@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import load
 from ddlib.distilled import Synthetic, check_factor, decode, encode
-from ddlib.train.loop import Recipe
+from ddlib.recipe import Recipe
 
 
 def by_loops(images: torch.Tensor, factor: int, fill: float) -> torch.Tensor:

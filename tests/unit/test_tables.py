@@ -9,8 +9,8 @@ import pytest
 
 import ddlib as dd
 from ddlib.engine.record import Run
+from ddlib.recipe import VERSION
 from ddlib.report import tables
-from ddlib.train.evaluate import VERSION
 
 
 def record(

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
 from ddlib.nets.build import build
+from ddlib.recipe import Recipe, halved, protocol
 from ddlib.train import loop as training
-from ddlib.train.evaluate import protocol
-from ddlib.train.loop import Recipe, accuracy, compiled, halved, predict, train
+from ddlib.train.loop import accuracy, compiled, predict, train
 
 SHAPE = (1, 4, 4)
 
@@ -272,3 +272,29 @@ def test_drops_that_keep_the_momentum(trace):
     train(tiny(), images(2), torch.tensor([0, 1]), recipe, generator(2))
     assert [lr for lr, _ in trace] == pytest.approx([0.01] * 2 + [0.002] * 2 + [0.0004] * 2)
     assert [momentum for _, momentum in trace] == [False] + [True] * 5
+
+
+def test_a_teacher_may_give_the_targets():
+    """Targets that are the labels change nothing; a teacher's answers, asked batch by batch, do."""
+    x, y = images(6), torch.tensor([0, 1, 0, 1, 0, 1])
+    recipe = Recipe(epochs=2, batch=4, drops=(), augment="color_crop")
+    plain = train(tiny(), x, y, recipe, generator(2))
+    same = train(tiny(), x, y, recipe, generator(2), targets=lambda batch, labels: labels)
+    teacher = tiny()
+    seen = []
+
+    def answers(batch, labels):
+        seen.append(tuple(batch.shape))
+        return teacher(batch).detach().softmax(1)
+
+    taught = train(tiny(), x, y, recipe, generator(2), targets=answers)
+    assert all(map(torch.equal, plain.parameters(), same.parameters()))
+    assert not torch.equal(next(taught.parameters()), next(plain.parameters()))
+    assert seen == [(4, *SHAPE), (2, *SHAPE)] * 2
+
+
+def test_optimisers_have_names():
+    x, y = images(2), torch.tensor([0, 1])
+    train(tiny(), x, y, Recipe(epochs=1, optimiser="adamw", augment="none"), generator(0))
+    with pytest.raises(DDError, match="unknown optimiser 'adan'.*allowed: sgd, adam"):
+        train(tiny(), x, y, Recipe(epochs=1, optimiser="adan", augment="none"), generator(0))

@@ -1,0 +1,46 @@
+"""Where the rows of a study are kept: `results/PROFILE/studies/`, one JSON file per question."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from ..config import Spec
+from ..core import DDError
+from ..files import results_folder, write_atomically
+
+VERSION = 1  # of `trajectories`, part of every name: raise it when a change there changes the rows
+
+
+def _place(dataset: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", dataset).strip("_")
+
+
+def cached(
+    kind: str, spec: Spec, options: dict[str, Any], compute: Callable[[], list[dict]]
+) -> pd.DataFrame:
+    """The rows of a study from `results/PROFILE/studies/`, else computed and written there."""
+    facts = json.dumps([spec.name, options, VERSION], sort_keys=True)
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
+    name = f"{kind}-{spec.method}-{_place(spec.dataset)}-ipc{spec.ipc}-{digest}.json"
+    path = results_folder() / spec.profile / "studies" / name
+    if path.is_file():
+        try:
+            return pd.DataFrame(json.loads(path.read_text())["rows"])
+        except (ValueError, KeyError):
+            raise DDError(f"the study {path} is damaged: delete it and run again") from None
+    rows = compute()
+    record = {"study": kind, "run": spec.name, "options": options, "rows": rows}
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
+    return pd.DataFrame(rows)
+
+
+def kept(kind: str, dataset: str) -> pd.DataFrame:
+    """All rows of the kept studies of one kind on a dataset or a sample of it, whatever the profile and options."""
+    paths = sorted(results_folder().glob(f"*/studies/{kind}-*{_place(dataset)}*-ipc*.json"))
+    return pd.DataFrame([row for path in paths for row in json.loads(path.read_text())["rows"]])
