@@ -184,6 +184,36 @@ def _reproduce(args: argparse.Namespace) -> None:
     reproduce(args.profile, args.only, args.dataset, args.device, parameters, args.results)
 
 
+def _queue(args: argparse.Namespace) -> int:
+    from .engine import queue
+
+    rows = queue.plan(
+        queue.read(args.file, args.profile), str(pick_device(args.device)), args.results
+    )
+    print(queue.table(rows), flush=True)
+    if args.plan:
+        return 0
+    return 0 if queue.work_through(rows, args.minutes, args.device, args.results) else 1
+
+
+def _queue(args: argparse.Namespace) -> int:
+    """Work through a list of runs, cheapest first; what is kept is skipped, and the next call goes on.
+
+    ddlib queue --plan
+    ddlib queue --minutes 60
+    ddlib queue my_rows.yaml --profile small
+    """
+    from .core import pick_device
+    from .engine import queue
+
+    specs = queue.read(args.file, args.profile)
+    rows = queue.plan(specs, str(pick_device(args.device)), args.results)
+    print(queue.table(rows), flush=True)
+    if args.plan:
+        return 0
+    return 0 if queue.work_through(rows, args.minutes, args.device, args.results) else 1
+
+
 def _site(args: argparse.Namespace) -> None:
     """Executed notebooks, claims, methods and figures as static pages, from what a profile has stored.
 
@@ -288,6 +318,15 @@ COMMANDS = {
         DEVICE,
         RESULTS,
     ),
+    "queue": (
+        _queue,
+        _option("file", nargs="?", help="rows as YAML (default: the papers' rows)"),
+        _option("--profile", default="paper", choices=("smoke", "small", "paper")),
+        _option("--minutes", type=float, help="stop cleanly after so many (default: never)"),
+        _option("--plan", action="store_true", help="say what each row costs here, and stop"),
+        DEVICE,
+        RESULTS,
+    ),
     "site": (_site, STORED, _option("--out", help="folder of the pages (default: site/)"), RESULTS),
     "docs": (_docs, RESULTS),
 }
@@ -330,7 +369,7 @@ def main() -> int:
     from .core import DDError, Interrupted
 
     try:
-        args.call(args)
+        return args.call(args) or 0
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"ddlib: {str(error) or 'stopped'}", file=sys.stderr)
         return 130

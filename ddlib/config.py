@@ -210,6 +210,8 @@ def resolve(
         values |= level
     given = {key: value for key, value in overrides.items() if value is not None}
     values |= given
+    if profile == "paper" and "protocol" in given and "eval_epochs" not in given:
+        values["eval_epochs"] = PROTOCOLS[choose("protocol", given["protocol"], PROTOCOLS)][1]
     for key in values:
         choose(f"preset key for {method}", key, allowed)
     if given.get("kind", method) != method:

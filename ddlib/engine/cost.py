@@ -1,0 +1,197 @@
+"""What a run will cost before it starts: floating-point operations over this machine's rate, and peak memory.
+
+Work is counted in forward passes F of one image through the run's network: 3 F for a gradient, 7 F for the
+second-order gradient of a synthetic image, 10 F for a step of the adjoint. The rate is measured on training steps of
+that network here and now, so the seconds hold for this machine, this number of threads and its present load.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import cache, singledispatch
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..config import Spec
+from ..core import DDError, generator
+from ..data.dataset import canonical
+from ..match.sampler import work
+from ..methods.coreset import CoresetConfig
+from ..methods.dm import Config as DMConfig
+from ..methods.frepo import Config as FRePoConfig
+from ..methods.gradient import Config as GradientConfig
+from ..methods.trajectory import Config as TrajectoryConfig
+from ..nets.build import Backbone, build, count_flops
+from .meter import SavedTensors
+
+COMPILED = 0.6  # seconds of a compiled step over those of a plain one, on a CPU: benchmarks/dm.py
+BATCH = 256  # images of 32 x 32 that go through a network together on a CPU
+FEW, MANY = 8, 64  # images of the two timed batches
+PROCESS = 1.2 * 2**30  # bytes that Python, torch and a compiler's cache hold before any image
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A dataset as its cost sees it: shape (C, H, W), classes, training and test images."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    train: int
+    test: int
+
+    @property
+    def by_class(self) -> list[int]:
+        return [self.train // self.classes] * self.classes
+
+
+SIZES = {
+    "digits": Sizes((1, 8, 8), 10, 1297, 500),
+    "mnist": Sizes((1, 28, 28), 10, 60_000, 10_000),
+    "fashionmnist": Sizes((1, 28, 28), 10, 60_000, 10_000),
+    "svhn": Sizes((3, 32, 32), 10, 73_257, 26_032),
+    "cifar10": Sizes((3, 32, 32), 10, 50_000, 10_000),
+    "cifar100": Sizes((3, 32, 32), 100, 50_000, 10_000),
+    "tinyimagenet": Sizes((3, 64, 64), 200, 100_000, 10_000),
+    "imagenet1k": Sizes((3, 64, 64), 1000, 1_281_167, 50_000),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The predicted cost of one run: TFLOP, seconds on this machine, and peak bytes; NaN where unknown."""
+
+    tflop: float
+    seconds: float
+    peak_bytes: float
+
+
+def sizes_of(dataset: str) -> Sizes:
+    """The sizes of a dataset by its name, or of a folder that is named as one; others are a `DDError`."""
+    try:
+        return SIZES[canonical(dataset)]
+    except KeyError:
+        raise DDError(
+            f"the size of {dataset!r} is not on file, so its cost cannot be predicted; known: "
+            f"{', '.join(SIZES)}"
+        ) from None
+
+
+@singledispatch
+def distillation(config: Any, net: Backbone, sizes: Sizes, ipc: int) -> float:
+    """FLOPs of a whole distillation; NaN for a method that says nothing about its work."""
+    return math.nan
+
+
+@distillation.register
+def _(config: CoresetConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
+    if config.kind == "random":
+        return 0.0
+    passes = 3 * config.extractor_epochs + 1
+    return count_flops(net, sizes.shape) * sizes.train * passes
+
+
+@distillation.register
+def _(config: DMConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
+    real = min(config.batch_real, min(sizes.by_class))
+    images = sizes.classes * (real + 3 * ipc)
+    return config.iterations * count_flops(net, sizes.shape) * images
+
+
+@distillation.register
+def _(config: GradientConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
+    parts = work(config, net, sizes.shape, sizes.by_class, ipc)
+    return config.iterations * sum(parts.values())
+
+
+@distillation.register
+def _(config: TrajectoryConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
+    images = ipc * sizes.classes
+    batch = min(config.batch_syn or images, images)
+    steps = config.iterations * config.segments * config.syn_steps
+    passes = 1 if config.flat == "plain" else 2
+    experts = config.experts * config.expert_total * sizes.train * 3 * passes
+    return count_flops(net, sizes.shape) * (10 * steps * batch + experts)
+
+
+@distillation.register
+def _(config: FRePoConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
+    images = config.batch_real + 7 * ipc * sizes.classes
+    return config.iterations * count_flops(net, sizes.shape) * images
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a network costs on images of one shape.
+
+    forward: FLOPs of a forward pass of one image. graph: bytes that a training step's graph keeps of one image.
+    start, each: a plain training step of n images takes start + each n seconds here.
+    """
+
+    net: Backbone
+    forward: int
+    graph: float
+    start: float
+    each: float
+
+
+@cache
+def network(backbone: str, shape: tuple[int, int, int], classes: int, device: str) -> Network:
+    """The network's FLOPs, its memory, and its speed from two timed batches."""
+    net = build(backbone, shape, classes, generator(0, "cost")).to(device)
+    with SavedTensors() as saved:
+        F.cross_entropy(net(torch.zeros((2, *shape), device=device)), _labels(2, classes, device))
+    few, many = (_timed_step(net, shape, classes, batch, device) for batch in (FEW, MANY))
+    each = max((many - few) / (MANY - FEW), many / MANY / 10)
+    start = max(0.0, few - FEW * each)
+    return Network(net, count_flops(net, shape), saved.peak / 2, start, each)
+
+
+def _labels(count: int, classes: int, device: str) -> torch.Tensor:
+    return torch.arange(count, device=device) % classes
+
+
+def _timed_step(net: Backbone, shape: tuple, classes: int, batch: int, device: str) -> float:
+    x = torch.randn((batch, *shape), generator=generator(0, "cost", batch)).to(device)
+    y, seconds = _labels(batch, classes, device), []
+    for _ in range(3):  # the first one warms up
+        start = time.perf_counter()
+        F.cross_entropy(net(x), y).backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def predict(spec: Spec, device: str = "cpu") -> Cost:
+    """The cost of a run, experts and extractor included; raises `DDError` for a dataset of unknown size."""
+    run, sizes = spec.run, sizes_of(spec.dataset)
+    own = network(run.backbone, sizes.shape, sizes.classes, device)
+    distil = distillation(spec.config, own.net, sizes, spec.ipc)
+    scored, scored_seconds = _evaluation(spec, sizes, device)
+    tested = run.networks * (run.evaluations if spec.config.iterations else 1)
+    seconds = distil / (3 * own.forward) * own.each + tested * scored_seconds
+    return Cost(
+        (distil + tested * scored) / 1e12,
+        seconds * (COMPILED if run.compile else 1.0),
+        _peak(spec, sizes, own),
+    )
+
+
+def _evaluation(spec: Spec, sizes: Sizes, device: str) -> tuple[float, float]:
+    """(FLOPs, plain seconds) of training one network on the set and testing it."""
+    run, recipe = spec.run, spec.recipe
+    other = network(run.eval_backbone or run.backbone, sizes.shape, sizes.classes, device)
+    images = spec.ipc * sizes.classes * getattr(spec.config, "factor", 1) ** 2
+    steps = recipe.epochs * math.ceil(images / recipe.batch)
+    seconds = steps * other.start + (recipe.epochs * images + sizes.test / 3) * other.each
+    return other.forward * (3 * recipe.epochs * images + sizes.test), seconds
+
+
+def _peak(spec: Spec, sizes: Sizes, own: Network) -> float:
+    """Bytes at the peak: the process, the images as they are held, and a graph of one batch."""
+    images = (sizes.train + sizes.test) * math.prod(sizes.shape)
+    return PROCESS + images + own.graph * max(BATCH, spec.recipe.batch)

@@ -1,0 +1,166 @@
+"""A list of runs, worked through cheapest first: one command for any machine and any device.
+
+    python -m ddlib queue --plan            what there is to do, and what each row costs here
+    python -m ddlib queue --minutes 60      does it; stops cleanly, and the next call goes on
+
+A queue file is YAML, a list of rows: {method, dataset, ipc: 1 or [1, 10], seeds: 0 or [0, 1], set: {KEY: VALUE}}, each
+standing for all its combinations under one profile. Rows whose record is kept are skipped. Every run is a process of its
+own, so that one that fails or runs out of memory ends alone.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import Spec, resolve
+from ..core import DDError, choose
+from ..files import results_folder
+from .cost import Cost, predict
+
+ROWS = Path(__file__).with_name("queue.yaml")  # the papers' rows
+KEYS = ("method", "dataset", "ipc", "seeds", "set")
+GRACE = 120  # seconds that a run has to write its checkpoint
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a queue, its predicted cost and where its record will lie."""
+
+    spec: Spec
+    cost: Cost
+    record: Path
+
+    @property
+    def done(self) -> bool:
+        return self.record.is_file() and self.record.with_suffix(".safetensors").is_file()
+
+    def __str__(self) -> str:
+        spec = self.spec
+        changes = "".join(f" {key}={value}" for key, value in spec.overrides.items())
+        return f"{spec.method} {spec.dataset} IPC {spec.ipc} seed {spec.seed}{changes}"
+
+
+def read(path: str | Path | None = None, profile: str = "paper") -> list[Spec]:
+    """The runs that a queue file stands for, every row resolved; what is wrong is named with its row."""
+    path = Path(path or ROWS)
+    try:
+        rows = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise DDError(f"cannot read the queue {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise DDError(f"the queue {path} is no YAML; it is a list of rows with {KEYS}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DDError(f"the queue {path} must be a list of rows with the keys {', '.join(KEYS)}")
+    specs: list[Spec] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            specs += _combinations(row, profile)
+        except DDError as error:
+            raise DDError(f"row {number} of the queue {path}: {error}") from None
+    return specs
+
+
+def _combinations(row: dict[str, Any], profile: str) -> list[Spec]:
+    for key in row:
+        choose("key", key, KEYS)
+    for key in ("method", "dataset", "ipc"):
+        if key not in row:
+            raise DDError(f"it lacks {key}")
+    changes = row.get("set") or {}
+    if not isinstance(changes, dict):
+        raise DDError(f"set must be keys and values, not {changes!r}")
+    values = (row["method"], row["dataset"], row["ipc"], row.get("seeds", 0))
+    several = [value if isinstance(value, list) else [value] for value in values]
+    return [
+        resolve(method, dataset, ipc, profile, seed, **changes)
+        for method, dataset, ipc, seed in product(*several)
+    ]
+
+
+def plan(
+    specs: Iterable[Spec], device: str = "cpu", results: str | Path | None = None
+) -> list[Row]:
+    """The rows in the order in which they will be worked through: cheapest first, those of unknown cost last."""
+    folder = results_folder(results)
+    rows = [
+        Row(spec, predict(spec, device), folder / spec.profile / f"{spec.name}.json")
+        for spec in specs
+    ]
+    return sorted(rows, key=lambda row: (math.isnan(row.cost.seconds), row.cost.seconds))
+
+
+def work_through(
+    rows: list[Row],
+    minutes: float | None = None,
+    device: str = "auto",
+    results: str | Path | None = None,
+) -> bool:
+    """Run every row that has no record, for at most so many minutes; whether all ended well.
+
+    A run that the time cuts off is stopped as Ctrl-C stops it: its checkpoint is kept, and the next call goes on there.
+    """
+    if minutes is not None and not minutes > 0:
+        raise DDError(f"minutes must be above 0, not {minutes:g}")
+    end = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
+    well = True
+    for row in rows:
+        if row.done:
+            print(f"kept     {row}", flush=True)
+            continue
+        left = end - time.monotonic()
+        if left <= 0:
+            print(f"later    {row}", flush=True)
+            continue
+        print(f"running  {row}, about {_minutes(row.cost.seconds)}", flush=True)
+        start = time.monotonic()
+        code = _process(row, left, device, results)
+        said = {0: "done", None: "stopped, to go on"}.get(code, f"failed with {code}")
+        print(f"{said:8} {row}, {_minutes(time.monotonic() - start)}", flush=True)
+        well &= code in (0, None)
+    return well
+
+
+def _process(row: Row, left: float, device: str, results: str | Path | None) -> int | None:
+    """The exit status of one run, experts first; None where the time ended it."""
+    words = shlex.split(row.spec.command())[1:] + ["--seed", str(row.spec.seed)]
+    words += ["--device", device, "--results", str(results_folder(results).resolve())]
+    process = subprocess.Popen([sys.executable, *words])
+    try:
+        return process.wait(None if left == math.inf else left)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        process.kill()
+        if isinstance(reason, KeyboardInterrupt):
+            raise
+        return None
+
+
+def _minutes(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "unknown time"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The plan as text of at most 100 columns: what, TFLOP, minutes, peak MiB, whether it is kept."""
+    lines = [f"{'run':60} {'TFLOP':>9} {'time':>12} {'peak MiB':>9}"]
+    for row in rows:
+        time_needed = "kept" if row.done else _minutes(row.cost.seconds)
+        peak = row.cost.peak_bytes / 2**20
+        lines.append(f"{str(row)[:60]:60} {row.cost.tflop:9.1f} {time_needed:>12} {peak:9.0f}")
+    return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""The queue: rows, order, costs, and that stopping and going on changes nothing."""
+
+import hashlib
+import math
+
+import pytest
+import yaml
+
+import ddlib as dd
+from ddlib import cli
+from ddlib.core import DDError
+from ddlib.engine import cost, queue
+
+SMOKE = {"iterations": 6, "networks": 1, "eval_epochs": 2, "evaluations": 1, "snapshots": 0}
+
+
+def written(folder, rows) -> str:
+    path = folder / "queue.yaml"
+    path.write_text(yaml.safe_dump(rows))
+    return str(path)
+
+
+def row(**changes):
+    return {"method": "dm", "dataset": "digits", "ipc": 1, "set": SMOKE} | changes
+
+
+def test_a_row_stands_for_all_its_combinations(tmp_path):
+    rows = [row(ipc=[1, 2], seeds=[0, 1]), row(method=["random", "kmeans"], set={})]
+    specs = queue.read(written(tmp_path, rows), "smoke")
+    assert [(s.method, s.ipc, s.seed) for s in specs] == [
+        ("dm", 1, 0),
+        ("dm", 1, 1),
+        ("dm", 2, 0),
+        ("dm", 2, 1),
+        ("random", 1, 0),
+        ("kmeans", 1, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(method="dn")], "row 1 of the queue .* unknown method 'dn'"),
+        ([row(), row(ipc=0)], "row 2 .* ipc must be an integer"),
+        ([{"method": "dm", "dataset": "digits"}], "row 1 .* it lacks ipc"),
+        ([row(sets={})], "unknown key 'sets'"),
+        ([row(set=[1])], "set must be keys and values"),
+        ([row(set={"lr": 1})], "unknown preset key"),
+        ({"method": "dm"}, "must be a list of rows"),
+        ("[", "is no YAML"),
+    ],
+)
+def test_a_wrong_queue_is_named(tmp_path, rows, message):
+    path = tmp_path / "queue.yaml"
+    path.write_text(rows if isinstance(rows, str) else yaml.safe_dump(rows))
+    with pytest.raises(DDError, match=message):
+        queue.read(path, "smoke")
+
+
+def test_a_missing_queue_and_no_time_are_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ddlib", "queue", str(tmp_path / "none.yaml")])
+    assert cli.main() == 2
+    assert "cannot read the queue" in capsys.readouterr().err
+    with pytest.raises(DDError, match="minutes must be above 0, not -1"):
+        queue.work_through([], -1)
+
+
+def test_the_papers_rows_are_resolved_and_cheapest_first(monkeypatch):
+    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, device: batch / 1e3)
+    rows = queue.plan(queue.read())
+    assert len(rows) > 50
+    seconds = [r.cost.seconds for r in rows]
+    assert seconds == sorted(seconds) and not any(map(math.isnan, seconds))
+    assert rows[0].spec.method == "random"
+    assert max(map(len, queue.table(rows).splitlines())) <= 100
+
+
+def test_coresets_are_scored_under_the_columns_own_epochs():
+    specs = [s for s in queue.read() if s.run.protocol == "dc" and s.method == "random"]
+    assert specs and all(s.run.eval_epochs == 300 for s in specs)
+    assert (
+        dd.resolve("random", "mnist", 1, "paper", protocol="dc", eval_epochs=7).run.eval_epochs == 7
+    )
+
+
+def test_costs_follow_the_work(monkeypatch):
+    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, device: batch / 1e3)
+    one = cost.predict(dd.resolve("dm", "cifar10", 1, "paper"))
+    half = cost.predict(dd.resolve("dm", "cifar10", 1, "paper", iterations=10_000))
+    longer = cost.predict(dd.resolve("dm", "cifar10", 10, "paper"))
+    assert one.tflop == pytest.approx(2 * half.tflop, rel=0.02)
+    assert one.seconds == pytest.approx(2 * half.seconds, rel=0.02)
+    # An update passes 2,560 real images forward, 10 or 100 synthetic ones forward and back.
+    scores = [5 * 3 * 1001 * n + 50_000 for n in (10, 100)]
+    steps = [20_000 * (2560 + 3 * n) for n in (10, 100)]
+    wanted = (steps[1] + scores[1]) / (steps[0] + scores[0])
+    assert longer.tflop / one.tflop == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(DDError, match="size of 'folder:pets' is not on file"):
+        cost.predict(dd.resolve("dm", "folder:pets", 1, "smoke"))
+
+
+def test_sizes_on_file_are_those_of_the_embedded_data():
+    data = dd.load("digits", device="cpu")
+    assert cost.SIZES["digits"] == cost.Sizes(
+        data.shape, data.num_classes, len(data.labels["train"]), len(data.labels["test"])
+    )
+
+
+def test_stopped_and_gone_on_ends_in_the_same_bytes(tmp_path, monkeypatch, capfd):
+    """A run is stopped by the time, goes on with the next call, and is skipped by the third."""
+    changes = SMOKE | {"iterations": 400, "batch_real": 16}
+    rows = lambda folder: queue.plan(
+        queue.read(written(tmp_path, [row(set=changes)]), "smoke"), results=tmp_path / folder
+    )
+    whole = dd.run("dm", "digits", ipc=1, results=tmp_path / "whole", device="cpu", **changes)
+    waited = []
+    wait = queue.subprocess.Popen.wait
+
+    def until_checkpoint(process, timeout=None):
+        """The time is up as soon as a checkpoint is there."""
+        if timeout in (None, queue.GRACE) or waited:
+            return wait(process, timeout)
+        waited.append(timeout)
+        checkpoints = tmp_path / "parts" / "smoke" / "checkpoints"
+        while not list(checkpoints.glob("*.safetensors")) and process.poll() is None:
+            queue.time.sleep(0.01)
+        raise queue.subprocess.TimeoutExpired("run", timeout)
+
+    monkeypatch.setattr(queue.subprocess.Popen, "wait", until_checkpoint)
+    assert queue.work_through(rows("parts"), 5, "cpu", tmp_path / "parts")
+    assert "stopped, to go on" in capfd.readouterr().out and not rows("parts")[0].done
+    assert queue.work_through(rows("parts"), 5, "cpu", tmp_path / "parts")
+    (parts,) = rows("parts")
+    digests = [
+        hashlib.sha256(path.with_suffix(".safetensors").read_bytes()).hexdigest()
+        for path in (whole.path, parts.record)
+    ]
+    assert digests[0] == digests[1]
+    capfd.readouterr()
+    assert queue.work_through(rows("parts"), 5, "cpu", tmp_path / "parts")
+    assert capfd.readouterr().out.startswith("kept")
+
+
+def test_a_run_that_fails_is_said_and_the_next_one_starts(tmp_path, capfd):
+    rows = [
+        row(dataset="digits", ipc=500, set={}),
+        row(method="random", set=SMOKE | {"iterations": 0}),
+    ]
+    plan = queue.plan(queue.read(written(tmp_path, rows), "smoke"), results=tmp_path / "r")
+    assert not queue.work_through(plan, None, "cpu", tmp_path / "r")
+    out = capfd.readouterr()
+    assert "failed with 2" in out.out and "training images of class" in out.err
+    assert [r.done for r in plan if r.spec.method == "random"] == [True]
