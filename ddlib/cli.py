@@ -185,18 +185,6 @@ def _reproduce(args: argparse.Namespace) -> None:
 
 
 def _queue(args: argparse.Namespace) -> int:
-    from .engine import queue
-
-    rows = queue.plan(
-        queue.read(args.file, args.profile), str(pick_device(args.device)), args.results
-    )
-    print(queue.table(rows), flush=True)
-    if args.plan:
-        return 0
-    return 0 if queue.work_through(rows, args.minutes, args.device, args.results) else 1
-
-
-def _queue(args: argparse.Namespace) -> int:
     """Work through a list of runs, cheapest first; what is kept is skipped, and the next call goes on.
 
     ddlib queue --plan
