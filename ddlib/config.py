@@ -20,7 +20,7 @@ from .core import DDError, choose, fields_from, option
 from .data.dataset import Dataset, canonical, load
 from .data.zca import KINDS
 from .methods import METHODS
-from .recipe import PRECISIONS, VERSION, Recipe, own_augment, protocol
+from .recipe import PRECISIONS, VERSION, Recipe, own_augment, protocol, usual_epochs
 
 PROFILES = ("smoke", "small", "paper")
 PRESETS = Path(__file__).parent / "methods"  # beside the classes
@@ -211,7 +211,7 @@ def resolve(
     given = {key: value for key, value in overrides.items() if value is not None}
     values |= given
     if profile == "paper" and "protocol" in given and "eval_epochs" not in given:
-        values["eval_epochs"] = PROTOCOLS[choose("protocol", given["protocol"], PROTOCOLS)][1]
+        values["eval_epochs"] = usual_epochs(given["protocol"])
     for key in values:
         choose(f"preset key for {method}", key, allowed)
     if given.get("kind", method) != method:

@@ -122,6 +122,11 @@ def own_augment(name: str) -> bool:
     return PROTOCOLS[choose("protocol", name, PROTOCOLS)].own_augment
 
 
+def usual_epochs(name: str) -> int:
+    """E of the protocol `name` where nothing else is asked for."""
+    return PROTOCOLS[choose("protocol", name, PROTOCOLS)].epochs
+
+
 def protocol(
     name: str, *, epochs: int | None = None, augment: str | None = None, mirror: bool = True
 ) -> Recipe:
