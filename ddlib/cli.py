@@ -213,14 +213,14 @@ def _site(args: argparse.Namespace) -> None:
 
 
 def _docs(args: argparse.Namespace) -> None:
-    """Renew the tables in docs/methods from the records.
+    """Renew the tables in README and docs from the records.
 
     ddlib docs
     """
-    from .report import site
+    from .report import docs
 
-    changed = site.write_docs(args.results)
-    print("\n".join(map(str, changed)) or "the tables of docs/methods are up to date")
+    changed = docs.write(args.results)
+    print("\n".join(map(str, changed)) or "the tables of README and docs are up to date")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,16 +1,16 @@
 """Every claim of the five papers in one place: what is printed, what our kept records say, and the verdict.
 
 `claims.yaml` names the claims. Accuracies are selected from `published.csv`, where they stand once; other figures
-(a factor, a correlation) are written there. Nothing is trained here. The verdict of an accuracy is `tables.verdict`.
-A factor, a gap or a correlation has no points to be near by, so its rule, fixed in advance too, is: *reproduced* if
-ours, taken at the paper's setting, rounds to the printed figure; *direction only* if it lies on the same side of "no
-difference" (`NEUTRAL`); else *not reproduced*.
+(a factor, a correlation) are written there. Nothing is trained here. The verdict is `verdict`'s: an accuracy is
+answered by the run nearest to the claim's setting, whatever it scores, and a factor only by what was measured there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +20,16 @@ import yaml
 
 from ..config import resolve
 from ..core import DDError, choose
-from ..data.dataset import canonical
 from ..engine.record import Run
 from ..files import results_folder
 from ..methods.coreset import KINDS
 from ..studies.architecture_search import correlations
-from . import tables
+from . import tables, verdict
+from .verdict import DEFAULT_COUNT, VERDICTS, Differences, Published, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VERDICTS = {
-    "reproduced": "#117733",
-    "reduced budget": "#56B4E9",
-    "direction only": "#E69F00",
-    "not reproduced": "#D55E00",
-    "not attempted": "#BBBBBB",
-}  # and their colours (Okabe and Ito, Tol)
 KEPT = (
     "paper",
     "small",
@@ -81,7 +74,17 @@ COLUMNS = [
     "setting",
     "reason",
 ]
-NEUTRAL = {"times": 1.0, "AUC": 0.5}  # "no difference"; 0 in any other unit
+NOTHING = {
+    "ours": math.nan,
+    "pooled": math.nan,
+    "records": (),
+    "verdict": "not attempted",
+    "kind": "not attempted",
+    "cost": "",
+}  # the answer to a claim that no record has a figure for
+SAME = ["profile", "dataset", "overrides"]  # of the seeds of one setting
+STUDY = re.compile(r"-(?P<place>\w+)-ipc(?P<ipc>\d+)-\w+$")  # the name of a study's file
+PRESET = re.compile(r"(?P<method>\w+)-(?P<dataset>\w+)-ipc(?P<ipc>\d+)-paper-seed(?P<seed>\d+)-")
 CHANGES = {
     "protocol",
     "epochs",
@@ -121,6 +124,8 @@ def _expand(claim: dict[str, Any], document: dict[str, Any], name: str) -> list[
     choose(f"paper in {name}", claim["paper"], document["papers"])
     common = dict.fromkeys(("extra", "evidence", "note", "variant", "protocol", "sense"), "")
     common |= {"measured": None, "overrides": None, "setting": None}
+    if "sense" in claim:
+        choose(f"sense in {name}", claim["sense"], verdict.SENSES)
     common |= {key: value for key, value in claim.items() if key != "select"}
     common |= {
         "spread_means": document["spreads"].get(claim["spread"], claim["spread"]),
@@ -191,7 +196,7 @@ def of_method(method: str) -> pd.DataFrame:
     rows = rows.assign(place=rows.dataset.map(list(rows.dataset.unique()).index)).sort_values(
         ["place", "ipc"]
     )
-    common = {"overrides": None, "extra": "", "reason": "no run yet"}
+    common = {"overrides": None, "extra": "", "reason": "no run yet", "measured": None}
     return pd.DataFrame(
         [
             common | _row(row) | {"paper": row.paper, "where": row.table}
@@ -201,218 +206,249 @@ def of_method(method: str) -> pd.DataFrame:
     )
 
 
-def judge(claims: pd.DataFrame, results: str | Path | None = None) -> pd.DataFrame:
+def judge(
+    claims: pd.DataFrame,
+    results: str | Path | None = None,
+    predict: Callable[[pd.Series], str] | None = None,
+) -> pd.DataFrame:
     """The claims with `ours`, `pooled` (spread over networks and seeds), `records`, `verdict`, `kind` and `cost`.
 
-    `verdict` says in what a reduced budget is reduced; `kind` is its class, a key of `VERDICTS`. Only records of the
-    kept profiles count (`KEPT`).
+    `verdict` says what differs; `kind` is its class, a key of `VERDICTS`. Only records of the kept profiles count
+    (`KEPT`). predict: what a claim that no record answers would cost, as text for `cost`.
     """
-    found = [run for profile in KEPT for run in tables.stored(results, profile)]
-    table, paths = tables.runs(found), {run.path.stem: run.path for run in found}
-    answers = [
-        _answer(claim, table, paths, results_folder(results)) for _, claim in claims.iterrows()
-    ]
-    answers = pd.DataFrame(
-        answers, columns=["ours", "pooled", "records", "verdict", "kind", "cost"]
-    )
+    kept = Kept(results)
+    rows = []
+    for _, claim in claims.iterrows():
+        answer = NOTHING | (_answer(claim, kept) or {})
+        if predict and answer["kind"] == "not attempted":
+            answer["cost"] = predict(claim)
+        rows.append(answer)
+    answers = pd.DataFrame(rows, columns=list(NOTHING))
     return pd.concat([claims.reset_index(drop=True), answers], axis=1)
 
 
-def _answer(
-    claim: pd.Series, table: pd.DataFrame, paths: dict[str, Path], folder: Path
-) -> dict[str, Any]:
-    none = {
-        "ours": float("nan"),
-        "pooled": float("nan"),
-        "records": (),
-        "cost": "",
-        "verdict": "not attempted",
-        "kind": "not attempted",
-    }
+class Kept:
+    """The kept records: the folder, the table of runs and the path of each by its name."""
+
+    def __init__(self, results: str | Path | None) -> None:
+        found = [run for profile in KEPT for run in tables.stored(results, profile)]
+        self.folder = results_folder(results)
+        self.table = tables.runs(found)
+        self.paths = {run.path.stem: run.path for run in found}
+
+
+def _answer(claim: pd.Series, kept: Kept) -> dict[str, Any] | None:
     if pd.isna(claim.value):
-        return none
-    if claim.quantity != "accuracy":
-        measured = (
-            _measured(claim.measured, table, folder) if isinstance(claim.measured, dict) else None
-        )
-        return none if measured is None else none | _judged(claim, *measured)
-    rows = _scored(claim, _runs_of(claim, table), paths)
-    if rows.empty:
-        return none
-    order = tables.summary(rows).assign(rank=lambda t: -t.profile.map(KEPT.index))
-    order["plain"] = [
-        tables.overriding(text) == set(filter(None, text.split(", "))) for text in order.overrides
-    ]
-    order = order.sort_values(
-        ["rank", "plain", "iterations", "eval_epochs", "networks"], ascending=False
-    )
-    best = next(order.iterrows())[1].copy()
-    rows = rows[
-        (
-            rows[["profile", "dataset", "overrides"]] == best[["profile", "dataset", "overrides"]]
-        ).all(axis=1)
-    ]
-    if best.backbone == claim.network:  # the claim's own network falls short of nothing
-        best["backbone"] = resolve(claim.method, claim.dataset, int(claim.ipc), "paper").values[
-            "backbone"
-        ]
-    best["overrides"] = ""  # they are the claim's own
-    less = tables.shortfall(best, "iteration=" in claim.variant)
-    verdict = tables.verdict(
-        best.profile, best.accuracy, best.pooled, (claim.value, claim.spread), less
-    )
-    return {
-        "ours": best.accuracy,
-        "pooled": best.pooled,
-        "records": tuple(rows.name),
-        "verdict": verdict,
-        "kind": verdict.partition(":")[0],
-        "cost": f"{best.distill:.0f} s distillation and {best.evaluate:.0f} s "
-        f"evaluation a run, {best['peak MiB']} MiB, {best.device}",
+        return None
+    if isinstance(claim.measured, dict):
+        return _from_files(claim, kept)
+    return _from_runs(claim, kept) if claim.quantity == "accuracy" else None
+
+
+def _from_runs(claim: pd.Series, kept: Kept) -> dict[str, Any] | None:
+    """The answer of the run nearest to the claim's setting, which is the paper's with what the claim itself changes.
+
+    A run must have what the claim changes; a variant that no overrides, `extra` or iteration describe has no runs.
+    """
+    rows = kept.table
+    rows = rows[(rows.method == claim.method) & (rows.data == claim.dataset)]
+    rows = rows[rows.ipc == claim.ipc]
+    iteration = claim.variant.rpartition("iteration=")[2] if "iteration=" in claim.variant else ""
+    named = claim.overrides is not None or claim.extra or iteration
+    if rows.empty or (claim.variant and not named):
+        return None
+    changes = _changes(claim)
+    settings = tables.paper_settings(claim.method, claim.dataset, int(claim.ipc), **changes)
+    if settings is None:
+        return None
+    settings |= {"iterations": int(iteration)} if iteration else {}
+    same = [all(values[key] == settings[key] for key in changes) for values in rows["values"]]
+    rows = _scored(claim, rows.loc[same], iteration, kept.paths)
+    groups = [(row, verdict.differences(row["values"], settings)) for _, row in _summary(rows)]
+    if not groups:
+        return None
+    row, differs = min(groups, key=lambda pair: tables.nearness(pair[1], pair[0].networks))
+    figure = Published(claim.value, claim.spread, tables.NETWORKS.get(claim.paper, DEFAULT_COUNT))
+    lead = tables.lead(figure, row, kept.table)
+    found = verdict.accuracy(row.scores, figure, differs, lead, row.marks)
+    return _told(found) | {
+        "ours": row.accuracy,
+        "pooled": row.pooled if row.networks > 1 else math.nan,
+        "records": tuple(rows.name[rows[SAME].eq(row[SAME]).all(axis=1)]),
+        "cost": f"{row.distill:.0f} s distillation and {row.evaluate:.0f} s evaluation per run, "
+        f"{row['peak MiB']} MiB, {row.device}",
     }
 
 
-def _runs_of(claim: pd.Series, table: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the claim's method, dataset and IPC that change nothing but the budget and what the claim changes.
-
-    A variant whose `overrides` are not given, and that no iteration or `extra` names, has no runs.
-    """
-    rows = table[
-        (table.method == claim.method)
-        & (table.dataset.map(canonical) == claim.dataset)
-        & (table.ipc == claim.ipc)
-    ]
-    unnamed = (
-        claim.variant
-        and claim.overrides is None
-        and not claim.extra
-        and "iteration=" not in claim.variant
-    )
-    if rows.empty or unnamed:
-        return rows.iloc[:0]
-    return rows[[tables.overriding(text) == _wanted(claim) for text in rows.overrides]]
+def _summary(rows: pd.DataFrame) -> Iterable[tuple[Any, pd.Series]]:
+    return tables.summary(rows).iterrows() if len(rows) else ()
 
 
-def _wanted(claim: pd.Series) -> set[str]:
-    """The overrides of a run that answers the claim, "key=value" each."""
-    preset, wanted = (
-        resolve(claim.method, claim.dataset, int(claim.ipc), "paper").values,
-        dict(claim.overrides or {}),
-    )
-    if claim.network.partition(":depth=")[0] not in (
-        preset["backbone"],
-        claim.method,
-    ):  # "frepo" is FRePo's own
-        wanted["backbone"] = claim.network
-    if claim.method in KINDS and claim.protocol != preset["protocol"]:
-        wanted["protocol"] = claim.protocol
-    return {f"{key}={value}" for key, value in wanted.items()}
+def _told(found: Verdict) -> dict[str, Any]:
+    return {"kind": found.word, "verdict": str(found)}
 
 
-def _scored(claim: pd.Series, rows: pd.DataFrame, paths: dict[str, Path]) -> pd.DataFrame:
+def _changes(claim: pd.Series) -> dict[str, Any]:
+    """The settings that the claim itself changes of the paper's: a variant's, a network's, a coreset's protocol."""
+    changes = dict(claim.overrides or {})
+    preset = tables.paper_settings(claim.method, claim.dataset, int(claim.ipc))
+    own = (preset and preset["backbone"], claim.method)  # "frepo" is FRePo's own
+    if claim.network.partition(":depth=")[0] not in own:
+        changes["backbone"] = claim.network
+    if claim.method in KINDS:
+        changes["protocol"] = claim.protocol
+    return changes
+
+
+def _scored(
+    claim: pd.Series, rows: pd.DataFrame, iteration: str, paths: dict[str, Path]
+) -> pd.DataFrame:
     """The runs with the score that the claim is about: the last one, one on the way, another predictor or backbone."""
-    iteration = claim.variant.rpartition("iteration=")[2] if "iteration=" in claim.variant else ""
 
-    def score(row: pd.Series) -> dict[str, Any] | None:
-        record = Run(paths[row["name"]]).record
+    def score(name: str) -> dict[str, Any] | None:
+        record = Run(paths[name]).record
         if claim.network_eval != claim.network:
-            path = paths[row["name"]].with_suffix(".transfer.json")
-            kept = json.loads(path.read_text()).values() if path.is_file() else ()
-            return next(
-                (e for e in kept if e["backbone"] == claim.network_eval and not CHANGES & e.keys()),
-                None,
-            )
+            path = paths[name].with_suffix(".transfer.json")
+            others = json.loads(path.read_text()).values() if path.is_file() else ()
+            same = (e for e in others if e["backbone"] == claim.network_eval)
+            return next((e for e in same if not CHANGES & e.keys()), None)
         if iteration:
-            return next((e for e in record["evaluations"] if e["step"] == int(iteration)), None)
-        return (
-            record["accuracy"]["last"].get(claim.extra)
-            if claim.extra
-            else record["accuracy"]["last"]
-        )
+            steps = record["evaluations"]
+            return next((e for e in steps if e["step"] == int(iteration)), None)
+        last = record["accuracy"]["last"]
+        return last.get(claim.extra) if claim.extra else last
 
-    scores = [score(row) for _, row in rows.iterrows()]
-    rows = rows[[found is not None for found in scores]].copy()
+    scores = [score(name) for name in rows.name]
+    rows = rows.loc[[found is not None for found in scores]].copy()
+    scores = [found for found in scores if found is not None]
     for column, key in (("accuracy", "mean"), ("std", "std"), ("networks", "networks")):
-        rows[column] = [found[key] for found in scores if found is not None]
+        rows[column] = [found[key] for found in scores]
+    rows["values"] = [
+        values
+        | {"networks": len(found["networks"])}
+        | ({"iterations": int(iteration)} if iteration else {})
+        for values, found in zip(rows["values"], scores, strict=True)
+    ]
     return rows
 
 
-def _measured(
-    how: dict[str, Any], table: pd.DataFrame, folder: Path
-) -> tuple[float, tuple[str, ...], bool] | None:
-    """(our figure, the records it is from, whether at the paper's setting), or None where no record answers.
-
-    Of the runs only the paper profile's are asked: shortened runs are shortened each by another factor.
-    """
-    if how["from"] == "runs":
-        rows = table[(table.profile == "paper") & (table.overrides == "")]
-        ours = _figure_of(how, rows)
-        asked = [row.method for row in rows.itertuples()]
-        return (
-            None
-            if pd.isna(ours)
-            else (ours, tuple(rows.name[[m in str(how) for m in asked]]), True)
-        )
-    for place in [""] if how["from"].startswith("bench/") else KEPT:
-        kept = {
-            path: json.loads(path.read_text())
-            for path in sorted((folder / place).glob(how["from"]))
-        }
-        rows = [
-            row | {"file": str(path.relative_to(folder))}
-            for path, record in kept.items()
-            for row in (record if isinstance(record, list) else record["rows"])
-        ]
-        asked = [how[key].items() for key in ("of", "over", "minus") if key in how]
-        files = {
-            row["file"]
-            for row in rows
-            if how.get("ranks") or any(each <= row.items() for each in asked)
-        }
-        rows = pd.DataFrame(rows)
-        if len(rows) and how.get("ranks"):
-            rows = (
-                correlations(rows)
-                if {"whole", how["of"]["proxy"]} <= set(rows.proxy)
-                else rows.iloc[:0]
-            )
-        if not pd.isna(ours := _figure_of(how, rows)):
-            return ours, tuple(sorted(files)), place == "paper"
+def _from_files(claim: pd.Series, kept: Kept) -> dict[str, Any] | None:
+    """The answer of the rows that `measured` names, the paper profile's first; None where no record has the figure."""
+    how = claim.measured
+    for rows in _sources(claim, kept):
+        figures = correlations(rows) if how.get("ranks") and _ranked(how, rows) else rows
+        ours = _figure_of(how, figures)
+        if math.isnan(ours):
+            continue
+        used = rows if how.get("ranks") else _asked(how, rows)
+        elsewhere = _elsewhere(claim, used)
+        if claim.unit == "%" and not elsewhere:
+            scores = [[value] for value in _where(figures, how["of"])[how["field"]]]
+            figure = Published(claim.value, claim.spread)
+            found = verdict.accuracy(scores, figure, Differences())
+        else:
+            found = verdict.factor(ours, claim.printed, claim.sense, elsewhere)
+        return _told(found) | {"ours": ours, "records": tuple(dict.fromkeys(used.file))}
     return None
 
 
+def _sources(claim: pd.Series, kept: Kept) -> Iterable[pd.DataFrame]:
+    """The rows to look in, with `file` and, of a study, its dataset, IPC, options and whether its run is the paper's."""
+    pattern = claim.measured["from"]
+    if pattern == "runs":
+        rows = kept.table
+        plain = [not _differing(row) for _, row in rows.iterrows()]
+        yield from (
+            part.assign(dataset=part["data"], file=part.name, plain=True)
+            for _, part in rows.loc[plain].groupby("device", sort=False)
+        )
+        return
+    for place in [""] if pattern.startswith("bench/") else KEPT:
+        rows = []
+        for path in sorted((kept.folder / place).glob(pattern)):
+            record = json.loads(path.read_text())
+            facts = {"plain": True} if isinstance(record, list) else _study(path, record, kept)
+            facts |= {"file": str(path.relative_to(kept.folder))}
+            own = record if isinstance(record, list) else record["rows"]
+            rows += [facts | row for row in own]
+        yield pd.DataFrame(rows)
+
+
+def _study(path: Path, record: dict[str, Any], kept: Kept) -> dict[str, Any]:
+    """What a study's rows share: dataset, IPC, its options, and `plain`, whether its run is one at the paper's setting."""
+    name = record.get("run", "")
+    parts = STUDY.search(path.stem)
+    facts = {"dataset": parts["place"], "ipc": int(parts["ipc"])} if parts else {}
+    row = kept.table[kept.table.name == name]
+    if len(row):
+        facts["dataset"] = row.iloc[0]["data"]
+        plain = not _differing(row.iloc[0])
+    else:
+        preset = PRESET.match(name)
+        plain = bool(preset) and _preset_name(**preset.groupdict()) == name
+    return facts | record.get("options", {}) | {"plain": plain}
+
+
+def _preset_name(method: str, dataset: str, ipc: str, seed: str) -> str:
+    try:
+        return resolve(method, dataset, int(ipc), "paper", int(seed)).name
+    except DDError:
+        return ""
+
+
+def _differing(row: pd.Series) -> bool:
+    """Whether a run is not at the paper's setting, or on unknown data."""
+    settings = tables.paper_settings(row.method, row["data"], row.ipc) if row["data"] else None
+    if settings is None:
+        return True
+    differs = verdict.differences(row["values"], settings)
+    return bool(differs.less or differs.changed)
+
+
+def _elsewhere(claim: pd.Series, rows: pd.DataFrame) -> str:
+    """In what the rows are not at the claim's `setting`, by default its dataset and IPC; "" for a claim that has text
+    alone, which holds at any setting."""
+    setting = {key: value for key, value in (claim.setting or {}).items() if key != "text"}
+    if claim.setting is None:
+        setting = {"dataset": claim.dataset} | ({} if pd.isna(claim.ipc) else {"ipc": claim.ipc})
+    parts = []
+    for key, wanted in setting.items():
+        values = set(rows[key].dropna()) if key in rows else set()
+        if values != {wanted}:
+            found = ", ".join(map(str, sorted(values, key=str))) or "unknown"
+            parts.append(f"{key} {found} for {wanted}")
+    if setting and not rows.plain.all():
+        parts.append("a run that is not the paper's")
+    return "; ".join(parts)
+
+
+def _ranked(how: dict[str, Any], rows: pd.DataFrame) -> bool:
+    return len(rows) > 0 and {"whole", how["of"]["proxy"]} <= set(rows.proxy)
+
+
+def _where(rows: pd.DataFrame, conditions: dict[str, Any]) -> pd.DataFrame:
+    for key, value in conditions.items():
+        rows = rows[rows[key] == value] if key in rows else rows.iloc[:0]
+    return rows
+
+
+def _asked(how: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([_where(rows, how[key]) for key in ("of", "over", "minus") if key in how])
+
+
 def _figure_of(how: dict[str, Any], rows: pd.DataFrame) -> float:
-    fields = (
-        [how["field"]] if isinstance(how["field"], str) else how["field"]
-    )  # of several, the sum
+    fields = [how["field"]] if isinstance(how["field"], str) else how["field"]  # several: the sum
 
     def mean(conditions: dict[str, Any]) -> float:
-        keep = rows
-        for key, value in conditions.items():
-            keep = keep[keep[key] == value] if key in keep else keep.iloc[:0]
-        return float(keep[fields].sum(axis=1, skipna=False).mean()) if len(keep) else float("nan")
+        chosen = _where(rows, conditions)
+        if chosen.empty or not set(fields) <= set(chosen):
+            return math.nan
+        return float(chosen[fields].sum(axis=1, skipna=False).mean())
 
     ours = mean(how["of"])
-    return (
-        ours / mean(how["over"])
-        if "over" in how
-        else ours - mean(how["minus"])
-        if "minus" in how
-        else ours
-    )
-
-
-def _judged(claim: pd.Series, ours: float, source: tuple[str, ...], same: bool) -> dict[str, Any]:
-    digits, neutral = len(claim.printed.partition(".")[2]), NEUTRAL.get(claim.unit, 0.0)
-    if claim.unit == "%":
-        kind = tables.verdict("paper" if same else "small", ours, 0.0, (claim.value, 0.0))
-    elif same and f"{ours:.{digits}f}" == f"{claim.value:.{digits}f}":
-        kind = "reproduced"
-    else:
-        kind = (
-            "direction only" if (ours - neutral) * (claim.value - neutral) > 0 else "not reproduced"
-        )
-    return {"ours": ours, "records": source, "kind": kind, "verdict": kind}
+    if "over" in how:
+        return ours / mean(how["over"])
+    return ours - mean(how["minus"]) if "minus" in how else ours
 
 
 def counts(judged: pd.DataFrame) -> pd.DataFrame:
@@ -475,19 +511,15 @@ def groups(judged: pd.DataFrame) -> pd.DataFrame:
 
 
 def _figure(text: str, spread: float, unit: str) -> str:
-    return (text if pd.isna(spread) else f"{text} ± {spread:.1f}") + (
-        f" {unit}" if unit and text != "unknown" else ""
-    )
+    shown = text if pd.isna(spread) else f"{text} ± {spread:.1f}"
+    return f"{shown} {unit}" if unit and text != "unknown" else shown
 
 
 def _ours(row: Any) -> str:
-    return (
-        ""
-        if pd.isna(row.ours)
-        else _figure(
-            f"{row.ours:.1f}" if row.unit == "%" else f"{row.ours:.2f}", row.pooled, row.unit
-        )
-    )
+    if pd.isna(row.ours):
+        return ""
+    digits = 1 if row.unit == "%" else max(2, len(row.printed.partition(".")[2]))
+    return _figure(f"{row.ours:.{digits}f}", row.pooled, row.unit)
 
 
 def figure(judged: pd.DataFrame, title: str = "Claims of the five papers by verdict") -> Figure:
@@ -507,12 +539,3 @@ def figure(judged: pd.DataFrame, title: str = "Claims of the five papers by verd
     axis.set(xlabel="claims (one a figure of a table)", title=title)
     drawn.legend(loc="outside lower center", ncols=len(VERDICTS), fontsize=8, frameon=False)
     return drawn
-
-
-def markdown(table: pd.DataFrame, columns: Iterable[str] | None = None) -> str:
-    """A DataFrame of text as a Markdown table."""
-    table = table[list(columns)] if columns is not None else table
-    lines = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines
-    )

@@ -1,7 +1,7 @@
 """The project as pages to look at, from what is stored: executed notebooks, claims, methods, figures. Nothing is run.
 
 `build` writes static HTML that needs no network and no script: formulas become pictures (matplotlib's mathtext), code
-is coloured by a style sheet beside the pages. `fill` renews the tables in docs/methods, which come from the records.
+is coloured by a style sheet beside the pages.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ import pandas as pd
 
 from ..core import DDError
 from ..files import SOURCE, results_folder
-from . import claims, tables
+from . import claims
+from .docs import fill
 
-BLOCK = re.compile(
-    r"(<!-- records:begin ([\w ]+) \(.*?\) -->\n).*?(<!-- records:end -->)", re.DOTALL
-)
 MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$(\S[^$\n]*?)\$", re.DOTALL)
 MARKER = ".ddlib-site"  # a folder with this file may be written anew
 STYLE = """
@@ -39,54 +37,6 @@ figure { display: inline-block; margin: 1em 1em 0 0; max-width: 46%; vertical-al
 figcaption { font-size: 13px; }
 .kind { border-left: 6px solid; padding-left: .6em; }
 """
-
-
-def fill(text: str, results: str | Path | None = None) -> str:
-    """A docs page with its block of records renewed: paper | ours, then every kept run with its cost."""
-    return BLOCK.sub(lambda m: m[1] + _records(m[2].split(), results) + "\n" + m[3], text)
-
-
-def _records(methods: list[str], results: str | Path | None) -> str:
-    printed = pd.concat([claims.of_method(method) for method in methods])
-    printed["ipc"] = printed.ipc.astype(int)
-    rows = claims.shown(claims.judge(printed, results)).rename(columns={"what": "method"})
-    rows["protocol"] = printed.protocol.tolist()
-    for column in ("paper", "ours"):
-        rows[column] = [text.removesuffix(" %") for text in rows[column]]
-    columns = ["method", "dataset", "IPC", "protocol", "paper", "evidence", "ours", "verdict"][
-        len(methods) == 1 :
-    ]
-    runs = {
-        profile: tables.runs(
-            [run for run in tables.stored(results, profile) if run.record["method"] in methods]
-        )
-        for profile in claims.KEPT
-    }
-    parts = [
-        "**Paper | ours**, test accuracy (%), last step, mean ± spread over networks and seeds:",
-        claims.markdown(rows, columns)
-        if len(rows)
-        else "No table of this method could be read; the claims have the figures that could.",
-        *(
-            f"**Kept runs and their cost**, `{profile}` profile:\n\n{tables.markdown(table)}"
-            for profile, table in runs.items()
-            if len(table)
-        ),
-    ]
-    return "\n\n".join(
-        parts + ["No run is kept yet."] * all(table.empty for table in runs.values())
-    )
-
-
-def write_docs(results: str | Path | None = None) -> list[Path]:
-    """Renew the blocks of docs/methods/*.md; the pages that changed."""
-    changed = []
-    for path in sorted((SOURCE / "docs" / "methods").glob("*.md")):
-        old = path.read_text()
-        if (new := fill(old, results)) != old:
-            path.write_text(new)
-            changed.append(path)
-    return changed
 
 
 @functools.cache

@@ -19,7 +19,10 @@ from ..engine.record import Run, resolve_record
 from ..engine.run import run as distil
 from ..files import results_folder
 from ..methods import METHODS
-from ..recipe import VERSION
+from ..methods.coreset import KINDS
+from ..recipe import VERSION, own_augment
+from . import verdict
+from .verdict import DEFAULT_COUNT, Differences, Published, Verdict
 
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
@@ -27,12 +30,12 @@ if TYPE_CHECKING:
 COLUMNS = [
     "method",
     "dataset",
+    "data",
     "ipc",
     "profile",
     "backbone",
     "overrides",
     "protocol",
-    "changed",
     "seed",
     "iterations",
     "eval_epochs",
@@ -49,28 +52,47 @@ COLUMNS = [
     "peak_bytes",
     "peak_method",
     "device",
+    "commit",
+    "marks",
+    "values",
     "name",
 ]
-SETTING = (
-    "dataset",
-    "profile",
-    "backbone",
-    "ipc",
-    "method",
-    "overrides",
-)  # what makes runs comparable
-BUDGET = ("iterations", "eval_epochs", "networks")  # what a shortened run has less of
-NEUTRAL = ("compile", "evaluations", "snapshots", "chunk")  # what leaves the result alone
+# What makes runs comparable: seeds of one setting differ in nothing of it.
+SETTING = ("dataset", "profile", "backbone", "ipc", "method", "overrides")
 REVIEWS = ("leaderboard", "second-hand")  # tables in which later papers evaluate a method again
+# Protocols of the same networks, epochs and augmentation; MTT's takes a learned step size where there is one.
+SAME_PROTOCOL = {"dm": "dsa", "mtt": "dsa"}
+START = ("init", "warm_epochs")  # what the images of a run begin with
+NETWORKS = {"2211.10586": 3}  # behind the spread of a paper, where not five
+HEADLINES = 10  # rows of the front page
+DETAILS = {
+    "dataset": "dataset",
+    "ipc": "ipc",
+    "method": "method",
+    "profile": "profile",
+    "overrides": "overrides",
+    "seeds": "seeds",
+    "networks": "networks",
+    "over seeds": "over seeds",
+    "over networks": "over networks",
+    "best": "best",
+    "selected": "validation-selected",
+    "krr": "KRR",
+    "distill": "distillation (s)",
+    "evaluate": "evaluation (s)",
+    "peak MiB": "peak MiB",
+    "verdict": "verdict",
+}  # column of `judge` -> its heading
 
 
 def runs(found: Iterable[Run]) -> pd.DataFrame:
-    """One row a run: last and best accuracy (per cent) with the spread over networks, seconds, peak bytes, device.
+    """One row per run: last and best accuracy (per cent) with the spread over networks, seconds, peak bytes, device.
 
-    `best` is over checkpoints, and over the epochs that IDC's protocol looks at; `selected` the checkpoint that the
-    validation split chooses; `krr` FRePo's second predictor; both are NaN where a run has none. `overrides` names the
-    values that are not the profile's preset, "" for none; `changed` has those of the profile itself that are not the
-    paper's; `networks` lists every accuracy; `seconds` is `distill` and `evaluate` together.
+    `data` is the published dataset that the run saw, "" for an unknown folder, and `marks` what a verdict on it says
+    (`verdict.data_of`, and whether the code is known). `best` is over checkpoints, and over the epochs that IDC's
+    protocol looks at; `selected` the checkpoint that the validation split chooses; `krr` FRePo's second predictor;
+    both are NaN where a run has none. `overrides` names the values that are not the profile's preset, "" for none;
+    `values` has all of them; `networks` lists every accuracy; `seconds` is `distill` and `evaluate` together.
     """
     rows = []
     for run in found:
@@ -79,18 +101,15 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
         best = best.get("best", best)
         spec, seconds = resolve_record(record), record["seconds"]
         values, overrides = spec.values, spec.overrides
-        paper = resolve(record["method"], record["dataset"], record["ipc"], "paper").values
+        checksum = record.get("dataset_checksum")
+        data, copy = verdict.data_of(record["dataset"], checksum, values["subset"])
+        unknown = "" if record.get("commit") else verdict.UNKNOWN_CODE
         rows.append(
             {key: record[key] for key in COLUMNS if key in record}
             | {
+                "data": data,
                 "overrides": ", ".join(f"{key}={value}" for key, value in overrides.items()),
                 "protocol": values["protocol"],
-                "changed": tuple(
-                    f"{key} {_short(values[key])} for {_short(paper[key])}"
-                    for key in paper
-                    if values[key] != paper[key]
-                    and key not in (*BUDGET, *NEUTRAL, "backbone", *overrides)
-                ),
                 "iterations": values.get("iterations", 0),
                 "eval_epochs": values["eval_epochs"],
                 "accuracy": last["mean"],
@@ -102,6 +121,8 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
                 "networks": last["networks"],
                 "seconds": round(sum(seconds.values()), 1),
                 **seconds,
+                "marks": tuple(filter(None, (copy, unknown))),
+                "values": values,
             }
         )
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -144,8 +165,9 @@ def summary(table: pd.DataFrame, by: tuple[str, ...] = SETTING) -> pd.DataFrame:
                 "krr": fmean(group["krr"]),
                 "seeds": len(group),
                 "networks": len(pooled),
-                "protocol": group["protocol"].iloc[0],
-                "changed": group["changed"].iloc[0],
+                "scores": list(group["networks"]),
+                **{key: group[key].iloc[0] for key in ("protocol", "data", "values")},
+                "marks": tuple(dict.fromkeys(mark for marks in group["marks"] for mark in marks)),
                 "iterations": group["iterations"].min(),
                 "eval_epochs": group["eval_epochs"].min(),
                 "seconds": fmean(group["seconds"]),
@@ -221,20 +243,21 @@ def curve(method: str, dataset: str) -> pd.DataFrame:
     return rows[["ipc", "value", "spread", "mark"]]
 
 
-def paper_value(
-    method: str, dataset: str, ipc: int, protocol: str | None = None, variant: str = ""
-) -> tuple[float, float, str] | None:
-    """The (value, spread, mark as in `printed`) that a paper prints for a method, or a variant of it such as
-    "iteration=40", on its own backbone; None where none is on file."""
+def printed_figure(
+    method: str, dataset: str, ipc: int, *, protocol: str = "", variant: str = ""
+) -> tuple[Published, str] | None:
+    """What a paper prints for a method on its own backbone, or for a variant such as "iteration=40", and its mark as
+    in `printed`; None where none is on file. Re-evaluations by later papers are left out."""
     rows = published()
-    rows = rows[(rows.method == method) & (rows.dataset == canonical(dataset)) & (rows.ipc == ipc)]
+    rows = rows[~rows.table.isin(REVIEWS)]
+    rows = rows[(rows.method == method) & (rows.dataset == dataset) & (rows.ipc == ipc)]
     rows = rows[rows.variant == variant] if variant else _own(rows)
     rows = rows[rows.protocol == protocol] if protocol else rows
-    return (
-        None
-        if rows.empty
-        else (float(rows.iloc[0].value), float(rows.iloc[0].spread), _mark(rows).iloc[0])
-    )
+    if rows.empty:
+        return None
+    row = rows.iloc[0]
+    count = NETWORKS.get(row.paper, DEFAULT_COUNT)
+    return Published(float(row.value), float(row.spread), count), _mark(rows).iloc[0]
 
 
 def printed(
@@ -253,7 +276,7 @@ def printed(
             *(table[table.method == "full"].assign(ipc=k) for k in ipcs),
         ]
     )
-    cells = [_with_spread(v, s) for v, s in zip(table.value, table.spread, strict=True)]
+    cells = [with_spread(v, s) for v, s in zip(table.value, table.spread, strict=True)]
     table = table.assign(cell=cells + _mark(table))
     table = table[table.dataset.isin(list(datasets)) & table.ipc.isin(list(ipcs))].astype(
         {"ipc": int}
@@ -262,86 +285,151 @@ def printed(
     return cells.reindex(columns=list(methods)).rename_axis(columns=None).reset_index()
 
 
-def shortfall(row: pd.Series, early: bool = False) -> str:
-    """In what a row of `summary` is not the paper's setting, e.g. "iterations 800 of 20000, lr_img 10 for 1"; "" in
-    nothing. More than two other settings are counted; overrides, which tables show, are "the overrides" where nothing
-    else is said. `early`: the paper's figure is one of the same iteration."""
-    paper = resolve(row.method, row.dataset, row.ipc, "paper").values
-    ours = {
-        "iterations": paper["iterations"] if early else row.iterations,
-        "eval_epochs": row.eval_epochs,
-        "networks": min(row.networks / row.seeds, paper["networks"]),
-    }  # more networks are only more certain
-    less = [
-        f"{key} {value:.0f} of {paper[key]}" for key, value in ours.items() if value != paper[key]
+@cache
+def paper_settings(method: str, dataset: str, ipc: int, **changes: Any) -> dict[str, Any] | None:
+    """Every setting of a run at the paper's, `changes` apart; None where no paper gives one."""
+    try:
+        return resolve(method, dataset, ipc, "paper", **changes).values
+    except DDError:
+        return None
+
+
+def _evaluation(values: dict[str, Any]) -> tuple:
+    """What two runs must share for their accuracies to be of one protocol and budget of evaluation."""
+    protocol = SAME_PROTOCOL.get(values["protocol"], values["protocol"])
+    fixed = protocol == "dc" or own_augment(protocol)  # whatever distillation uses
+    augment = values["eval_augment"] or ("" if fixed else values["augment"])
+    network = values["eval_backbone"] or values["backbone"]
+    plain = (values[key] for key in ("eval_epochs", "zca", "mirror", "resolution"))
+    return (protocol, augment, network, *plain)
+
+
+def random_beside(row: pd.Series, table: pd.DataFrame) -> list[list[float]]:
+    """Accuracies by seed of the random real images in a table of runs that were evaluated as the row was; often []."""
+    rows = table[(table.method == "random") & (table.data == row.data) & (table.ipc == row.ipc)]
+    wanted = _evaluation(row["values"])
+    return [
+        scores
+        for scores, values in zip(rows.networks, rows["values"], strict=True)
+        if _evaluation(values) == wanted
     ]
-    less += [row.backbone] * (row.backbone != paper["backbone"])
-    less += [f"{len(row.changed)} more settings"] if len(row.changed) > 2 else [*row.changed]
-    return ", ".join(less) or "the overrides" * bool(overriding(row.overrides))
 
 
-def overriding(overrides: str) -> set[str]:
-    """Of the `overrides` of a row, "key=value" each, those that are neither budget nor neutral."""
-    parts = filter(None, overrides.split(", "))
-    return {part for part in parts if part.partition("=")[0] not in (*BUDGET, *NEUTRAL)}
+def lead(figure: Published, row: pd.Series, table: pd.DataFrame) -> float:
+    """The figure less the printed accuracy of random images under the row's protocol, else less ours (`verdict`)."""
+    if row.method in KINDS:
+        return math.inf
+    protocol = SAME_PROTOCOL.get(row.protocol, row.protocol)
+    if known := printed_figure("random", row["data"], row.ipc, protocol=protocol):
+        return figure.value - known[0].value
+    ours = random_beside(row, table)
+    return figure.value - fmean(map(fmean, ours)) if ours else math.nan
 
 
-def verdict(profile: str, ours: float, spread: float, paper: tuple | None, less: str = "") -> str:
-    """The rule fixed in advance: *reproduced* needs the paper's setting and 1 point, or the two intervals to meet.
+def _held_against(row: pd.Series) -> tuple[Published, str, dict[str, Any]] | None:
+    """The printed figure for a row of `summary`, its mark and the settings behind it; None where there is none.
 
-    `paper` is (value, spread, ...); `less` says what is not the paper's setting (`shortfall`) and stands in the verdict.
+    A coreset is held against the figure under its protocol, a run of fewer iterations against the paper's curve at
+    that iteration where there is one, if its images begin as those of the curve do.
     """
-    reduced = "reduced budget" + (f": {less}" if less else "")
-    if paper is None:
-        return "no published figure" + (f"; {reduced}" if less else "")
-    if profile != "paper" or less:
-        return reduced
-    near = max(1.0, spread + (0.0 if math.isnan(paper[1]) else paper[1]))
-    return "reproduced" if abs(ours - paper[0]) <= near else "not reproduced"
+    settings = paper_settings(row.method, row["data"], row.ipc) if row["data"] else None
+    if settings is None:
+        return None
+    place = (row.method, row["data"], row.ipc)
+    if row.iterations < settings.get("iterations", 0) and (
+        early := printed_figure(*place, variant=f"iteration={row.iterations}")
+    ):
+        begins = all(row["values"].get(key) == settings.get(key) for key in START)
+        return (*early, settings | {"iterations": row.iterations}) if begins else None
+    protocol = {"protocol": row.protocol} if row.method in KINDS else {}
+    known = printed_figure(*place, **protocol)
+    return (*known, settings | protocol) if known else None
+
+
+def judge(table: pd.DataFrame) -> pd.DataFrame:
+    """`summary` with columns figure (`Published` or None), mark, `verdict` and `differs`, the one rule of `verdict`."""
+    rows = summary(table)
+    held = [_held_against(row) for _, row in rows.iterrows()]
+    verdicts = [
+        (None, "", Verdict(verdict.UNPUBLISHED, marks=row.marks), Differences())
+        if known is None
+        else _judged(row, *known, table)
+        for known, (_, row) in zip(held, rows.iterrows(), strict=True)
+    ]
+    names = ["figure", "mark", "verdict", "differs"]
+    return rows.join(pd.DataFrame(verdicts, columns=names, index=rows.index, dtype=object))
+
+
+def _judged(
+    row: pd.Series, figure: Published, mark: str, settings: dict[str, Any], table: pd.DataFrame
+) -> tuple[Published, str, Verdict, Differences]:
+    differs = verdict.differences(row["values"], settings)
+    found = verdict.accuracy(row.scores, figure, differs, lead(figure, row, table), row.marks)
+    return figure, mark, found, differs
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of a paper's notebook: paper | ours | difference | verdict, one row a method, dataset and IPC.
+    """The table of a paper's notebook, one row per setting: dataset, IPC, method, paper, ours, random, Δ, verdict.
 
-    Random images are held against the figure under their protocol, a run of fewer iterations against the paper's curve
-    at that iteration where there is one. The spread of ours is over all networks of all seeds, as the papers' is.
+    The spread of ours is over all networks of all seeds, as the papers' is. `random` has real images of the table
+    under the same protocol, and is left out where it has none; `details` has the rest, row by row.
     """
-    rows = []
-    for _, row in summary(table).iterrows():
-        place = (row.method, row.dataset, row.ipc, row.protocol if row.method == "random" else None)
-        early = (
-            paper_value(*place, variant=f"iteration={row.iterations}")
-            if "iterations=" in row.overrides
-            else None
-        )
-        paper = early or paper_value(*place)
-        less = "" if row.profile == "smoke" else shortfall(row, early is not None)
-        rows.append(
+    rows = judge(table)
+    cells = []
+    for _, row in rows.iterrows():
+        figure = row.figure
+        cells.append(
             {
                 "dataset": row.dataset,
-                "profile": row.profile,
                 "ipc": row.ipc,
-                "method": row.method,
-                "overrides": row.overrides,
-                "paper": _with_spread(*paper[:2]) + paper[2] if paper else "none",
-                "ours": _with_spread(row.accuracy, row.pooled, row.networks),
-                "Δ": f"{row.accuracy - paper[0]:+.1f}" if paper else "",
-                "over seeds": row["over seeds"],
-                "over networks": row["over networks"],
-                "best": row.best,
-                "validation-selected": row.selected,
-                "KRR": row.krr,
-                "seeds": row.seeds,
-                "networks": row.networks,
-                "verdict": verdict(row.profile, row.accuracy, row.pooled, paper, less),
+                "method": _named(row),
+                "paper": with_spread(figure.value, figure.spread) + row.mark if figure else "none",
+                "ours": with_spread(row.accuracy, row.pooled, row.networks),
+                "random": "" if row.method == "random" else _pooled(random_beside(row, table)),
+                "Δ": f"{row.accuracy - figure.value:+.1f}" if figure else "",
+                "verdict": row.verdict.short,
             }
         )
-    found = pd.DataFrame(rows).round(1).dropna(axis=1, how="all")
-    return (
-        found
-        if any(found.get("overrides", ()))
-        else found.drop(columns="overrides", errors="ignore")
-    )
+    shown = pd.DataFrame(cells)
+    return shown if any(shown.get("random", ())) else shown.drop(columns="random", errors="ignore")
+
+
+def _named(row: pd.Series) -> str:
+    """The method and what tells this row from others of it: the overrides that are not neutral."""
+    parts = [p for p in row.overrides.split(", ") if p.partition("=")[0] not in verdict.NEUTRAL]
+    return ", ".join(filter(None, (row.method, *parts)))
+
+
+def _pooled(scores: list[list[float]]) -> str:
+    every = [score for networks in scores for score in networks]
+    return with_spread(fmean(every), pstdev(every), len(every)) if every else ""
+
+
+def details(table: pd.DataFrame) -> pd.DataFrame:
+    """What stands behind each row of `compare`, in its order: seeds, spreads, further scores, cost, what differs."""
+    rows = judge(table).reindex(columns=list(DETAILS)).rename(columns=DETAILS)
+    rows["verdict"] = rows.verdict.map(str)
+    return rows.round(1).dropna(axis=1, how="all")
+
+
+def nearness(differs: Differences, networks: int) -> tuple:
+    """A key to sort runs by, the nearest to the paper's setting first: what answers for the paper, whatever it scores."""
+    return len(differs.changed), -differs.share, len(differs.less), -networks
+
+
+def front_page(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `compare` for README: per distilled method and IPC on CIFAR-10 the run nearest to the paper's
+    setting; at most `HEADLINES`, the nearest, whatever they score.
+
+    A record without a commit stays out, and so does a row that no published figure stands beside.
+    """
+    known = table[[verdict.UNKNOWN_CODE not in marks for marks in table.marks]]
+    rows = judge(known)
+    rows = rows[rows.figure.notna() & (rows.data == "cifar10") & ~rows.method.isin(KINDS)]
+    order = sorted(rows.index, key=lambda k: nearness(rows.differs[k], rows.networks[k]))
+    nearest = rows.loc[order].drop_duplicates(["method", "ipc"]).head(HEADLINES)
+    nearest = nearest.sort_values(["ipc", "method"])
+    return compare(known).loc[nearest.index].assign(method=nearest.method)
 
 
 def cost(table: pd.DataFrame) -> pd.DataFrame:
@@ -372,7 +460,7 @@ def cost(table: pd.DataFrame) -> pd.DataFrame:
 def across(scores: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """Accuracy by backbone (rows) and method (columns) from dicts with method, backbone, mean, std and networks."""
     rows = [
-        {**score, "cell": _with_spread(score["mean"], score["std"], len(score["networks"]))}
+        {**score, "cell": with_spread(score["mean"], score["std"], len(score["networks"]))}
         for score in scores
     ]
     table = pd.DataFrame(rows, columns=["backbone", "method", "cell"])
@@ -450,43 +538,26 @@ def titled(table: pd.DataFrame, caption: str) -> Styler:
     return table.style.hide(axis="index").format(precision=1, na_rep="").set_caption(caption)
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
-
-
-def _with_spread(value: float, spread: float, count: int = 2) -> str:
+def with_spread(value: float, spread: float, count: int = 2) -> str:
+    """ "48.9 ± 0.6", or "48.9" where there is no spread or one value alone."""
     return f"{value:.1f}" if math.isnan(spread) or count < 2 else f"{value:.1f} ± {spread:.1f}"
 
 
+def as_markdown(table: pd.DataFrame) -> str:
+    """A DataFrame of text and integers as a Markdown table."""
+    lines = [[*table.columns], ["---"] * len(table.columns), *table.astype(str).values.tolist()]
+    cells = [[cell.replace("|", "/") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
 def markdown(table: pd.DataFrame) -> str:
-    """`compare` with the cost of each row, as the Markdown table of README.md."""
+    """`compare` with the counts, the cost and the full verdict of each row, as a Markdown table."""
     if table.empty:
         return "No record yet."
-    rows = compare(table).join(
-        cost(table)[["distillation (s)", "evaluation (s)", "peak MiB"]]
-    )  # both in summary's order
-    shown = {
-        "dataset": "dataset",
-        "ipc": "IPC",
-        "method": "method",
-        "overrides": "overrides",
-        "paper": "paper",
-        "ours": "ours",
-        "Δ": "Δ",
-        "seeds": "seeds",
-        "networks": "networks",
-        "verdict": "verdict",
-        "distillation (s)": "distillation (s)",
-        "evaluation (s)": "evaluation (s)",
-        "peak MiB": "process peak (MiB)",
-    }
-    names = [name for name in shown if name in rows]
-    lines = [[shown[name] for name in names], ["---"] * len(names)]
-    lines += [
-        [f"{v:.0f}" if isinstance(v, float) else str(v) for v in row]
-        for row in rows[names].itertuples(index=False)
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    behind = ["profile", "seeds", "networks", "distillation (s)", "evaluation (s)", "peak MiB"]
+    whole = details(table).round(0).astype({"distillation (s)": int, "evaluation (s)": int})
+    rows = compare(table).drop(columns="verdict")
+    return as_markdown(rows.join(whole[[*behind, "verdict"]]))
 
 
 def sweep(

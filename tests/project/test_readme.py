@@ -6,20 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ddlib.report import tables
+import pytest
+
+from ddlib.report import docs
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_measured_table_is_what_the_records_say():
-    block = re.search(
-        r"<!-- measured:begin .*?-->\n(.*?)\n?<!-- measured:end -->", README, re.DOTALL
-    )[1]
-    # `small` only: smoke's records are made on each machine anew, and are not committed.
-    assert block == tables.markdown(tables.runs(tables.stored(ROOT / "results", "small"))), (
-        "run: python -m ddlib list --markdown --profile small, and paste its table"
-    )
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_tables_are_what_the_records_say(page):
+    text = (ROOT / page).read_text()
+    assert docs.BLOCK.search(text), page
+    # The kept profiles alone: smoke's records are made on each machine anew, and are not committed.
+    assert docs.fill(text, ROOT / "results") == text, f"{page}: run python -m ddlib docs"
 
 
 def test_every_subcommand_named_exists():

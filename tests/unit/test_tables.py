@@ -1,7 +1,6 @@
 """Tables from hand-made records: spreads worked out by hand, the rule of the verdict, stale records left out."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -10,7 +9,9 @@ import pytest
 import ddlib as dd
 from ddlib.engine.record import Run
 from ddlib.recipe import VERSION
-from ddlib.report import tables
+from ddlib.report import tables, verdict
+
+JPEG = next(iter(verdict.COPIES))  # the checksum of the known copy of CIFAR-10
 
 
 def record(
@@ -46,6 +47,8 @@ def record(
         "peak_bytes": 3 * 2**20,
         "peak_method": "counted",
         "device": "test",
+        "commit": "f" * 40,
+        "dataset_checksum": JPEG if dataset == "folder:cifar10" else "0",
         "history": [{"step": k, "loss": 1 / k} for k in (1, 2, 3)],
     }
     path = folder / profile / f"{spec.name}.json"
@@ -72,135 +75,82 @@ def test_runs_with_other_settings_are_not_seeds_of_one(tmp_path):
     table = tables.runs([record(tmp_path), record(tmp_path, seed=1, lr_img=5.0)])
     assert list(table.overrides) == ["", "lr_img=5.0"]
     assert len(tables.summary(table)) == 2
-    assert list(tables.compare(table).overrides) == ["", "lr_img=5.0"]
-
-
-@pytest.mark.parametrize(
-    ("profile", "ours", "spread", "paper", "less", "expected"),
-    [
-        ("paper", 25.0, 0.0, (26.0, 0.0), "", "reproduced"),  # exactly one point
-        ("paper", 24.95, 0.0, (26.0, 0.0), "", "not reproduced"),
-        ("paper", 27.05, 0.0, (26.0, 0.0), "", "not reproduced"),
-        ("paper", 24.0, 1.2, (26.0, 0.8), "", "reproduced"),  # the intervals just meet
-        ("paper", 23.9, 1.2, (26.0, 0.8), "", "not reproduced"),
-        (
-            "paper",
-            24.0,
-            1.2,
-            (26.0, float("nan")),
-            "",
-            "not reproduced",
-        ),  # no spread in print counts as none
-        (
-            "small",
-            26.0,
-            0.5,
-            (26.0, 0.8),
-            "",
-            "reduced budget",
-        ),  # never a reproduction, however near
-        (
-            "paper",
-            26.0,
-            0.5,
-            (26.0, 0.8),
-            "iterations 10 of 20",
-            "reduced budget: iterations 10 of 20",
-        ),
-        ("paper", 26.0, 0.5, None, "", "no published figure"),
-    ],
-)
-def test_verdict(profile, ours, spread, paper, less, expected):
-    assert tables.verdict(profile, ours, spread, paper, less) == expected
+    assert list(tables.compare(table).method) == ["dm", "dm, lr_img=5.0"]
 
 
 def test_compare_puts_the_published_figure_beside_ours(tmp_path):
+    place = {"dataset": "folder:cifar10", "ipc": 10}
     found = [
-        record(
-            tmp_path,
-            dataset="folder:cifar10",
-            ipc=10,
-            profile="paper",
-            scores=(48.0, 48.6, 48.3, 48.5, 48.1),
-        ),
-        record(
-            tmp_path, dataset="folder:cifar10", ipc=10, profile="small", scores=(44.0, 46.0, 45.0)
-        ),
-        record(
-            tmp_path,
-            dataset="folder:cifar10",
-            ipc=10,
-            profile="paper",
-            scores=(48.9,) * 5,
-            iterations=10,
-            seed=1,
-        ),
-        record(
-            tmp_path,
-            "random",
-            dataset="folder:cifar10",
-            ipc=10,
-            profile="paper",
-            scores=(40.0,) * 5,
-        ),
+        record(tmp_path, **place, profile="paper", scores=(48.0, 48.6, 48.3, 48.5, 48.1)),
+        record(tmp_path, **place, profile="small", scores=(44.0, 46.0, 45.0)),
+        record(tmp_path, "random", **place, profile="paper", scores=(40.0, 40.2, 39.8, 40.1, 39.9)),
         record(tmp_path),
     ]
-    table = tables.compare(tables.runs(found)).set_index(
-        ["dataset", "profile", "method", "overrides"]
+    found[1].path.write_text(json.dumps(found[1].record | {"commit": None}))
+    table = tables.runs([*found[:1], Run(found[1].path), *found[2:]])
+    shown = tables.compare(table)
+    assert list(shown) == ["dataset", "ipc", "method", "paper", "ours", "random", "Δ", "verdict"]
+    behind = tables.details(table)
+    rows = {
+        (profile, method): row
+        for profile, method, (_, row) in zip(
+            behind.profile, behind.method, shown.iterrows(), strict=True
+        )
+    }
+    full = rows["paper", "dm"]
+    assert (full.paper, full.ours, full.random) == ("48.9 ± 0.6", "48.3 ± 0.2", "40.0 ± 0.1")
+    assert (full["Δ"], full.verdict) == ("-0.6", "reproduced, on the JPEG copy")
+    short = rows["small", "dm"]
+    assert short.random == "40.0 ± 0.1"  # the protocol and the budget of evaluation are the same
+    assert short.verdict == "changed method, on the JPEG copy, code unknown"
+    (why,) = behind.verdict[(behind.profile == "small") & (behind.method == "dm")]
+    assert (
+        why
+        == f"{short.verdict}: lr_img 10 for 1, iterations 800 of 20000 (25x less), networks 3 of 5"
     )
-    full = table.loc["folder:cifar10", "paper", "dm", ""]
-    assert (full.paper, full.ours, full["Δ"], full.verdict) == (
-        "48.9 ± 0.6",
-        "48.3 ± 0.2",
-        "-0.6",
-        "reproduced",
-    )
-    assert table.loc["folder:cifar10", "small", "dm", ""].verdict == (
-        "reduced budget: iterations 800 of 20000, networks 3 of 5, lr_img 10 for 1"
-    )
-    assert table.loc["folder:cifar10", "paper", "dm", "iterations=10"].verdict == (
-        "reduced budget: iterations 10 of 20000"
-    )
-    real = table.loc["folder:cifar10", "paper", "random", ""]
-    assert (real.paper, real.verdict) == (
-        "32.2~",
-        "not reproduced",
-    )  # with DSA augmentation; 26.0 is without
-    toy = table.loc["digits", "smoke", "dm", ""]
+    real = rows["paper", "random"]
+    assert (real.paper, real.random) == ("32.2~", "")  # under DSA's protocol; 26.0 is without
+    assert real.verdict.startswith("contradicted")
+    toy = rows["smoke", "dm"]
     assert (toy.paper, toy["Δ"], toy.verdict) == ("none", "", "no published figure")
 
 
-def test_a_shortened_run_says_so_and_a_changed_one_is_no_reproduction(tmp_path):
-    place = {"dataset": "folder:cifar10", "ipc": 10}
-    found = [
-        record(tmp_path, **place, profile="paper", scores=(48.9,) * 5, augment="none"),
-        record(tmp_path, "ftd", **place, profile="small"),
-        record(tmp_path, "dream_plus", **place, profile="small"),
-        record(tmp_path, "idc", **place, profile="small", iterations=0),
-        record(tmp_path, "random", **place, profile="paper", scores=(30.0,) * 5, protocol="idc"),
-    ]
-    table = tables.compare(tables.runs(found)).set_index("method")
-    assert table.verdict["dm"] == "reduced budget: the overrides"
-    longer = [
-        record(tmp_path, **place, profile="paper", scores=(48.9,) * n, seed=7, **changes)
-        for n, changes in (
-            (5, {"iterations": 40000}),
-            (10, {"networks": 10}),
-            (5, {"evaluations": 3, "compile": False}),
-        )
-    ]
-    assert list(tables.compare(tables.runs(longer)).verdict) == [
-        "reproduced",
-        "reduced budget: iterations 40000 of 20000",
-        "reproduced",
-    ]
-    assert re.search(r"networks 2 of 5, convnet:width=32, \d+ more settings$", table.verdict["ftd"])
-    assert table.verdict["dream_plus"].startswith(
-        "no published figure; reduced budget: iterations "
-    )
-    assert table.paper["idc"] == "49.0~"  # the paper's curve at iteration 0, read off its figure
-    assert table.paper["random"] == "none"  # no paper prints random images under IDC's protocol
-    assert {"seeds", "networks"} <= set(table) and table.networks["dm"] == 5
+def test_a_curve_is_for_images_that_begin_as_its_own_do(tmp_path):
+    place = {"dataset": "folder:cifar10", "ipc": 10, "profile": "small"}
+    start = record(tmp_path, "idc", **place, iterations=0)
+    other = record(tmp_path, "idc", **place, iterations=0, init="kmeans")
+    idc = record(tmp_path, "random", **place, scores=(30.0,) * 5, protocol="idc")
+    shown = tables.compare(tables.runs([start, other, idc])).set_index("method")
+    assert shown.paper["idc, iterations=0"] == "49.0~"  # read off the curve at iteration 0
+    assert shown.paper["idc, iterations=0, init=kmeans"] == "none"
+    assert shown.paper["random, protocol=idc"] == "none"  # no paper prints it
+    assert shown.verdict["random, protocol=idc"] == "no published figure, on the JPEG copy"
+
+
+def test_coresets_are_held_against_the_column_of_their_protocol(tmp_path):
+    scores = (25.5, 26.0, 26.5, 26.2, 25.8)
+    run = record(tmp_path, "random", "cifar10", 10, "paper", scores=scores, protocol="dc")
+    (row,) = tables.compare(tables.runs([run])).to_dict("records")
+    assert row["paper"].startswith("26.0") and row["verdict"] == "reproduced"
+
+
+def test_the_folders_name_is_nobody(tmp_path):
+    run = record(tmp_path, dataset="folder:cifar10", ipc=10, profile="paper", scores=[48.9] * 5)
+    run.path.write_text(json.dumps(run.record | {"dataset_checksum": "of something else"}))
+    (row,) = tables.compare(tables.runs([Run(run.path)])).to_dict("records")
+    assert (row["paper"], row["verdict"]) == ("none", "no published figure")
+
+
+def test_the_front_page_takes_the_nearest_run_of_known_code(tmp_path):
+    place = {"dataset": "cifar10", "ipc": 10}
+    near = record(tmp_path, **place, profile="small", scores=(44.0, 45.0, 46.0), lr_img=1.0)
+    far = record(tmp_path, **place, profile="small", scores=(48.0, 48.9, 49.0))
+    nearest = record(tmp_path, **place, profile="paper", scores=(48.9,) * 5)
+    nearest.path.write_text(json.dumps(nearest.record | {"commit": None}))
+    coreset = record(tmp_path, "random", **place, profile="paper")
+    table = tables.runs([near, far, Run(nearest.path), coreset])
+    (row,) = tables.front_page(table).to_dict("records")
+    assert (row["method"], row["ours"], row["verdict"]) == ("dm", "45.0 ± 0.8", "reduced budget")
 
 
 def test_a_key_younger_than_a_record_has_its_default(tmp_path):
