@@ -423,7 +423,9 @@ def front_page(table: pd.DataFrame) -> pd.DataFrame:
 
     A record without a commit stays out, and so does a row that no published figure stands beside.
     """
-    known = table[[verdict.UNKNOWN_CODE not in marks for marks in table.marks]]
+    known = table.loc[[verdict.UNKNOWN_CODE not in marks for marks in table.marks]]
+    if known.empty:
+        return pd.DataFrame()
     rows = judge(known)
     rows = rows[rows.figure.notna() & (rows.data == "cifar10") & ~rows.method.isin(KINDS)]
     order = sorted(rows.index, key=lambda k: nearness(rows.differs[k], rows.networks[k]))
