@@ -332,18 +332,18 @@ def _held_against(row: pd.Series) -> tuple[Published, str, dict[str, Any]] | Non
     A coreset is held against the figure under its protocol, a run of fewer iterations against the paper's curve at
     that iteration where there is one, if its images begin as those of the curve do.
     """
-    settings = paper_settings(row.method, row["data"], row.ipc) if row["data"] else None
+    protocol = {"protocol": row.protocol} if row.method in KINDS else {}
+    place = (row.method, row["data"], row.ipc)
+    settings = paper_settings(*place, **protocol) if row["data"] else None
     if settings is None:
         return None
-    place = (row.method, row["data"], row.ipc)
     if row.iterations < settings.get("iterations", 0) and (
         early := printed_figure(*place, variant=f"iteration={row.iterations}")
     ):
         begins = all(row["values"].get(key) == settings.get(key) for key in START)
         return (*early, settings | {"iterations": row.iterations}) if begins else None
-    protocol = {"protocol": row.protocol} if row.method in KINDS else {}
     known = printed_figure(*place, **protocol)
-    return (*known, settings | protocol) if known else None
+    return (*known, settings) if known else None
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:
