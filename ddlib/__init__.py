@@ -27,15 +27,20 @@ NAMES = {
     "Run": "engine.record",
     "Spec": "config",
     "Synthetic": "distilled",
+    "card": "report.card",
     "evaluate": "train.evaluate",
     "from_arrays": "data.dataset",
+    "import_set": "exchange.inward",
     "load": "data.dataset",
     "numbers": "core",
     "prepare": "engine.run",
     "protocol": "recipe",
     "resolve": "config",
     "run": "engine.run",
+    "save_images": "exchange.outward",
+    "save_pt": "exchange.outward",
     "sweep": "report.tables",
+    "tensor_dataset": "exchange.outward",
 }
 __all__ = [*NAMES, "plots", "tables"]  # noqa: PLE0604
 

@@ -113,32 +113,102 @@ def _presets(args: argparse.Namespace) -> None:
     print(terminal.table(presets.table(args.method, args.dataset, args.ipc, args.profile)))
 
 
+def _data_of(syn, dataset: str | None, device: str):
+    """The dataset that a set belongs to, as the run saw it: its resolution and whitening."""
+    from .core import DDError, pick_device
+    from .data.dataset import canonical, load
+
+    values, place = syn.spec.get("values", {}), canonical(syn.dataset)
+    try:
+        return load(
+            dataset or syn.dataset,
+            device=pick_device(device),
+            resolution=values.get("resolution") or None,
+            zca=values.get("zca") or None,
+        )
+    except DDError as error:
+        if dataset or place == syn.dataset:
+            raise
+        raise DDError(f"{error}; or say where its images are, e.g. --dataset {place}") from None
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     """Train fresh networks on a distilled set, under the protocol that it carries, and test them.
 
     ddlib evaluate results/small/NAME.safetensors
     ddlib evaluate NAME.safetensors --dataset folder:cifar10 --backbone resnet18 --networks 3
     """
-    from .core import DDError, pick_device
-    from .data.dataset import canonical, load
     from .distilled import Synthetic
     from .train.evaluate import evaluate
 
     syn = Synthetic.load(args.file)
-    made, device = syn.spec.get("values", {}), pick_device(args.device)
-    try:
-        data = load(
-            args.dataset or syn.dataset,
-            device=device,
-            resolution=made.get("resolution") or None,
-            zca=made.get("zca") or None,
-        )
-    except DDError as error:
-        if args.dataset or canonical(syn.dataset) == syn.dataset:
-            raise
-        place = canonical(syn.dataset)
-        raise DDError(f"{error}; or say where its images are, e.g. --dataset {place}") from None
+    data = _data_of(syn, args.dataset, args.device)
     print(evaluate(syn, data, backbone=args.backbone, networks=args.networks, seed=args.seed))
+
+
+def _export(args: argparse.Namespace) -> None:
+    """A distilled set for use elsewhere: PNG files by class (an ImageFolder), or one .pt file of tensors.
+
+    ddlib export results/small/NAME.safetensors --to cats_and_dogs
+    ddlib export results/small/NAME.safetensors --to set.pt      torch.load(..., weights_only=True)
+    ddlib export frepo.safetensors --to photos --dataset cifar10      whitened: needs its dataset
+    """
+    from .distilled import Synthetic
+    from .exchange.outward import save_images, save_pt
+
+    syn = Synthetic.load(args.file)
+    if args.to.endswith(".pt"):
+        print(f"wrote {save_pt(syn, args.to)}")
+        return
+    data = None
+    if args.dataset:
+        data = _data_of(syn, args.dataset, "cpu")
+    print(f"wrote {save_images(syn, args.to, data)}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    """A set that a released code published, as a file of ours that ddlib evaluate scores. Runs no code of the file's.
+
+    ddlib import res_DM_CIFAR10_ConvNet_10ipc.pt --dataset cifar10 --out dm.safetensors
+    ddlib import logged_files/CIFAR10/run --dataset cifar10 --lr 0.0167 --out mtt.safetensors
+    ddlib import data_best.pt --dataset cifar10 --method dream --factor 2 --out dream.safetensors
+    ddlib import step500000.npz --dataset cifar10 --out frepo.safetensors
+    """
+    from .exchange.inward import import_set
+
+    syn = import_set(
+        args.path,
+        args.dataset,
+        method=args.method,
+        experiment=args.experiment,
+        factor=args.factor,
+        lr=args.lr,
+        device=args.device,
+        **_key_values(args.set),
+    )
+    path = syn.save(args.out)
+    print(
+        f"{len(syn.images)} images, {syn.ipc} per class, {syn.recipe.name} protocol on {syn.backbone}\n"
+        f"wrote {path}; score it: ddlib evaluate {path} --dataset {args.dataset}"
+    )
+
+
+def _card(args: argparse.Namespace) -> None:
+    """A card for a kept set, in the manner of Hugging Face: what, from what, how well, at what cost, whose data.
+
+    ddlib card results/small/NAME.safetensors
+    ddlib card results/small/NAME.safetensors --out README.md
+    """
+    from pathlib import Path
+
+    from .core import write_atomically
+    from .report.card import card, of_file
+
+    text = card(of_file(args.file))
+    if args.out:
+        print(f"wrote {write_atomically(Path(args.out), lambda path: path.write_text(text))}")
+    else:
+        print(text, end="")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -282,6 +352,29 @@ COMMANDS = {
         _option("--networks", type=int, default=5, help="default: 5"),
         _option("--seed", type=int, default=0, help="of the networks (default: 0)"),
         DEVICE,
+    ),
+    "export": (
+        _export,
+        _option("file", help="a .safetensors file that a run wrote"),
+        _option("--to", required=True, help="a new folder, or a file that ends in .pt"),
+        _option("--dataset", help="the set's dataset, to undo its whitening"),
+    ),
+    "import": (
+        _import,
+        _option("path", help="the published file, or the folder that holds it"),
+        _option("--dataset", required=True, help="what it was distilled from, e.g. cifar10"),
+        _option("--out", required=True, help="the .safetensors file to write"),
+        _option("--method", help="whose protocol and network; default: what the layout says"),
+        _option("--experiment", type=int, default=-1, help="of a res_*.pt; default: the last"),
+        _option("--factor", type=int, help="tiles a side of IDC and DREAM; default: the paper's"),
+        _option("--lr", type=float, help="learned step size, where the file lacks it"),
+        SET,
+        DEVICE,
+    ),
+    "card": (
+        _card,
+        _option("file", help="a kept .safetensors file beside its record"),
+        _option("--out", help="write to this file; default: print"),
     ),
     "list": (
         _list,

@@ -1,0 +1,1 @@
+"""What a reader sees: published figures, tables, plots, claims, pages."""
