@@ -30,7 +30,7 @@ from ..config import resolve
 from ..core import DDError, choose, pick_device
 from ..data.dataset import Dataset, load
 from ..distilled import Synthetic, check_factor
-from ..train.loop import Recipe
+from ..recipe import Recipe
 from .outward import FORMAT
 
 LARGEST = (
