@@ -201,7 +201,7 @@ def _card(args: argparse.Namespace) -> None:
     """
     from pathlib import Path
 
-    from .core import write_atomically
+    from .files import write_atomically
     from .report.card import card, of_file
 
     text = card(of_file(args.file))

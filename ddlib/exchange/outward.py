@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..core import DDError, write_atomically
+from ..core import DDError
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
+from ..files import write_atomically
 
 FORMAT = "ddlib set 1"  # marks a .pt file of `save_pt`
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import yaml
 
 from ..config import Spec
-from ..core import SOURCE, DDError
+from ..core import DDError
 from ..data.dataset import canonical
 from ..engine.record import Run, resolve_record
+from ..files import SOURCE
 from . import tables
 
 # dataset -> (licence as Hugging Face's front matter has it, a sentence). A set inherits the terms of its images.
