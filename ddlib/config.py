@@ -102,7 +102,7 @@ class Spec:
     @property
     def overrides(self) -> dict[str, Any]:
         """The values that are not the preset's."""
-        preset = resolve(self.method, self.dataset, self.ipc, self.profile).values
+        preset = preset_values(self.method, self.dataset, self.ipc, self.profile)
         return {key: value for key, value in self.values.items() if preset.get(key) != value}
 
     def command(self, verb: str = "run") -> str:
@@ -195,8 +195,62 @@ def resolve(
 ) -> Spec:
     """Find the preset, apply `overrides` (keys of the method's Config and of `RunConfig`) and validate every value.
 
-    Raises `DDError` naming the unknown or impossible part and what is allowed.
+    Raises `DDError` naming the unknown or impossible part and what is allowed. In the profile `paper` a setting that
+    neither paper nor code gives is refused too, unless `overrides` give it.
     """
+    spec = _resolved(method, dataset, ipc, profile, seed, overrides)
+    if profile == "paper":
+        _refuse_unpublished(method, dataset, ipc, overrides)
+    return spec
+
+
+def preset_values(method: str, dataset: str, ipc: int, profile: str) -> dict[str, Any]:
+    """Every value of a profile's preset, to compare a run with: defaults stand in for what no source gives."""
+    return _resolved(method, dataset, ipc, profile, 0, {}).values
+
+
+def _refuse_unpublished(method: str, dataset: str, ipc: int, overrides: dict[str, Any]) -> None:
+    """Raise where a class's default would pass for the paper's setting.
+
+    The rows of a preset's `ipc:` and `datasets:` are what paper and code give. Beside them, a key that the rows set
+    has no value of theirs, and none else in the presets counts but a plainer level's.
+    """
+    preset, place = _preset(METHODS[method].preset), canonical(dataset)
+    given = {key for key, value in overrides.items() if value is not None}
+    for _, _, level in layers(method, dataset, ipc, "paper"):
+        given |= level.keys()
+    for level in (preset.get("methods", {}).get(method, {}), preset):
+        for known, keys in _tables(level, place, ipc):
+            if missing := sorted(keys - given):
+                raise DDError(
+                    f"neither paper nor code gives {', '.join(missing)} of {method} on {place} at IPC {ipc}, "
+                    f"only for {known}: set each of them, or take another profile than paper"
+                )
+
+
+def _tables(level: dict, dataset: str, ipc: int) -> Iterator[tuple[str, set[str]]]:
+    """Of each table in a level that has no row for this case: the rows that it has, and the keys that they set."""
+    by_ipc, by_dataset = level.get("ipc") or {}, level.get("datasets") or {}
+    if by_ipc and ipc not in by_ipc:
+        keys = set().union(*(row or {} for row in by_ipc.values()))
+        yield "IPC " + ", ".join(map(str, by_ipc)), keys
+    if dataset in by_dataset:
+        yield from _tables(by_dataset[dataset] or {}, dataset, ipc)
+    elif by_dataset:
+        keys = set.intersection(*(_row_keys(row or {}) for row in by_dataset.values()))
+        yield ", ".join(by_dataset), keys
+
+
+def _row_keys(row: dict) -> set[str]:
+    """The keys that a dataset's row sets at every IPC of its own."""
+    by_ipc = [set(level or {}) for level in (row.get("ipc") or {}).values()]
+    plain = row.keys() - {"ipc", "datasets", "profiles"}
+    return plain | (set.intersection(*by_ipc) if by_ipc else set())
+
+
+def _resolved(
+    method: str, dataset: str, ipc: int, profile: str, seed: int, overrides: dict[str, Any]
+) -> Spec:
     cls = METHODS[choose("method", method, METHODS)]
     choose("profile", profile, PROFILES)
     if not isinstance(dataset, str):

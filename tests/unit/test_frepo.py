@@ -416,7 +416,9 @@ def test_cuda_agrees_with_the_cpu():
 
 def test_an_unknown_flip():
     for ipc in (5, 100):
-        spec = resolve("frepo", "cifar100", ipc, "paper")
+        with pytest.raises(DDError, match="neither paper nor code gives flip"):
+            resolve("frepo", "cifar100", ipc, "paper")
+        spec = resolve("frepo", "cifar100", ipc, "small")
         with pytest.raises(DDError, match=r"no flip setting is known for .* at ipc .*flip=on"):
             FRePo(spec.config, arrays(), ipc, BACKBONE, 0)
     known = {
@@ -447,6 +449,7 @@ def test_evaluation_steps_of_the_released_code():
         ("cifar10", 50): (500, 5000),
         ("cifar100", 1): (100, 2000),
         ("cifar100", 10): (1000, 10000),
+        ("cifar100", 20): (2000, 10000),  # of the continual-learning script
         ("cifar100", 50): (5000, 40000),
         ("tinyimagenet", 1): (200, 20000),
         ("tinyimagenet", 10): (2000, 40000),

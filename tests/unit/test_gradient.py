@@ -435,6 +435,12 @@ def test_the_papers_settings():
         "init",
         at=("dream_plus", "cifar10", 10),
     ) == [128, 10, "dream", "both", 1, "kmeans"]
+    for (
+        dataset
+    ) in DATASETS:  # DREAM's code warms no network up, DREAM+'s by one epoch, whatever the images
+        assert of("warm_epochs", at=("dream", dataset, 10)) == [0]
+        assert of("warm_epochs", at=("dream_plus", dataset, 10)) == [1]
+    assert of("warm_epochs", at=("idc", "imagenet10", 10)) == [10]
     assert [of("inner", "net_epochs", at=("dsa", "svhn", ipc)) for ipc in (1, 10, 50)] == [
         [1, 0],
         [10, 50],

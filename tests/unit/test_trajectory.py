@@ -552,6 +552,56 @@ def test_presets_are_the_released_settings(method, dataset, ipc, row, own):
     assert values["labels"] == own.get("labels", "learned" if method == "datm" else "hard")
 
 
+def test_teslas_rows_that_are_mtts_step_as_far_as_mtts():
+    """The release's half gradient belongs to its own commands, the whole one to what is taken from MTT."""
+    own = set()
+    for dataset, ipc in [(d, k) for method, d, k in ROWS if method == "tesla"]:
+        mtt, tesla = (dd.resolve(m, dataset, ipc, "paper") for m in ("mtt", "tesla"))
+        if tesla.config.gradient == "tesla":
+            keys = (*KEYS, "zca")
+            assert [mtt.values[k] for k in keys] == [tesla.values[k] for k in keys], (dataset, ipc)
+        else:
+            own.add((dataset, ipc))
+    assert own == {("cifar10", 1), ("cifar100", 50), ("imagenet1k", 1), ("imagenet1k", 10)}
+    assert mtt.config.lr_img == tesla.config.lr_img / 2  # imagenet1k, the other way round
+
+
+def test_the_paper_profile_has_nothing_that_no_release_has():
+    assert all(dd.resolve(*row, "paper").config.clip_rate == 0 for row in ROWS)
+
+
+UNPUBLISHED = [
+    ("ftd", "tinyimagenet", 50),
+    ("mtt", "cifar100", 100),
+    ("tesla", "cifar100", 100),
+    ("ftd", "cifar100", 100),
+    ("mtt", "cifar10", 500),
+    ("tesla", "cifar10", 500),
+    ("mtt", "mnist", 1),
+    ("mtt", "imagenette", 50),
+    ("datm", "cifar10", 100),
+    ("dc", "cifar10", 5),
+    ("frepo", "svhn", 10),
+]
+
+
+@pytest.mark.parametrize(("method", "dataset", "ipc"), UNPUBLISHED)
+def test_no_default_passes_for_a_papers_setting(method, dataset, ipc):
+    with pytest.raises(DDError, match="neither paper nor code gives") as refusal:
+        dd.resolve(method, dataset, ipc, "paper")
+    sentence = str(refusal.value)
+    assert f"of {method} on {dataset} at IPC {ipc}, only for " in sentence
+    values = dd.resolve(method, dataset, ipc, "small").values  # which is nobody's setting
+    missing = (
+        sentence.partition(" of ")[0].removeprefix("neither paper nor code gives ").split(", ")
+    )
+    given = {key: values[key] for key in missing}
+    spec = dd.resolve(method, dataset, ipc, "paper", **given)
+    assert spec.overrides.keys() <= given.keys() and spec.command()
+    with pytest.raises(DDError, match=missing[-1]):
+        dd.resolve(method, dataset, ipc, "paper", **dict(list(given.items())[:-1]))
+
+
 @pytest.mark.slow
 def test_every_method_beats_random_images_by_ten_points(monkeypatch):
     """The smoke profile as the notebooks run it: digits, IPC 1, 30 steps, mean of three seeds. Experts are shared two
