@@ -261,7 +261,8 @@ def _from_runs(claim: pd.Series, kept: Kept) -> dict[str, Any] | None:
     settings = tables.paper_settings(claim.method, claim.dataset, int(claim.ipc), **changes)
     if settings is None:
         return None
-    settings |= {"iterations": int(iteration)} if iteration else {}
+    if iteration:  # in a copy: the paper's settings are kept for other claims
+        settings = settings | {"iterations": int(iteration)}
     same = [all(values[key] == settings[key] for key in changes) for values in rows["values"]]
     rows = _scored(claim, rows.loc[same], iteration, kept.paths)
     groups = [(row, verdict.differences(row["values"], settings)) for _, row in _summary(rows)]
