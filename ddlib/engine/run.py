@@ -32,6 +32,11 @@ def _points(total: int, count: int) -> set[int]:
     return {min(total, max(1, round(total * (k + 1) / count))) for k in range(count)}
 
 
+def _pictures(total: int, count: int) -> set[int]:
+    """At most `count` steps in equal ratios up to `total`: images change most in the first steps."""
+    return {max(1, round(total ** ((k + 1) / count))) for k in range(count)} if total else set()
+
+
 def run(
     method: str,
     dataset: str,
@@ -168,7 +173,7 @@ def _loop(
     config = spec.run
     tests, pictures = (
         _points(total, config.evaluations),
-        _points(total, config.snapshots) if config.snapshots else (),
+        _pictures(total, config.snapshots),
     )
     log_every, start, saved = max(1, total // 100), time.perf_counter(), state.step
     if config.snapshots and not state.snapshots:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -12,7 +12,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from ..config import PROFILES
@@ -54,6 +57,19 @@ ENGINES = {
     "whole": "#000000",
     "early stop": "#777744",
 }  # and real data in the applications
+TITLES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "digits": "digits",
+    "fashionmnist": "FashionMNIST",
+    "imagenet1k": "ImageNet-1K",
+    "imagenette": "ImageNette",
+    "imagewoof": "ImageWoof",
+    "mnist": "MNIST",
+    "svhn": "SVHN",
+    "tinyimagenet": "TinyImageNet",
+}
+SIZES = {"smoke": "smallest run", "small": "shortened run", "paper": "the paper's setting"}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
 MARKERS = "os^Dvph"
 
@@ -127,18 +143,28 @@ def real(data: Dataset, *, per_class: int = 10, seed: int = 0, split: str = "tra
 
 
 def short(dataset: str) -> str:
-    """A dataset's name without the reader's folders: "folder:/home/me/pets" -> "folder:pets"."""
-    return f"folder:{canonical(dataset)}" if dataset.startswith("folder:") else dataset
+    """A dataset as a reader calls it: "cifar10" -> "CIFAR-10", "folder:cifar10" -> "CIFAR-10 (JPEG)".
+
+    Any other folder loses the path before its name: "folder:/home/me/pets" -> "folder:pets".
+    """
+    known = canonical(dataset)
+    if not dataset.startswith("folder:"):
+        return TITLES.get(known, known)
+    return f"{TITLES[known]} (JPEG)" if known in TITLES else f"folder:{known}"
+
+
+def place(dataset: str, profile: str = "") -> str:
+    """What a title or caption says of a run: "CIFAR-10 (JPEG), shortened run"."""
+    size = SIZES.get(profile, "")
+    return f"{short(dataset)}, {size}" if size else short(dataset)
 
 
 def title_of(syn: Synthetic) -> str:
-    """What a picture of the set is called: method, dataset, IPC and profile."""
-    made, place = syn.spec, short(syn.dataset)
-    return (
-        f"{made['method']}, {place}, IPC {made['ipc']}, {made['profile']} profile"
-        if made
-        else place
-    )
+    """What a picture of the set is called: method, images per class, dataset and size of the run."""
+    made = syn.spec
+    if not made:
+        return short(syn.dataset)
+    return f"{made['method']}, IPC {made['ipc']}: {place(syn.dataset, made['profile'])}"
 
 
 def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None = None) -> Figure:
@@ -181,87 +207,197 @@ def accuracy_vs_ipc(
     methods: Sequence[str] = (),
     full: dict[str, float] | None = None,
 ) -> Figure:
-    """Accuracy against IPC on a log axis: ours solid with the pooled spread, the papers' dashed, hollow from memory.
+    """Accuracy against IPC: ours solid with the pooled spread, the papers' dashed, hollow from memory.
 
-    One panel a dataset and profile of `table`, with the papers' figures of its methods at its IPCs; with `datasets`,
-    one more for each other name in it, and all that the papers print of `methods`. `full`: our accuracy on the whole
-    training set by dataset, a line. Ours stand a little apart, so that all are seen.
+    One panel a dataset and profile of `table`, with the papers' figures of its methods at its IPCs;
+    with `datasets`, one more for each other name in it, and all that the papers print of `methods`.
+    `full`: our accuracy on the whole training set by dataset, a line. A panel whose runs share one
+    IPC shows a row a method instead of a curve of one point.
     """
     rows, every = tables.summary(table), bool(datasets)
-    rows = rows.sort_values(
-        "method", key=lambda names: names.map(list(COLOURS).index), kind="stable"
-    )
-    panels = [(*place, here) for place, here in rows.groupby(["dataset", "profile"], sort=False)]
-    panels += [
-        (name, "", rows[:0])
-        for name in datasets
-        if name not in {canonical(place) for place, *_ in panels}
-    ]
-    figure, axes = _panels(len(panels), 4.6, 3.6)
-    for axis, (place, profile, here) in zip(axes, panels, strict=True):
-        runs, ipcs = (
-            here.groupby(["method", "overrides"], sort=False),
-            sorted(map(int, here.ipc.unique())),
-        )
-        for k, ((method, overrides), line) in enumerate(runs):
-            told = f" ({overrides})" * (
-                bool(overrides) and here.overrides[here.method == method].nunique() > 1
-            )
-            axis.errorbar(
-                line.ipc * 1.02 ** (k - (len(runs) - 1) / 2),
-                line.accuracy,
-                line.pooled,
-                marker="o",
-                capsize=3,
-                color=COLOURS.get(method),
-                label=fill(f"{method}, ours{told}", 40),
-            )
-        for method in (methods or dict.fromkeys(here.method)) if papers else ():
-            known = tables.curve(method, place)
-            if len(known := known[known.ipc.isin(ipcs) | every]):
-                axis.errorbar(
-                    known.ipc,
-                    known.value,
-                    known.spread,
-                    fmt="s--",
-                    capsize=3,
-                    ms=5,
-                    alpha=0.6,
-                    zorder=1.5,
-                    color=COLOURS.get(method),
-                    label=f"{method}, paper",
-                )
-                axis.plot(
-                    "ipc", "value", "ws", data=known[known.mark == "*"], ms=3, label=""
-                )  # hollow
-        tops = [
-            ("ours", "-", (full or {}).get(place, math.nan)),
-            ("paper", "--", tables.curve("full", place).value.mean()),
-        ]
-        for whose, style, value in tops if full is not None else ():
-            if not math.isnan(value):
-                axis.axhline(value, color="black", ls=style, lw=1, label=f"whole set, {whose}")
-        axis.set(
-            xscale="log",
-            xlabel="images per class (IPC)",
-            ylabel="test accuracy (%), mean ± std",
-            title=short(place) + f", {profile} profile" * bool(profile),
-            xlim=None if every else (ipcs[0] / 1.6, ipcs[-1] * 1.6),
-        )
-        ticks = [1, 10, 50, *[1000] * int(axis.dataLim.x1 >= 1000)] if every else ipcs
-        axis.set_xticks(ticks, ticks)
-        axis.minorticks_off()
+    rows = rows.sort_values("method", key=_rank, kind="stable")
+    panels = [(*where, here) for where, here in rows.groupby(["dataset", "profile"], sort=False)]
+    drawn = {canonical(dataset) for dataset, *_ in panels}
+    panels += [(name, "", rows[:0]) for name in datasets if name not in drawn]
+    tall = max(3.6, *(0.34 * here.groupby(["method", "overrides"]).ngroups for *_, here in panels))
+    figure, axes = _panels(len(panels), 5.2, tall)
+    for axis, (dataset, profile, here) in zip(axes, panels, strict=True):
+        ipcs = sorted(map(int, here.ipc.unique()))
+        ours = _ours(here)
+        theirs = _theirs(methods or dict.fromkeys(here.method), dataset, () if every else ipcs)
+        tops = _ceilings(dataset, full)
+        curves = every or len(ipcs) > 1
+        (_curves if curves else _rows)(axis, ours, theirs if papers else {}, tops, ipcs, every)
+        axis.set_title(place(dataset, profile), fontsize=10)
         axis.grid(alpha=0.3)
-    named = {
-        name: line
-        for axis in axes
-        for line, name in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    host, where = (
-        (figure, "outside right upper") if len(panels) > 1 or len(named) > 6 else (axes[0], "best")
-    )
-    host.legend(named.values(), named, fontsize=8, loc=where)
+    _legend(figure, axes)
     return figure
+
+
+def _rank(methods: pd.Series) -> pd.Series:
+    return methods.map(list(COLOURS).index)
+
+
+def _ours(rows: pd.DataFrame) -> dict[str, tuple[str, pd.DataFrame]]:
+    """Label -> (method, its rows), the overrides named only where a method has several settings."""
+    found = {}
+    for (method, overrides), line in rows.groupby(["method", "overrides"], sort=False):
+        several = rows.overrides[rows.method == method].nunique() > 1
+        label = fill(f"{method} ({overrides})", 40) if overrides and several else method
+        found[label] = (method, line)
+    return found
+
+
+def _theirs(methods: Iterable[str], dataset: str, ipcs: Sequence[int]) -> dict[str, pd.DataFrame]:
+    """Method -> what its paper prints, at `ipcs` or, where none are given, at all."""
+    found = {}
+    for method in methods:
+        known = tables.curve(method, dataset)
+        known = known[known.ipc.isin(ipcs)] if ipcs else known
+        if len(known):
+            found[method] = known
+    return found
+
+
+def _ceilings(dataset: str, full: dict[str, float] | None) -> dict[str, float]:
+    if full is None:
+        return {}
+    known = {"ours": full.get(dataset, math.nan)}
+    known["paper"] = tables.curve("full", dataset).value.mean()
+    return {whose: value for whose, value in known.items() if not math.isnan(value)}
+
+
+def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every: bool) -> None:
+    """Lines over the IPCs; each is named at its right end, ours in bold."""
+    ends = []
+    for k, (label, (method, line)) in enumerate(ours.items()):
+        x = line.ipc * 1.03 ** (k - (len(ours) - 1) / 2)  # a little apart, so that all are seen
+        axis.errorbar(
+            x,
+            line.accuracy,
+            line.pooled,
+            marker="o",
+            capsize=3,
+            color=COLOURS[method],
+            label=f"{label}, ours",
+        )
+        ends.append((x.iloc[-1], line.accuracy.iloc[-1], label, COLOURS[method], "bold"))
+    for method, known in theirs.items():
+        axis.errorbar(
+            known.ipc,
+            known.value,
+            known.spread,
+            fmt="s--",
+            capsize=3,
+            ms=5,
+            alpha=0.6,
+            zorder=1.5,
+            color=COLOURS[method],
+            label=f"{method}, paper",
+        )
+        memory = known[known.mark == "*"]
+        axis.plot(memory.ipc, memory.value, "ws", ms=3, label="")
+        ends.append((known.ipc.iloc[-1], known.value.iloc[-1], method, COLOURS[method], "normal"))
+    for whose, value in tops.items():
+        style = "-" if whose == "ours" else "--"
+        axis.axhline(value, color="black", ls=style, lw=1, label=f"whole set, {whose}")
+    axis.set(xscale="log", xlabel="images per class (IPC)", ylabel="test accuracy (%), mean ± std")
+    if not every:
+        axis.set_xlim(ipcs[0] / 1.6, ipcs[-1] * 1.6)
+    ticks = [1, 10, 50, *[1000] * int(axis.dataLim.x1 >= 1000)] if every else ipcs
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+    _name_ends(axis, ends)
+
+
+def _name_ends(axis: Axes, ends: list[tuple]) -> None:
+    """Names beside the right edge, in the lines' colours, moved apart so that none covers another."""
+    low, high = axis.get_ylim()
+    step = (high - low) / 26
+    heights: list[float] = []
+    for _, y, *_ in sorted(ends, key=lambda end: end[1]):
+        heights.append(max([y, *(last + step for last in heights[-1:])]))
+    over = max([0.0, *(heights[-1:] and [heights[-1] - high])])
+    for k in reversed(range(len(heights))):
+        ceiling = heights[k + 1] - step if k + 1 < len(heights) else heights[k] - over
+        heights[k] = min(heights[k], ceiling)
+    for height, (x, y, name, colour, weight) in zip(
+        heights, sorted(ends, key=lambda end: end[1]), strict=True
+    ):
+        axis.annotate(
+            name,
+            (x, y),
+            (1.03, (height - low) / (high - low)),
+            textcoords="axes fraction",
+            color=_dark(colour),
+            weight=weight,
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5},
+            annotation_clip=False,
+        )
+
+
+def _dark(colour: str) -> tuple[float, ...]:
+    """The colour for text: bright ones darker, so that they are read on white."""
+    rgb = to_rgb(colour)
+    bright = 0.3 * rgb[0] + 0.6 * rgb[1] + 0.1 * rgb[2]
+    return tuple(part * min(1.0, 0.55 / max(bright, 1e-6)) for part in rgb)
+
+
+def _rows(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every: bool) -> None:
+    """One IPC: a row a method, ours a disc and the paper's a square, joined by a thin line."""
+    names = list(ours)
+    for k, (label, (method, line)) in enumerate(ours.items()):
+        mine, colour = line.iloc[0], COLOURS[method]
+        known = theirs.get(method)
+        if known is not None:
+            value, spread, mark = known[["value", "spread", "mark"]].iloc[0]
+            axis.plot([mine.accuracy, value], [k, k], color=colour, lw=1, alpha=0.5, label="")
+            axis.errorbar(
+                [value],
+                [k],
+                xerr=[spread],
+                fmt="s",
+                capsize=3,
+                ms=6,
+                color=colour,
+                mfc="white" if mark == "*" else colour,
+                alpha=0.7,
+                label=f"{method}, paper",
+            )
+        axis.errorbar(
+            [mine.accuracy],
+            [k],
+            xerr=[mine.pooled],
+            fmt="o",
+            capsize=3,
+            ms=7,
+            color=colour,
+            label=f"{label}, ours",
+        )
+    for whose, value in tops.items():
+        style = "-" if whose == "ours" else "--"
+        axis.axvline(value, color="black", ls=style, lw=1, label=f"whole set, {whose}")
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlabel(f"test accuracy (%) at IPC {ipcs[0]}, mean ± std")
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """What the marks mean, once for the figure; the methods are named at their lines."""
+    named = {label for axis in axes for label in axis.get_legend_handles_labels()[1]}
+    styles = {
+        "ours": Line2D([], [], color="#444444", marker="o"),
+        "paper": Line2D([], [], color="#444444", marker="s", ls="--", alpha=0.6),
+    }
+    shown = {
+        name: line for name, line in styles.items() if any(n.endswith(f", {name}") for n in named)
+    }
+    for whose, style in (("ours", "-"), ("paper", "--")):
+        if f"whole set, {whose}" in named:
+            shown[f"whole set, {whose}"] = Line2D([], [], color="black", lw=1, ls=style)
+    figure.legend(shown.values(), shown, fontsize=8, loc="outside upper center", ncols=4)
 
 
 def heatmap(
@@ -319,7 +455,7 @@ def training_time(table: pd.DataFrame) -> Figure:
         ylabel="test accuracy (%)",
     )
     axis.set_title(
-        f"{table.dataset.iloc[0]}, {table.profile.iloc[0]} profile\n{'; '.join(sorted(set(table.device)))}",
+        f"{place(table.dataset.iloc[0], table.profile.iloc[0])}\n{'; '.join(sorted(set(table.device)))}",
         fontsize=10,
     )
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -353,7 +489,8 @@ def history(found: list[Run], key: str = "loss") -> Figure:
         xlabel="step",
         ylabel=key,
         yscale="log",
-        title=f"{record['method']}, {record['dataset']}, {record['profile']} profile, {seeds} seed{'s' * (seeds > 1)}",
+        title=f"{record['method']}: {place(record['dataset'], record['profile'])}, "
+        f"{seeds} seed{'s' * (seeds > 1)}",
     )
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)

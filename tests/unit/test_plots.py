@@ -1,5 +1,7 @@
 """Figures: what is drawn, read back from the axes."""
 
+from itertools import pairwise
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -9,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from test_tables import record
 
 import ddlib as dd
@@ -66,7 +69,7 @@ def test_accuracy_vs_ipc_draws_ours_solid_and_the_paper_dashed(tmp_path):
     low, high = np.array(ours[2][0].get_segments())[:, :, 1].T  # the error bars: networks at ± 1
     assert list(low) == [19, 39] and list(high) == [21, 41]
     assert ours[0].get_color() == paper[0].get_color() == plots.COLOURS["dm"]
-    assert axis.get_title() == "cifar10, small profile" and "%" in axis.get_ylabel()
+    assert axis.get_title() == "CIFAR-10, shortened run" and "%" in axis.get_ylabel()
     assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "10"]
 
 
@@ -74,14 +77,40 @@ def test_a_legend_names_overrides_only_where_a_method_has_several_settings(tmp_p
     plain, other = record(tmp_path), record(tmp_path, lr_img=0.3)
 
     def names(*found) -> list[str]:
-        return (
-            plots.accuracy_vs_ipc(tables.runs(found), papers=False)
-            .axes[0]
-            .get_legend_handles_labels()[1]
-        )
+        (axis,) = plots.accuracy_vs_ipc(tables.runs(found), papers=False).axes
+        return [text.get_text() for text in axis.get_yticklabels()]
 
-    assert names(other) == ["dm, ours"]
-    assert names(plain, other) == ["dm, ours", "dm, ours (lr_img=0.3)"]
+    assert names(other) == ["dm"]
+    assert names(plain, other) == ["dm", "dm (lr_img=0.3)"]
+
+
+def test_runs_of_one_ipc_are_a_row_a_method_and_no_curve_of_one_point(tmp_path):
+    found = [
+        record(tmp_path, name, dataset="cifar10", profile="small", scores=(m - 1, m + 1))
+        for name, m in (("frepo", 39.0), ("dm", 28.0))
+    ]
+    figure = plots.accuracy_vs_ipc(tables.runs(found))
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["dm", "frepo"]  # one order
+    drawn = {bars.get_label(): bars[0].get_xdata()[0] for bars in axis.containers}
+    assert drawn == {"dm, ours": 28, "dm, paper": 26.0, "frepo, ours": 39, "frepo, paper": 46.8}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "paper"]
+
+
+def test_names_at_the_line_ends_do_not_cover_one_another(tmp_path):
+    kinds = [name for name in dd.METHODS if name != "random"]
+    found = [
+        record(tmp_path, name, dataset="cifar10", ipc=ipc, profile="small", scores=(50.0, 50.0))
+        for name in kinds
+        for ipc in (1, 10)
+    ]
+    figure = plots.accuracy_vs_ipc(tables.runs(found), papers=False)
+    figure.canvas.draw()
+    texts = figure.axes[0].texts
+    boxes = sorted((Text.get_window_extent(text).y0, text.get_text()) for text in texts)
+    assert {name for _, name in boxes} == set(kinds)
+    assert min(b[0] - a[0] for a, b in pairwise(boxes)) > 5
+    assert len(figure.legends[0].get_texts()) <= 8
 
 
 def test_accuracy_vs_ipc_without_a_published_figure(tmp_path):
@@ -98,7 +127,8 @@ def test_accuracy_vs_ipc_by_dataset_has_all_that_the_papers_print_and_ours_on_to
         full={"folder:cifar10": 90.0},
     )
     cifar, mnist = figure.axes
-    assert [axis.get_title() for axis in figure.axes] == ["folder:cifar10, small profile", "mnist"]
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["CIFAR-10 (JPEG), shortened run", "MNIST"]
     mine, dm, datm = cifar.containers
     assert [c.get_label() for c in cifar.containers] == ["dm, ours", "dm, paper", "datm, paper"]
     assert list(mine[0].get_ydata()) == [46] and {1, 50, 1000} < set(
@@ -121,12 +151,8 @@ def test_accuracy_vs_ipc_by_dataset_has_all_that_the_papers_print_and_ours_on_to
         if line.get_markerfacecolor() == "w" and len(line.get_xdata())
     ]
     assert hollow == [[1, 10, 50]]  # all of MNIST's are from memory, none of CIFAR-10's
-    assert {t.get_text() for t in figure.legends[0].get_texts()} == {
-        "dm, ours",
-        "dm, paper",
-        "datm, paper",
-        *across,
-    }
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"ours", "paper", *across}
+    assert [text.get_text() for text in mnist.texts] == ["dm"]  # named at its line's end
 
 
 def test_accuracy_vs_ipc_draws_no_ceiling_unasked_and_none_where_none_is_known(tmp_path):

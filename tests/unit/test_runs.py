@@ -117,7 +117,7 @@ def test_the_record_of_a_run(whole):
         1,
         "smoke",
     )
-    assert list(syn.snapshots) == [0, 20, 40, 60] and torch.equal(syn.snapshots[60], syn.images)
+    assert list(syn.snapshots) == [0, 4, 15, 60] and torch.equal(syn.snapshots[60], syn.images)
     assert not torch.equal(syn.snapshots[0], syn.images)
     assert (
         syn.recipe.epochs == 3 and syn.recipe.augment == "color_crop_cutout_scale_rotate"
