@@ -123,7 +123,7 @@ def test_images_and_evolution_show_the_step(run):
         assert np.allclose(tiles(axis, 1, 10)[0], syn.pixels(images=images)[:, 0])
     figure = explore.draw("evolution", run, 2)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["step 0", "step 2"]
-    assert figure.get_suptitle() == "dm, digits, IPC 1, smoke profile, step 2"
+    assert figure.get_suptitle() == "dm, IPC 1: digits, smallest run, step 2"
 
 
 def test_nearest_rows_are_those_of_a_plain_search_over_all_chunks():
