@@ -15,6 +15,7 @@ MODULES = {
     "claims": "report.claims",
     "explore": "report.explore",
     "fairness": "studies.fairness",
+    "lesson": "report.lesson",
     "plots": "report.plots",
     "tables": "report.tables",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -69,7 +69,7 @@ TITLES = {
     "svhn": "SVHN",
     "tinyimagenet": "TinyImageNet",
 }
-SIZES = {"smoke": "smallest run", "small": "shortened run", "paper": "the paper's setting"}
+SIZES = {"smoke": "quick run", "small": "shortened run", "paper": "the paper's setting"}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
 MARKERS = "os^Dvph"
 
@@ -181,6 +181,18 @@ def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None 
         rows=[f"step {step}" for step in syn.snapshots],
     )
     figure.suptitle(title or title_of(syn), fontsize=9)
+    return figure
+
+
+def side_by_side(
+    sets: Mapping[str, Synthetic], data: Dataset | None = None, *, title: str = ""
+) -> Figure:
+    """The first image of each class (of the first ten) of several sets, one row a set by its name."""
+    first = [syn.pixels(data if syn.zca else None)[:: syn.ipc][:10] for syn in sets.values()]
+    classes = next(iter(sets.values())).classes
+    names = [name[:12] for name in classes[:10]]
+    figure = grid(torch.cat(first), len(first[0]), titles=names, rows=list(sets))
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

@@ -123,7 +123,7 @@ def test_images_and_evolution_show_the_step(run):
         assert np.allclose(tiles(axis, 1, 10)[0], syn.pixels(images=images)[:, 0])
     figure = explore.draw("evolution", run, 2)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["step 0", "step 2"]
-    assert figure.get_suptitle() == "dm, IPC 1: digits, smallest run, step 2"
+    assert figure.get_suptitle() == "dm, IPC 1: digits, quick run, step 2"
 
 
 def test_nearest_rows_are_those_of_a_plain_search_over_all_chunks():
@@ -186,7 +186,7 @@ def test_the_confusion_matrix_is_that_of_the_records_first_network_and_is_kept(r
     assert {matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in bars.patches} == {
         plots.COLOURS["dm"]
     }
-    assert "smoke profile, step 4" in figure.get_suptitle() and "%" in bars.get_xlabel()
+    assert "quick run, step 4" in figure.get_suptitle() and "%" in bars.get_xlabel()
 
 
 def test_the_bars_carry_wilsons_interval(run, monkeypatch):
