@@ -21,14 +21,12 @@ from ..core import DDError, pick_device
 from ..data.dataset import canonical
 from ..engine import meter
 from ..engine.record import Run
-from ..engine.run import sweep
 from ..files import SOURCE
 from ..methods import METHODS
 from ..studies import size
 from . import plots, tables
 from .claims import KEPT
 
-MAIN = ("dataset", "ipc", "method", "paper", "ours", "Δ", "verdict")
 # What random images need to be evaluated as a method's own sets are, by protocol.
 EVALUATION = {
     "frepo": (
@@ -125,38 +123,63 @@ def controls(
     parts = []
     for ipc in ipcs:
         same = control(method, dataset, ipc, profile, **(changes or {}))
-        parts.append(sweep("random", dataset, ipcs=[ipc], profile=profile, **options, **same))
+        parts.append(
+            tables.sweep("random", dataset, ipcs=[ipc], profile=profile, **options, **same)
+        )
     return pd.concat(parts, ignore_index=True)
 
 
 def beside(live: pd.DataFrame, methods: Iterable[str], *, every: bool = False) -> Page:
-    """The main table, paper | ours: the kept runs of `methods`, then the `live` ones; the rest of it folds.
+    """The main table of a notebook, paper | ours, with all that stands behind it folded below: `paper_and_ours`."""
+    main, details = paper_and_ours(live, methods, every=every)
+    caption = "Test accuracy (%), last step, mean ± spread over all networks of all seeds"
+    shown = page(tables.titled(main, caption))
+    folded = fold("Seeds, spreads, cost and every setting that differs", details)
+    return Page(shown.html + folded.html, f"{shown.text}\n\n{folded.text}")
 
-    Seven columns. Random images are those under the evaluation of the first of `methods`.
+
+def paper_and_ours(
+    live: pd.DataFrame, methods: Iterable[str], *, every: bool = False
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The kept runs of `methods` (the setting nearest to each preset, or `every` one), then the `live` ones.
+
+    The first table has at most seven columns, the second the rest, row by row. Random images are those under the
+    evaluation of the first of `methods`; a row of them that no paper has a figure for stands in its column alone.
     """
     first, *others = methods
-    protocol = resolve(first, live.dataset.iloc[0], int(live.ipc.iloc[0]), live.profile.iloc[0]).run.protocol
-    rows = kept([first, *others], every=every)
+    where = live.iloc[0]
+    protocol = resolve(first, where.dataset, int(where.ipc), where.profile).run.protocol
     random = kept(["random"], every=True)
-    rows = pd.concat([random[random.protocol == protocol], rows], ignore_index=True)
-    rows = rows[~rows.name.isin(live.name)]
-    parts = [tables.compare(part) for part in (rows, live) if len(part)]
-    whole = pd.concat([part.assign(method=_named(part)) for part in parts], ignore_index=True)
-    whole["dataset"] = [plots.short(name) for name in whole.dataset]
-    main = whole[list(MAIN)].assign(verdict=whole.verdict.str.partition(":")[0])
-    more = whole[[name for name in whole if name not in (*MAIN[3:6], "overrides")]]
-    caption = "Test accuracy (%), last step, mean ± spread over all networks of all seeds"
-    shown = page(tables.titled(main.fillna(""), caption))
-    details = fold("Spread by seed and by network, and every setting that differs", more.fillna(""))
-    return Page(shown.html + details.html, f"{shown.text}\n\n{details.text}")
+    stored = [random[random.protocol == protocol], kept([first, *others], every=every)]
+    stored = pd.concat(stored, ignore_index=True)
+    parts = [part for part in (stored[~stored.name.isin(live.name)], live) if len(part)]
+    parts = [part.reset_index(drop=True) for part in parts]
+    rows = pd.concat([tables.compare(part) for part in parts], ignore_index=True)
+    details = pd.concat([tables.details(part) for part in parts], ignore_index=True)
+    baseline = details.method == "random"
+    plain = ~(baseline & (rows.paper == "none")) | (details.profile == where.profile)
+    return _main(rows[plain], baseline[plain]), details[plain].fillna("")
 
 
-def _named(rows: pd.DataFrame) -> list[str]:
-    """The method, with its overrides where the table has several settings of it."""
-    overrides = rows.get("overrides", pd.Series("", rows.index)).fillna("")
-    several = overrides.groupby([rows.dataset, rows.ipc, rows.method]).transform("nunique") > 1
-    pairs = zip(rows.method, overrides, several, strict=True)
-    return [f"{name} ({text})" if many and text else name for name, text, many in pairs]
+def _main(rows: pd.DataFrame, baseline: pd.Series) -> pd.DataFrame:
+    """The rows of `tables.compare` in at most seven columns: dataset and IPC share one, long names are cut."""
+    pairs = zip(rows.dataset, rows.ipc, strict=True)
+    setting = [f"{plots.short(name)}, IPC {ipc}" for name, ipc in pairs]
+    names = [_cut(name) for name in rows.method]
+    names = ["random" if real else name for name, real in zip(names, baseline, strict=True)]
+    rows = rows.assign(method=names).drop(columns=["dataset", "ipc"])
+    rows.insert(0, "setting", setting)
+    return rows.fillna("")
+
+
+def _cut(name: str, most: int = 44) -> str:
+    """A method with its overrides; of many the last ones, since the method's own come after the evaluation's."""
+    method, _, overrides = name.partition(", ")
+    parts = overrides.split(", ")
+    while len(name) > most and len(parts) > 1:
+        parts = parts[1:]
+        name = f"{method}, ..., {', '.join(parts)}"
+    return name
 
 
 def published(methods: Iterable[str], datasets: Iterable[str]) -> Page:

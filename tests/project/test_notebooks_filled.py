@@ -1,0 +1,103 @@
+"""The notebooks teach: both columns of a paper's table are filled on the defaults, cells are short and call verbs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import ddlib as dd
+from ddlib.report import lesson, site
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAPERS = ("dm", "frepo", "tesla", "ftd", "dream_plus")
+LESSONS = [path for path in NOTEBOOKS if path.stem in ("dm",)]
+
+
+def cells(path: Path, kind: str) -> list[str]:
+    found = json.loads(path.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == kind]
+
+
+def asked(path: Path) -> dict:
+    """The arguments of the notebook's own call of `dd.lesson.beside`, but the table of its live runs."""
+    for text in cells(path, "code"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "dd.lesson.beside":
+                options = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
+                return {"methods": ast.literal_eval(node.args[1])} | options
+    raise AssertionError(f"{path.name} does not show its table by dd.lesson.beside")
+
+
+@pytest.fixture(scope="module")
+def live():
+    """One row as a digits run has it: a kept one under that name, since none is needed from a training here."""
+    row = lesson.kept(["random"]).head(1)
+    return row.assign(dataset="digits", profile="smoke", name="digits", backbone="convnet:width=32")
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_paper_and_ours_are_filled_in_at_least_three_rows(path, live):
+    main, details = lesson.paper_and_ours(live, **asked(path))
+    assert len(main.columns) <= 7 and len(main) == len(details)
+    numbers = [
+        re.match(r"\d+\.\d", paper) and re.match(r"\d+\.\d", ours)
+        for paper, ours in zip(main.paper, main.ours, strict=True)
+    ]
+    assert sum(map(bool, numbers)) >= 3, main.to_string()
+    assert (main.setting == "digits, IPC 1").sum() == 1
+    assert not main.setting.str.contains("folder:").any()
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_paper_notebook_explains_its_loss_and_says_what_to_look_at(path):
+    texts = cells(path, "markdown")
+    equations = [text for text in texts if re.search(r"\$\$.+?\$\$", text, re.DOTALL)]
+    assert equations, "no display equation"
+    symbols = re.findall(r"^- .*\$", equations[0], re.MULTILINE)
+    assert len(symbols) >= 2, "the symbols of the equation are not explained"
+    assert "**Idea.**" in texts[0] and "**Claim.**" in texts[0]
+    assert f"docs/methods/{path.stem}.md" in texts[0]
+    assert any(site.MATH.search(text) for text in texts)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_cells_are_short_and_internals_stay_behind_verbs(path):
+    for text in cells(path, "code"):
+        lines = text.splitlines()
+        assert len(lines) <= 10, f"{len(lines)} lines:\n{text}"
+        assert max(map(len, lines)) <= 100, text
+        assert not re.search(r"^\s*(from|import) ddlib\.", text, re.MULTILINE), text
+
+
+def test_what_folds_shows_its_parts_and_reads_as_text_too():
+    folded = lesson.fold("a < b", lesson.page("x & y"), "z")
+    assert folded.html.startswith("<details><summary>a &lt; b</summary>")
+    assert "x &amp; y" in folded.html and repr(folded).split() == [
+        "a",
+        "<",
+        "b",
+        "x",
+        "&",
+        "y",
+        "z",
+    ]
+
+
+def test_random_images_take_the_evaluation_of_the_method_beside_them():
+    values = dd.resolve("tesla", "digits", 1, "smoke").values
+    same = lesson.control("tesla", "digits", 1, "smoke")
+    assert same["eval_lr"] == values["lr_teacher"] and same["protocol"] == "mtt"
+    assert lesson.control("frepo", "digits", 1, "smoke")["protocol"] == "frepo"
+
+
+def test_a_kept_run_is_the_presets_own_and_a_missing_one_is_named():
+    run = lesson.kept_run("dm", "cifar10", 1)
+    assert run.record["seed"] == 0 and run.record["values"]["init"] == "kmeans"
+    assert lesson.kept_run("dm", "cifar10", 1, init="real").record["values"]["init"] == "real"
+    with pytest.raises(dd.DDError, match="no run of dm on cifar10 at IPC 3 is kept"):
+        lesson.kept_run("dm", "cifar10", 3)
