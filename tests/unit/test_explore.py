@@ -252,7 +252,9 @@ def test_every_title_hides_the_readers_folders():
         dd.protocol("dm"),
         "convnet",
     )
-    assert plots.images(syn).get_suptitle() == "folder:pets" and plots.short("cifar10") == "cifar10"
+    assert (
+        plots.images(syn).get_suptitle() == "folder:pets" and plots.short("cifar10") == "CIFAR-10"
+    )
 
 
 def test_moving_a_widget_changes_the_picture(found, run):
