@@ -211,6 +211,18 @@ def _card(args: argparse.Namespace) -> None:
         print(text, end="")
 
 
+def _look(args: argparse.Namespace) -> None:
+    """Keep beside a set what it takes to show it where its data are not at hand; trains one network.
+
+    ddlib look results/small/NAME.safetensors
+    """
+    from .report.card import of_file
+    from .report.explore import keep
+
+    path = keep(of_file(args.file, "a look"), args.device)
+    print(f"wrote {path}, {path.stat().st_size / 1000:.0f} kB")
+
+
 def _list(args: argparse.Namespace) -> None:
     """Every record as a table: accuracy after the last step, the best on the way, what it cost.
 
@@ -376,6 +388,7 @@ COMMANDS = {
         _option("file", help="a kept .safetensors file beside its record"),
         _option("--out", help="write to this file; default: print"),
     ),
+    "look": (_look, _option("file", help="a kept .safetensors file beside its record"), DEVICE),
     "list": (
         _list,
         _option("--profile", choices=("smoke", "small", "paper")),

@@ -76,12 +76,12 @@ def card(run: Run) -> str:
     return f"---\n{head}---\n\n# {front['pretty_name']}\n\n{body}\n"
 
 
-def of_file(path: str | Path) -> Run:
-    """The run whose record or set is `path`."""
+def of_file(path: str | Path, what: str = "a card") -> Run:
+    """The run whose record or set is `path`; `what` is what the record is needed for."""
     run = Run(Path(path).with_suffix(".json"))
     if not run.path.is_file():
         raise DDError(
-            f"a card needs the set's record, and there is no {run.path}: name a set beside its record, "
+            f"{what} needs the set's record, and there is no {run.path}: name a set beside its record, "
             "as ddlib run writes them"
         )
     return run

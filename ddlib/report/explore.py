@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,6 +29,7 @@ from ..methods import METHODS
 from ..nets.build import build, initialise
 from ..recipe import VERSION
 from ..train.loop import predict, train
+from . import look as kept_look
 from . import plots, tables
 
 # Paul Tol's muted palette with black: ten classes that colour-blind readers can tell apart too.
@@ -44,6 +46,7 @@ CLASSES = (
     "#000000",
 )
 Key = tuple[str, str, int]  # dataset, method, IPC
+NEIGHBOURS = 6  # of each first image
 
 
 def choices(found: Iterable[Run]) -> dict[Key, Run]:
@@ -81,6 +84,7 @@ class Look:
     run: Run
     step: int
     device: str = "auto"
+    anew: bool = False  # from the data, whatever is kept
 
     @property
     def syn(self) -> Synthetic:
@@ -91,24 +95,46 @@ class Look:
     def data(self) -> Dataset:
         return dataset_of(resolve_record(self.run.record), pick_device(self.device))
 
+    @cached_property
+    def side(self) -> dict[str, torch.Tensor]:
+        """What is kept to be shown without the data (`ddlib look`); only of the last step, else nothing."""
+        last = self.step == self.run.record["accuracy"]["last"]["step"]
+        return kept_look.load(self.run) if last and not self.anew else {}
+
+    @property
+    def seen(self) -> Synthetic:
+        """The set with its whitening, if it has one, undone: what can be drawn as pixels."""
+        syn = self.syn
+        return _unwhitened(syn, self.pixels.float() / 255) if syn.zca else syn
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """uint8 [n, C, H, W]: the images of a whitened set as they look."""
+        if "pixels" in self.side:
+            return self.side["pixels"]
+        return (self.data.denormalise(self.syn.images) * 255).round().to(torch.uint8)
+
     @property
     def title(self) -> str:
         return f"{plots.title_of(self.run.synthetic)}, step {self.step}"
 
 
+def _unwhitened(syn: Synthetic, pixels: torch.Tensor) -> Synthetic:
+    images = (pixels.cpu() - syn.mean.cpu()) / syn.std.cpu()
+    return replace(syn, images=images, zca=None, mean=syn.mean.cpu(), std=syn.std.cpu())
+
+
 def images(look: Look) -> Figure:
     """The synthetic images after the step, one row a class."""
-    return plots.images(look.syn, look.data if look.syn.zca else None, title=look.title)
+    return plots.images(look.seen, title=look.title)
 
 
 def evolution(look: Look) -> Figure:
     """The first image of each class (of the first ten) at every kept step up to this one."""
-    shots = {k: v for k, v in look.syn.snapshots.items() if k < look.step} | {
-        look.step: look.syn.images
-    }
-    return plots.evolution(
-        replace(look.syn, snapshots=shots), look.data if look.syn.zca else None, title=look.title
-    )
+    earlier = [step for step in look.syn.snapshots if step < look.step]
+    shots = {step: Look(look.run, step, look.device).seen.images for step in earlier}
+    shots[look.step] = look.seen.images
+    return plots.evolution(replace(look.seen, snapshots=shots), title=look.title)
 
 
 def nearest(x: torch.Tensor, data: Dataset, count: int) -> torch.Tensor:
@@ -121,17 +147,28 @@ def nearest(x: torch.Tensor, data: Dataset, count: int) -> torch.Tensor:
     return rows
 
 
-def neighbours(look: Look, count: int = 6) -> Figure:
+def _near(look: Look, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first image of each class's nearest real ones: uint8 [classes, count, C, H, W], their labels."""
+    if "near" in look.side and look.side["near"].shape[1] >= count:
+        return look.side["near"][:, :count], look.side["near labels"][:, :count].long()
+    syn, data = look.syn, look.data
+    x = syn.training_set()[0][: len(syn.images) : syn.ipc][:10].to(data.device)
+    rows = nearest(x, data, count)
+    train = data.images["train"]
+    return train[rows.to(train.device)].cpu(), data.labels["train"][rows].cpu()
+
+
+def neighbours(look: Look, count: int = NEIGHBOURS) -> Figure:
     """The first image of each class (of the first ten) and its nearest real training images, of whatever class.
 
     A neighbour of another class carries that class's name. A decoded set (IDC) shows its first tile.
     """
-    syn, data = look.syn, look.data
-    x = syn.training_set()[0][: len(syn.images) : syn.ipc][:10].to(data.device)
-    rows = nearest(x, data, count)
-    labels = data.labels["train"][rows].tolist()
+    syn, (near, found) = look.seen, _near(look, count)
+    first = syn.training_set()[0][: len(syn.images) : syn.ipc][:10]
+    first = syn.pixels(images=first).cpu()
+    count, labels = near.shape[1], found.tolist()
     figure = plots.grid(
-        data.denormalise(torch.cat([x[:, None], data.batch("train", rows)], 1)).flatten(0, 1),
+        torch.cat([first[:, None], near.float() / 255], 1).flatten(0, 1),
         count + 1,
         titles=["synthetic", *(f"real {k + 1}" for k in range(count))],
         rows=[name[:12] for name in syn.classes[:10]],
@@ -144,7 +181,7 @@ def neighbours(look: Look, count: int = 6) -> Figure:
     for k, j, label in odd:
         axis.text(
             axis.get_xticks()[j + 1],
-            axis.get_yticks()[k] + data.shape[1] / 2,
+            axis.get_yticks()[k] + near.shape[3] / 2,
             syn.classes[label][:10],
             color="white",
             fontsize=6,
@@ -152,7 +189,7 @@ def neighbours(look: Look, count: int = 6) -> Figure:
             va="center",
             bbox={"fc": "#B34700", "ec": "none", "pad": 1},
         )
-    total = rows.numel()
+    total = found.numel()
     figure.suptitle(
         f"{look.title}\n{total - len(odd)} of {total} nearest training images are of the same class",
         fontsize=9,
@@ -194,29 +231,28 @@ def confusion(look: Look) -> torch.Tensor:
 
     It is the first network of the run's own evaluation. Kept beside the record in NAME.confusion.json.
     """
-    syn, path, seed = (
-        look.syn,
-        look.run.path.with_suffix(".confusion.json"),
-        look.run.record["seed"],
-    )
+    if "confusion" in look.side:
+        return look.side["confusion"].long()
+    path = look.run.path.with_suffix(".confusion.json")
     kept = json.loads(path.read_text()) if path.is_file() else {}
     key = f"step {look.step}, version {VERSION}"
     if key not in kept:
-        data, many = look.data, len(syn.classes)
-        if not len(data.labels["test"]):
-            raise DDError(f"{data.name} has no test images: there is no confusion matrix")
-        net = build(syn.backbone, data.shape, many).to(data.device)
-        initialise(net, generator(seed, "evaluate", "weights", 0))
-        train(
-            net,
-            *syn.to(data.device).training_set(),
-            syn.recipe,
-            generator(seed, "evaluate", "order", 0),
-        )
-        pairs = data.labels["test"] * many + predict(net, data).argmax(1)
-        kept[key] = torch.bincount(pairs, minlength=many**2).view(many, many).tolist()
+        kept[key] = _confusion(look).tolist()
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(kept)))
     return torch.tensor(kept[key])
+
+
+def _confusion(look: Look) -> torch.Tensor:
+    syn, data, seed = look.syn, look.data, look.run.record["seed"]
+    if not len(data.labels["test"]):
+        raise DDError(f"{data.name} has no test images: there is no confusion matrix")
+    many = len(syn.classes)
+    net = build(syn.backbone, data.shape, many).to(data.device)
+    initialise(net, generator(seed, "evaluate", "weights", 0))
+    order = generator(seed, "evaluate", "order", 0)
+    train(net, *syn.to(data.device).training_set(), syn.recipe, order)
+    pairs = data.labels["test"] * many + predict(net, data).argmax(1)
+    return torch.bincount(pairs, minlength=many**2).view(many, many).cpu()
 
 
 def accuracy(look: Look) -> Figure:
@@ -275,34 +311,43 @@ def accuracy(look: Look) -> Figure:
     return figure
 
 
-def embedding(look: Look, per_class: int = 60) -> Figure:
-    """Real and synthetic images of the first ten classes on the two main axes (PCA) of the real ones' pixels.
+def _places(look: Look, per_class: int) -> dict[str, torch.Tensor]:
+    """Where images lie on the real ones' two main axes, in normalised pixels.
 
-    A line joins the places of a synthetic image at the kept steps up to this one. Units: normalised pixels.
+    dots [classes, each, 2]: real images; paths [shots, classes, n, 2]: the set at its steps; share [2]: per cent of the
+    real images' variance along each axis.
     """
+    if "dots" in look.side:
+        return {name: look.side[name].double() for name in ("dots", "paths", "share")}
     syn, data, many = look.syn, look.data, min(10, len(look.syn.classes))
     each = min(per_class, int(data.class_sizes()[:many].min()))
-    real = data.batch(
-        "train", data.sample(each, generator(0, "explore", "embedding"), classes=range(many))
-    )
-    real = real.flatten(2).cpu().double()  # [classes, each, D]
+    rows = data.sample(each, generator(0, "explore", "embedding"), classes=range(many))
+    real = data.batch("train", rows).flatten(2).cpu().double()  # [classes, each, D]
     centre = real.flatten(0, 1).mean(0)
     _, strength, axes = torch.linalg.svd(real.flatten(0, 1) - centre, full_matrices=False)
-    axes = (
-        axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
-    )  # else any machine has its own
-    share = 100 * strength[:2] ** 2 / (strength**2).sum()
+    largest = axes[:2].abs().argmax(1, keepdim=True)
+    axes = axes[:2] * axes[:2].gather(1, largest).sign()  # else any machine has its own signs
     shots = [shot for k, shot in syn.snapshots.items() if k < look.step] + [syn.images]
     sets = [
         replace(syn, images=shot[: many * syn.ipc]).training_set()[0].flatten(1).cpu().double()
         for shot in shots
     ]
     paths = (torch.stack(sets) - centre) @ axes.T  # [shots, tiles * classes * ipc, 2]
-    paths = (
-        paths.unflatten(1, (-1, many, syn.ipc)).transpose(1, 2).flatten(2, 3)
-    )  # [shots, classes, n, 2]
+    paths = paths.unflatten(1, (-1, many, syn.ipc)).transpose(1, 2).flatten(2, 3)
+    share = 100 * strength[:2] ** 2 / (strength**2).sum()
+    return {"dots": (real - centre) @ axes.T, "paths": paths, "share": share}
+
+
+def embedding(look: Look, per_class: int = 60) -> Figure:
+    """Real and synthetic images of the first ten classes on the two main axes (PCA) of the real ones' pixels.
+
+    A line joins the places of a synthetic image at the kept steps up to this one. Units: normalised pixels.
+    """
+    syn, places = look.syn, _places(look, per_class)
+    share, each = places["share"].tolist(), places["dots"].shape[1]
     figure, axis = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    for k, (dots, path) in enumerate(zip((real - centre) @ axes.T, paths.unbind(1), strict=True)):
+    pairs = zip(places["dots"], places["paths"].unbind(1), strict=True)
+    for k, (dots, path) in enumerate(pairs):
         axis.scatter(*dots.T, s=9, alpha=0.45, lw=0, color=CLASSES[k])
         axis.plot(*path.unbind(2), lw=1, color=CLASSES[k], zorder=2)
         axis.scatter(
@@ -342,6 +387,18 @@ def draw(view: str, run: Run, step: int = -1, device: str = "auto") -> Figure:
     return VIEWS[choose("view", view, VIEWS)](
         Look(run, choose("step", kept[-1] if step == -1 else step, kept), device)
     )
+
+
+def keep(run: Run, device: str = "auto") -> Path:
+    """Write what every view of the run's last step needs into NAME.look.safetensors; needs the dataset, trains once."""
+    look = Look(run, steps(run)[-1], device, anew=True)
+    near, labels = _near(look, NEIGHBOURS)
+    places = {name: value.half() for name, value in _places(look, 60).items()}
+    facts = {"near": near, "near labels": labels.to(torch.uint8), **places}
+    facts["confusion"] = _confusion(look).int()
+    if look.syn.zca:
+        facts["pixels"] = look.pixels
+    return kept_look.save(run, facts)
 
 
 def _class_ticks(axis: Axis, classes: tuple[str, ...], each: int = 1) -> None:

@@ -25,7 +25,7 @@ from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
 from ddlib.distilled import Synthetic
 from ddlib.engine.record import Run
-from ddlib.report import explore, plots
+from ddlib.report import explore, look, plots
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 QUICK = {
@@ -204,6 +204,44 @@ def test_the_bars_carry_wilsons_interval(run, monkeypatch):
 def test_learned_labels_are_judged_after_the_last_step_only(run, tmp_path):
     soft = with_labels(run, tmp_path, torch.eye(10))
     assert "step 4" in explore.draw("accuracy", soft, 0, "cpu").get_suptitle()
+
+
+@pytest.mark.parametrize("zca", ["", "frepo"])
+def test_a_kept_look_draws_every_view_without_the_data(tmp_path, monkeypatch, zca):
+    run = dd.run("random", "digits", ipc=2, results=tmp_path, zca=zca, **QUICK)
+    drawn = {view: explore.draw(view, run) for view in explore.VIEWS if view != "evolution"}
+    path = explore.keep(run, "cpu")
+    assert path.name == f"{run.path.stem}.look.safetensors" and path.stat().st_size < 60_000
+
+    def lost(*_):
+        raise DDError("no data at hand")
+
+    monkeypatch.setattr(explore, "dataset_of", lost)
+    run.path.with_suffix(".confusion.json").unlink()
+    for view, before in drawn.items():
+        after = explore.draw(view, Run(run.path))
+        assert after.get_suptitle() == before.get_suptitle(), view
+        for one, other in zip(after.axes, before.axes, strict=True):
+            assert one.get_title() == other.get_title()
+            for mine, theirs in zip(one.images, other.images, strict=True):  # a JPEG is not exact
+                assert np.abs(mine.get_array() - theirs.get_array()).mean() < 0.05, view
+            for mine, theirs in zip(one.collections, other.collections, strict=True):
+                assert np.allclose(mine.get_offsets(), theirs.get_offsets(), atol=0.02), view
+    # a look of another set, or of an older one, is not shown for this one
+    other = with_labels(run, tmp_path, run.synthetic.labels.roll(2))
+    with pytest.raises(DDError, match="no data at hand"):
+        explore.draw("neighbours", other)
+
+
+def test_the_committed_looks_are_of_their_sets_and_small():
+    results = Path(__file__).parents[2] / "results"
+    kept = sorted(results.glob("small/*.look.safetensors"))
+    assert sum(path.stat().st_size for path in kept) < 400_000
+    for path in kept:
+        run = Run(path.with_name(path.name.replace(".look.safetensors", ".json")))
+        assert path.stat().st_size < 60_000 and look.load(run), path.name
+        total = look.load(run)["confusion"].sum(1)
+        assert (total == total[0]).all()
 
 
 def test_the_embedding_is_the_pca_of_the_real_images(run):
