@@ -50,9 +50,11 @@ NEIGHBOURS = 6  # of each first image
 
 
 def choices(found: Iterable[Run]) -> dict[Key, Run]:
-    """(dataset, method, IPC) -> its run, of those whose set is kept: the preset's own first, then the lowest seed."""
+    """(dataset, method, IPC) -> its run, of those whose set is kept: the preset's own first, then the longest, then the
+    lowest seed."""
     kept = [run for run in found if run.path.with_suffix(".safetensors").is_file()]
     rows = tables.runs(kept).assign(run=kept).sort_values("seed", kind="stable")
+    rows = rows.sort_values("iterations", ascending=False, kind="stable")
     rows = rows.sort_values("overrides", key=lambda column: column != "", kind="stable")
     rows = rows.drop_duplicates(["dataset", "method", "ipc"]).sort_values(
         ["dataset", "method", "ipc"]
