@@ -63,6 +63,7 @@ COLUMNS = [
     "labels",
     "value",
     "printed",
+    "marked",
     "spread",
     "spread_means",
     "evidence",
@@ -140,6 +141,7 @@ def _expand(claim: dict[str, Any], document: dict[str, Any], name: str) -> list[
                 "network_eval": claim["network"],
                 "ipc": claim.get("ipc", float("nan")),
                 "printed": str(claim["value"]),
+                "marked": str(claim["value"]) + tables.mark(common["evidence"]),
                 "value": float(claim["value"]) if known else float("nan"),
             }
         ]
@@ -171,10 +173,21 @@ def _row(row: Any) -> dict[str, Any]:
         "protocol": row.protocol,
         "value": row.value,
         "printed": printed,
+        "marked": printed + tables.mark(row.verified),
         "spread": row.spread,
         "evidence": row.verified,
         "note": row.note,
     }
+
+
+def from_memory() -> str:
+    """How many printed figures are quoted from memory, in a sentence; tables mark them with `*`."""
+    rows, loaded = tables.recalled(), load()
+    others = loaded[loaded.protocol.eq("") & loaded.evidence.str.startswith("RECALLED")]
+    return (
+        f"{len(rows)} of the {len(tables.published())} published accuracies, and {len(others)} other claims, are "
+        "quoted from memory and not yet seen in print; tables mark them with *."
+    )
 
 
 def of_method(method: str) -> pd.DataFrame:
@@ -479,8 +492,8 @@ def shown(judged: pd.DataFrame) -> pd.DataFrame:
             "IPC": ["" if pd.isna(ipc) else f"{ipc:.0f}" for ipc in judged.ipc],
             "network": arrow,
             "paper": [
-                _figure(*cells)
-                for cells in zip(judged.printed, judged.spread, judged.unit, strict=True)
+                _figure(row.printed, row.spread, row.unit, tables.mark(row.evidence))
+                for row in judged.itertuples()
             ],
             "evidence": judged.evidence,
             "ours": [_ours(row) for row in judged.itertuples()],
@@ -511,8 +524,8 @@ def groups(judged: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _figure(text: str, spread: float, unit: str) -> str:
-    shown = text if pd.isna(spread) else f"{text} ± {spread:.1f}"
+def _figure(text: str, spread: float, unit: str, mark: str = "") -> str:
+    shown = (text if pd.isna(spread) else f"{text} ± {spread:.1f}") + mark
     return f"{shown} {unit}" if unit and text != "unknown" else shown
 
 

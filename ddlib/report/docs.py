@@ -79,7 +79,8 @@ def _results(_: list[str], results: str | Path | None) -> str:
 def _claims(_: list[str], results: str | Path | None) -> str:
     counts = claims.counts(claims.judge(claims.load(), results))
     titles = {paper: facts["title"].partition(":")[0] for paper, facts in claims.papers().items()}
-    return tables.as_markdown(counts.assign(paper=counts.paper.map(titles)))
+    table = tables.as_markdown(counts.assign(paper=counts.paper.map(titles)))
+    return f"{table}\n\n{claims.from_memory()}"
 
 
 def _records(methods: list[str], results: str | Path | None) -> str:

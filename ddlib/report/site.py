@@ -200,6 +200,7 @@ def _claims(results: str | Path | None) -> str:
     parts = [
         "<h1>Every claim, and what became of it</h1>",
         claims.counts(judged).to_html(index=False, border=0),
+        f"<p>{claims.from_memory()}</p>",
     ]
     for paper, facts in claims.papers().items():
         parts.append(

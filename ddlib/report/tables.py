@@ -218,11 +218,13 @@ def _own(table: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def _mark(table: pd.DataFrame) -> pd.Series:
+def mark(evidence: str) -> str:
     """`*` for a figure that was quoted from memory and not yet seen in print, `~` for one that was read off a plot."""
-    return table.verified.fillna("").map(
-        lambda text: "*" if text.startswith("RECALLED") else "~" * (text == "V-fig")
-    )
+    return "*" if evidence.startswith("RECALLED") else "~" * (evidence == "V-fig")
+
+
+def _mark(table: pd.DataFrame) -> pd.Series:
+    return table.verified.fillna("").map(mark)
 
 
 def curve(method: str, dataset: str) -> pd.DataFrame:

@@ -65,6 +65,17 @@ def test_a_printed_factor_says_what_it_means_and_where_it_holds():
     assert rest.sense.eq("").all() and rest.setting.isna().all()
 
 
+def test_figures_from_memory_are_marked_and_counted():
+    judged = claims.judge(claims.load(), "/nonexistent")
+    marked = claims.shown(judged).paper.str.contains("*", regex=False)
+    assert marked.equals(judged.evidence.str.startswith("RECALLED"))
+    others = marked & judged.protocol.eq("")
+    assert claims.from_memory().startswith(
+        f"{len(tables.recalled())} of the {len(tables.published())} published accuracies, and "
+        f"{others.sum()} other claims"
+    )
+
+
 def test_what_tesla_claims_of_imagenet_is_bound_to_it():
     loaded = claims.load()
     factors = loaded[(loaded.paper == "2211.10586") & loaded.quantity.str.contains("MTT")]
