@@ -2,15 +2,15 @@
 
 `claims.yaml` names the claims. Accuracies are selected from `published.csv`, where they stand once; other figures
 (a factor, a correlation) are written there. Nothing is trained here. The verdict is `verdict`'s: an accuracy is
-answered by the run nearest to the claim's setting, whatever it scores, and a factor only by what was measured there.
+answered by the run nearest to the claim's setting, whatever it scores, and a factor only by what was measured there
+(`answers`).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,36 +18,30 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from ..config import resolve
 from ..core import DDError, choose
-from ..engine.record import Run
-from ..files import results_folder
-from ..methods.coreset import KINDS
-from ..studies.architecture_search import correlations
 from . import tables, verdict
-from .verdict import DEFAULT_COUNT, VERDICTS, Differences, Published, Verdict
+from .answers import KEPT, Answer, Kept, answer
+from .verdict import VERDICTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEPT = (
-    "paper",
-    "small",
-)  # the profiles whose records are kept, the better first; smoke's are made anew everywhere
+__all__ = [
+    "KEPT",
+    "counts",
+    "figure",
+    "from_memory",
+    "groups",
+    "judge",
+    "load",
+    "of_method",
+    "papers",
+    "shown",
+]
 NEEDED = {"paper", "where", "labels", "spread", "reason"}
-FIGURE = {
-    "method",
-    "dataset",
-    "network",
-    "quantity",
-    "unit",
-    "value",
-}  # of a claim that selects nothing
-ALLOWED = (
-    NEEDED
-    | FIGURE
-    | {"select", "ipc", "evidence", "measured", "overrides", "extra", "sense", "setting"}
-)
+# What a claim gives that selects nothing, and what any claim may give.
+FIGURE = {"method", "dataset", "network", "quantity", "unit", "value"}
+FURTHER = {"select", "ipc", "evidence", "measured", "overrides", "extra", "sense", "setting"}
 COLUMNS = [
     "paper",
     "where",
@@ -75,23 +69,6 @@ COLUMNS = [
     "setting",
     "reason",
 ]
-NOTHING = {
-    "ours": math.nan,
-    "pooled": math.nan,
-    "records": (),
-    "verdict": "not attempted",
-    "kind": "not attempted",
-    "cost": "",
-}  # the answer to a claim that no record has a figure for
-SAME = ["profile", "dataset", "overrides"]  # of the seeds of one setting
-STUDY = re.compile(r"-(?P<place>\w+)-ipc(?P<ipc>\d+)-\w+$")  # the name of a study's file
-PRESET = re.compile(r"(?P<method>\w+)-(?P<dataset>\w+)-ipc(?P<ipc>\d+)-paper-seed(?P<seed>\d+)-")
-CHANGES = {
-    "protocol",
-    "epochs",
-    "augment",
-    "hard",
-}  # what a transfer may change besides the backbone
 
 
 @cache
@@ -119,7 +96,7 @@ def load() -> pd.DataFrame:
 
 def _expand(claim: dict[str, Any], document: dict[str, Any], name: str) -> list[dict[str, Any]]:
     for key in claim:
-        choose(f"key in {name}", key, sorted(ALLOWED))
+        choose(f"key in {name}", key, sorted(NEEDED | FIGURE | FURTHER))
     if missing := sorted((NEEDED | (set() if "select" in claim else FIGURE)) - claim.keys()):
         raise DDError(f"{name} lacks {', '.join(missing)}")
     choose(f"paper in {name}", claim["paper"], document["papers"])
@@ -130,7 +107,7 @@ def _expand(claim: dict[str, Any], document: dict[str, Any], name: str) -> list[
     common |= {key: value for key, value in claim.items() if key != "select"}
     common |= {
         "spread_means": document["spreads"].get(claim["spread"], claim["spread"]),
-        "spread": float("nan"),
+        "spread": math.nan,
         "reason": document["reasons"].get(claim["reason"], claim["reason"]),
     }
     if "select" not in claim:
@@ -139,10 +116,10 @@ def _expand(claim: dict[str, Any], document: dict[str, Any], name: str) -> list[
             common
             | {
                 "network_eval": claim["network"],
-                "ipc": claim.get("ipc", float("nan")),
+                "ipc": claim.get("ipc", math.nan),
                 "printed": str(claim["value"]),
                 "marked": str(claim["value"]) + tables.mark(common["evidence"]),
-                "value": float(claim["value"]) if known else float("nan"),
+                "value": float(claim["value"]) if known else math.nan,
             }
         ]
     rows = tables.published()
@@ -230,239 +207,15 @@ def judge(
     (`KEPT`). predict: what a claim that no record answers would cost, as text for `cost`.
     """
     kept = Kept(results)
-    rows = []
-    for _, claim in claims.iterrows():
-        answer = NOTHING | (_answer(claim, kept) or {})
-        if predict and answer["kind"] == "not attempted":
-            answer["cost"] = predict(claim)
-        rows.append(answer)
-    answers = pd.DataFrame(rows, columns=list(NOTHING))
-    return pd.concat([claims.reset_index(drop=True), answers], axis=1)
-
-
-class Kept:
-    """The kept records: the folder, the table of runs and the path of each by its name."""
-
-    def __init__(self, results: str | Path | None) -> None:
-        found = [run for profile in KEPT for run in tables.stored(results, profile)]
-        self.folder = results_folder(results)
-        self.table = tables.runs(found)
-        self.paths = {run.path.stem: run.path for run in found}
-
-
-def _answer(claim: pd.Series, kept: Kept) -> dict[str, Any] | None:
-    if pd.isna(claim.value):
-        return None
-    if isinstance(claim.measured, dict):
-        return _from_files(claim, kept)
-    return _from_runs(claim, kept) if claim.quantity == "accuracy" else None
-
-
-def _from_runs(claim: pd.Series, kept: Kept) -> dict[str, Any] | None:
-    """The answer of the run nearest to the claim's setting, which is the paper's with what the claim itself changes.
-
-    A run must have what the claim changes; a variant that no overrides, `extra` or iteration describe has no runs.
-    """
-    rows = kept.table
-    rows = rows[(rows.method == claim.method) & (rows.data == claim.dataset)]
-    rows = rows[rows.ipc == claim.ipc]
-    iteration = claim.variant.rpartition("iteration=")[2] if "iteration=" in claim.variant else ""
-    named = claim.overrides is not None or claim.extra or iteration
-    if rows.empty or (claim.variant and not named):
-        return None
-    changes = _changes(claim)
-    settings = tables.paper_settings(claim.method, claim.dataset, int(claim.ipc), **changes)
-    if settings is None:
-        return None
-    if iteration:  # in a copy: the paper's settings are kept for other claims
-        settings = settings | {"iterations": int(iteration)}
-    same = [all(values[key] == settings[key] for key in changes) for values in rows["values"]]
-    rows = _scored(claim, rows.loc[same], iteration, kept.paths)
-    groups = [(row, verdict.differences(row["values"], settings)) for _, row in _summary(rows)]
-    if not groups:
-        return None
-    row, differs = min(groups, key=lambda pair: tables.nearness(pair[1], pair[0].networks))
-    figure = Published(claim.value, claim.spread, tables.NETWORKS.get(claim.paper, DEFAULT_COUNT))
-    lead = tables.lead(figure, row, kept.table)
-    found = verdict.accuracy(row.scores, figure, differs, lead, row.marks)
-    return _told(found) | {
-        "ours": row.accuracy,
-        "pooled": row.pooled if row.networks > 1 else math.nan,
-        "records": tuple(rows.name[rows[SAME].eq(row[SAME]).all(axis=1)]),
-        "cost": f"{row.distill:.0f} s distillation and {row.evaluate:.0f} s evaluation per run, "
-        f"{row['peak MiB']} MiB, {row.device}",
-    }
-
-
-def _summary(rows: pd.DataFrame) -> Iterable[tuple[Any, pd.Series]]:
-    return tables.summary(rows).iterrows() if len(rows) else ()
-
-
-def _told(found: Verdict) -> dict[str, Any]:
-    return {"kind": found.word, "verdict": str(found)}
-
-
-def _changes(claim: pd.Series) -> dict[str, Any]:
-    """The settings that the claim itself changes of the paper's: a variant's, a network's, a coreset's protocol."""
-    changes = dict(claim.overrides or {})
-    preset = tables.paper_settings(claim.method, claim.dataset, int(claim.ipc))
-    own = (preset and preset["backbone"], claim.method)  # "frepo" is FRePo's own
-    if claim.network.partition(":depth=")[0] not in own:
-        changes["backbone"] = claim.network
-    if claim.method in KINDS:
-        changes["protocol"] = claim.protocol
-    return changes
-
-
-def _scored(
-    claim: pd.Series, rows: pd.DataFrame, iteration: str, paths: dict[str, Path]
-) -> pd.DataFrame:
-    """The runs with the score that the claim is about: the last one, one on the way, another predictor or backbone."""
-
-    def score(name: str) -> dict[str, Any] | None:
-        record = Run(paths[name]).record
-        if claim.network_eval != claim.network:
-            path = paths[name].with_suffix(".transfer.json")
-            others = json.loads(path.read_text()).values() if path.is_file() else ()
-            same = (e for e in others if e["backbone"] == claim.network_eval)
-            return next((e for e in same if not CHANGES & e.keys()), None)
-        if iteration:
-            steps = record["evaluations"]
-            return next((e for e in steps if e["step"] == int(iteration)), None)
-        last = record["accuracy"]["last"]
-        return last.get(claim.extra) if claim.extra else last
-
-    scores = [score(name) for name in rows.name]
-    rows = rows.loc[[found is not None for found in scores]].copy()
-    scores = [found for found in scores if found is not None]
-    for column, key in (("accuracy", "mean"), ("std", "std"), ("networks", "networks")):
-        rows[column] = [found[key] for found in scores]
-    rows["values"] = [
-        values
-        | {"networks": len(found["networks"])}
-        | ({"iterations": int(iteration)} if iteration else {})
-        for values, found in zip(rows["values"], scores, strict=True)
-    ]
-    return rows
-
-
-def _from_files(claim: pd.Series, kept: Kept) -> dict[str, Any] | None:
-    """The answer of the rows that `measured` names, the paper profile's first; None where no record has the figure."""
-    how = claim.measured
-    for rows in _sources(claim, kept):
-        figures = correlations(rows) if how.get("ranks") and _ranked(how, rows) else rows
-        ours = _figure_of(how, figures)
-        if math.isnan(ours):
-            continue
-        used = rows if how.get("ranks") else _asked(how, rows)
-        elsewhere = _elsewhere(claim, used)
-        if claim.unit == "%" and not elsewhere:
-            scores = [[value] for value in _where(figures, how["of"])[how["field"]]]
-            figure = Published(claim.value, claim.spread)
-            found = verdict.accuracy(scores, figure, Differences())
-        else:
-            found = verdict.factor(ours, claim.printed, claim.sense, elsewhere)
-        return _told(found) | {"ours": ours, "records": tuple(dict.fromkeys(used.file))}
-    return None
-
-
-def _sources(claim: pd.Series, kept: Kept) -> Iterable[pd.DataFrame]:
-    """The rows to look in, with `file` and, of a study, its dataset, IPC, options and whether its run is the paper's."""
-    pattern = claim.measured["from"]
-    if pattern == "runs":
-        rows = kept.table
-        plain = [not _differing(row) for _, row in rows.iterrows()]
-        yield from (
-            part.assign(dataset=part["data"], file=part.name, plain=True)
-            for _, part in rows.loc[plain].groupby("device", sort=False)
-        )
-        return
-    for place in [""] if pattern.startswith("bench/") else KEPT:
-        rows = []
-        for path in sorted((kept.folder / place).glob(pattern)):
-            record = json.loads(path.read_text())
-            facts = {"plain": True} if isinstance(record, list) else _study(path, record, kept)
-            facts |= {"file": str(path.relative_to(kept.folder))}
-            own = record if isinstance(record, list) else record["rows"]
-            rows += [facts | row for row in own]
-        yield pd.DataFrame(rows)
-
-
-def _study(path: Path, record: dict[str, Any], kept: Kept) -> dict[str, Any]:
-    """What a study's rows share: dataset, IPC, its options, and `plain`, whether its run is one at the paper's setting."""
-    name = record.get("run", "")
-    parts = STUDY.search(path.stem)
-    facts = {"dataset": parts["place"], "ipc": int(parts["ipc"])} if parts else {}
-    row = kept.table[kept.table.name == name]
-    if len(row):
-        facts["dataset"] = row.iloc[0]["data"]
-        plain = not _differing(row.iloc[0])
-    else:
-        preset = PRESET.match(name)
-        plain = bool(preset) and _preset_name(**preset.groupdict()) == name
-    return facts | record.get("options", {}) | {"plain": plain}
-
-
-def _preset_name(method: str, dataset: str, ipc: str, seed: str) -> str:
-    try:
-        return resolve(method, dataset, int(ipc), "paper", int(seed)).name
-    except DDError:
-        return ""
-
-
-def _differing(row: pd.Series) -> bool:
-    """Whether a run is not at the paper's setting, or on unknown data."""
-    settings = tables.paper_settings(row.method, row["data"], row.ipc) if row["data"] else None
-    if settings is None:
-        return True
-    differs = verdict.differences(row["values"], settings)
-    return bool(differs.less or differs.changed)
-
-
-def _elsewhere(claim: pd.Series, rows: pd.DataFrame) -> str:
-    """In what the rows are not at the claim's `setting`, by default its dataset and IPC; "" for a claim that has text
-    alone, which holds at any setting."""
-    setting = {key: value for key, value in (claim.setting or {}).items() if key != "text"}
-    if claim.setting is None:
-        setting = {"dataset": claim.dataset} | ({} if pd.isna(claim.ipc) else {"ipc": claim.ipc})
-    parts = []
-    for key, wanted in setting.items():
-        values = set(rows[key].dropna()) if key in rows else set()
-        if values != {wanted}:
-            found = ", ".join(map(str, sorted(values, key=str))) or "unknown"
-            parts.append(f"{key} {found} for {wanted}")
-    if setting and not rows.plain.all():
-        parts.append("a run that is not the paper's")
-    return "; ".join(parts)
-
-
-def _ranked(how: dict[str, Any], rows: pd.DataFrame) -> bool:
-    return len(rows) > 0 and {"whole", how["of"]["proxy"]} <= set(rows.proxy)
-
-
-def _where(rows: pd.DataFrame, conditions: dict[str, Any]) -> pd.DataFrame:
-    for key, value in conditions.items():
-        rows = rows[rows[key] == value] if key in rows else rows.iloc[:0]
-    return rows
-
-
-def _asked(how: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
-    return pd.concat([_where(rows, how[key]) for key in ("of", "over", "minus") if key in how])
-
-
-def _figure_of(how: dict[str, Any], rows: pd.DataFrame) -> float:
-    fields = [how["field"]] if isinstance(how["field"], str) else how["field"]  # several: the sum
-
-    def mean(conditions: dict[str, Any]) -> float:
-        chosen = _where(rows, conditions)
-        if chosen.empty or not set(fields) <= set(chosen):
-            return math.nan
-        return float(chosen[fields].sum(axis=1, skipna=False).mean())
-
-    ours = mean(how["of"])
-    if "over" in how:
-        return ours / mean(how["over"])
-    return ours - mean(how["minus"]) if "minus" in how else ours
+    answers = [answer(claim, kept) for _, claim in claims.iterrows()]
+    found = pd.DataFrame(answers, columns=[field.name for field in fields(Answer)])
+    found["kind"] = [given.verdict.word for given in answers]
+    found["verdict"] = [str(given.verdict) for given in answers]
+    claims = claims.reset_index(drop=True)
+    if predict:
+        missing = found.kind == "not attempted"
+        found.loc[missing, "cost"] = [predict(claim) for _, claim in claims[missing].iterrows()]
+    return pd.concat([claims, found], axis=1)
 
 
 def counts(judged: pd.DataFrame) -> pd.DataFrame:

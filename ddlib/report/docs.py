@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..files import SOURCE
-from . import claims, tables
+from . import answers, claims, tables
 from .verdict import COUNTED, VERDICTS
 
 BLOCK = re.compile(
@@ -49,7 +49,7 @@ def write(results: str | Path | None = None) -> list[Path]:
 
 def _runs(results: str | Path | None, methods: list[str]) -> dict[str, pd.DataFrame]:
     """Kept profile -> its runs, of all methods where none is named."""
-    found = {profile: tables.stored(results, profile) for profile in claims.KEPT}
+    found = {profile: tables.stored(results, profile) for profile in answers.KEPT}
     kept = {
         profile: [run for run in runs if not methods or run.record["method"] in methods]
         for profile, runs in found.items()
@@ -61,7 +61,7 @@ def _headline(_: list[str], results: str | Path | None) -> str:
     judged = claims.judge(claims.load(), results)
     numbers = judged.kind.value_counts()
     words = ", ".join(f"{numbers[word]} {word}" for word in VERDICTS if word in numbers)
-    runs = [run for profile in claims.KEPT for run in tables.stored(results, profile)]
+    runs = [run for profile in answers.KEPT for run in tables.stored(results, profile)]
     front = tables.front_page(tables.runs(runs))
     stand = numbers.reindex(COUNTED).sum()
     line = f"Of {len(judged)} claims of the five papers {stand:.0f} stand: {words}."

@@ -16,7 +16,6 @@ from . import tables, terminal
 
 # What the notebooks reproduce on where no dataset is named.
 DATASETS = {"smoke": "digits", "small": "cifar10", "paper": "cifar10"}
-COLUMNS = ["dataset", "ipc", "method", "paper", "ours", "Δ", "verdict"]
 
 
 def reproduce(
@@ -115,11 +114,7 @@ def _all(execute, names: list[str], profile: str, failure: type[Exception]) -> N
 def _report(folder: Path, profile: str, start: float, targets: dict, figures: Path) -> None:
     rows = tables.compare(tables.runs(tables.stored(folder, profile)))
     if not rows.empty:
-        if "overrides" in rows:
-            changed = [f" ({text})" if text else "" for text in rows.overrides]
-            rows = rows.assign(method=rows.method + changed)
-        shown = rows[[name for name in COLUMNS if name in rows]]
-        print(f"\n{terminal.table(shown)}")
+        print(f"\n{terminal.table(rows)}")
     site = f"python -m ddlib site --profile {profile}"
     notebooks = next(iter(targets.values())).parent
     print(

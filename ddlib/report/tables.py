@@ -103,7 +103,7 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
         values, overrides = spec.values, spec.overrides
         checksum = record.get("dataset_checksum")
         data, copy = verdict.data_of(record["dataset"], checksum, values["subset"])
-        unknown = "" if record.get("commit") else verdict.UNKNOWN_CODE
+        marks = (copy, _precision(values), "" if record.get("commit") else verdict.UNKNOWN_CODE)
         rows.append(
             {key: record[key] for key in COLUMNS if key in record}
             | {
@@ -121,11 +121,16 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
                 "networks": last["networks"],
                 "seconds": round(sum(seconds.values()), 1),
                 **seconds,
-                "marks": tuple(filter(None, (copy, unknown))),
+                "marks": tuple(filter(None, marks)),
                 "values": values,
             }
         )
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _precision(values: dict[str, Any]) -> str:
+    precision = values["eval_precision"]
+    return "" if precision == "float32" else f"evaluated in {precision}"
 
 
 def stored(results: str | Path | None = None, profile: str | None = None) -> list[Run]:
@@ -414,14 +419,15 @@ def details(table: pd.DataFrame) -> pd.DataFrame:
     return rows.round(1).dropna(axis=1, how="all")
 
 
-def nearness(differs: Differences, networks: int) -> tuple:
-    """A key to sort runs by, the nearest to the paper's setting first: what answers for the paper, whatever it scores."""
-    return len(differs.changed), -differs.share, len(differs.less), -networks
+def nearness(differs: Differences, row: pd.Series) -> tuple:
+    """A key to sort rows of `summary` by, the nearest to the paper's setting first, whatever they score. Of two as near
+    the one with fewer marks comes first: float32 before another precision, known code before unknown."""
+    return len(differs.changed), -differs.share, len(differs.less), len(row.marks), -row.networks
 
 
 def front_page(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `compare` for README: per distilled method and IPC on CIFAR-10 the run nearest to the paper's
-    setting; at most `HEADLINES`, the nearest, whatever they score.
+    """The rows of `compare` for README: per distilled method, dataset and IPC the run nearest to the paper's setting;
+    of these the `HEADLINES` nearest, whatever they score.
 
     A record without a commit stays out, and so does a row that no published figure stands beside.
     """
@@ -429,10 +435,10 @@ def front_page(table: pd.DataFrame) -> pd.DataFrame:
     if known.empty:
         return pd.DataFrame()
     rows = judge(known)
-    rows = rows[rows.figure.notna() & (rows.data == "cifar10") & ~rows.method.isin(KINDS)]
-    order = sorted(rows.index, key=lambda k: nearness(rows.differs[k], rows.networks[k]))
-    nearest = rows.loc[order].drop_duplicates(["method", "ipc"]).head(HEADLINES)
-    nearest = nearest.sort_values(["ipc", "method"])
+    rows = rows[rows.figure.notna() & ~rows.method.isin(KINDS)]
+    order = sorted(rows.index, key=lambda k: nearness(rows.differs[k], rows.loc[k]))
+    nearest = rows.loc[order].drop_duplicates(["method", "data", "ipc"]).head(HEADLINES)
+    nearest = nearest.sort_values(["data", "ipc", "method"])
     return compare(known).loc[nearest.index].assign(method=nearest.method)
 
 

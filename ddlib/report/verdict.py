@@ -227,14 +227,20 @@ def _beside_random(lead: float) -> str:
     return f"the paper leads random images by {lead:.1f} points alone"
 
 
-def factor(ours: float, printed: str, sense: str = "about", elsewhere: str = "") -> Verdict:
+def factor(
+    ours: float,
+    printed: str,
+    sense: str = "about",
+    elsewhere: str = "",
+    marks: tuple[str, ...] = (),
+) -> Verdict:
     """The verdict on a factor, a gap, a correlation or an AUC beside a printed one, both rounded as the print is.
 
     sense: what the print means (`SENSES`); "about" allows a tenth. elsewhere: in what ours was taken at another
     setting than the print's, where it stands beside it and judges nothing.
     """
     if elsewhere:
-        return Verdict("not attempted", f"ours is at another setting, {elsewhere}")
+        return Verdict("not attempted", f"ours is at another setting, {elsewhere}", marks)
     digits = len(printed.partition(".")[2])
     mine, theirs = round(ours, digits), float(printed)
     if sense == "at most":
@@ -243,6 +249,6 @@ def factor(ours: float, printed: str, sense: str = "about", elsewhere: str = "")
         holds = mine >= theirs
     else:
         holds = mine == theirs or abs(ours - theirs) <= ABOUT * abs(theirs)
-    return (
-        Verdict("reproduced") if holds else Verdict("contradicted", f"printed as {sense} {printed}")
-    )
+    if holds:
+        return Verdict("reproduced", "", marks)
+    return Verdict("contradicted", f"printed as {sense} {printed}", marks)
