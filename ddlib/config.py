@@ -97,6 +97,8 @@ class Spec:
             mirror=run.mirror,
             augment=run.eval_augment or (None if own_augment(run.protocol) else run.augment),
         )
+        if run.eval_augment:  # asked for, so also where the protocol has none
+            recipe = replace(recipe, augment=run.eval_augment)
         return replace(recipe, lr=run.eval_lr) if run.eval_lr else recipe
 
     @property
@@ -190,6 +192,16 @@ def _exceptions(
         yield from _exceptions(name, deeper, level["datasets"][dataset] or {}, dataset, ipc)
 
 
+def _brought_along(protocol: str, dataset: str, ipc: int) -> dict[str, Any]:
+    """What a protocol that is asked for by name changes in the paper profile: its usual epochs, and exceptions."""
+    values = {"eval_epochs": usual_epochs(protocol)}
+    path = ("protocols", protocol)
+    level = _preset("common")["protocols"].get(protocol, {})
+    for _, _, exception in _exceptions("common", path, level, canonical(dataset), ipc):
+        values |= exception
+    return values
+
+
 def resolve(
     method: str, dataset: str, ipc: int, profile: str = "smoke", seed: int = 0, **overrides: Any
 ) -> Spec:
@@ -264,8 +276,8 @@ def _resolved(
         values |= level
     given = {key: value for key, value in overrides.items() if value is not None}
     values |= given
-    if profile == "paper" and "protocol" in given and "eval_epochs" not in given:
-        values["eval_epochs"] = usual_epochs(given["protocol"])
+    if profile == "paper" and "protocol" in given:
+        values |= _brought_along(given["protocol"], dataset, ipc) | given
     for key in values:
         choose(f"preset key for {method}", key, allowed)
     if given.get("kind", method) != method:

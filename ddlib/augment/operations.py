@@ -1,4 +1,4 @@
-"""What an augmentation's name does to images: DSA's operations (Zhao & Bilen, ICML 2021) and FRePo's.
+"""What an augmentation's name does to images: DSA's operations (Zhao & Bilen, ICML 2021), FRePo's and DC's.
 
 A `Table` turns uniform numbers into the parameters of its operations and applies them; `augment.draw` picks.
 IDC (Kim et al., ICML 2022) uses DSA's operations and ranges. FRePo's (Zhou et al., NeurIPS 2022, released code) differ:
@@ -11,6 +11,10 @@ IDC (Kim et al., ICML 2022) uses DSA's operations and ranges. FRePo's (Zhou et a
     rotate  +-15 degrees                                 +-15 degrees
     others  flip, scale                                  flip, translate +-12.5 % in parts of a pixel
     border  0                                            the edge pixel, repeated
+
+DC's (Zhao et al., ICLR 2021, released code), for evaluation alone: an operation of its own for every image; crop shifts
+of -4 to 3 pixels, scale in [0.8, 1.2] by the nearest pixel, rotation by -45 to 44 whole degrees. Its code fills with
+the batch's mean and rotates by cubic splines; here the fill value is 0 as elsewhere, and the rotation is bilinear.
 
 Saturation keeps a pixel's mean over channels, contrast the image's mean. Images are normalised, so the fill value 0
 is the mean colour of the dataset, not black. Every function takes x [N, C, H, W] and its rows of parameters [rows, N],
@@ -42,12 +46,14 @@ class Table:
 
     apply: by name, (x, rows) -> x. rows: the slice of the parameter table an operation reads.
     ranges(H, W): a row's (a, b, c); its parameter is (u a + b) c for uniform u, or (floor(u a) + b) c in rows `whole`.
+    by_image: every image draws its own operation, whatever runs of entries `draw` is asked for.
     """
 
     apply: dict[str, Callable[[Tensor, Tensor], Tensor]]
     rows: dict[str, slice]
     whole: slice
     ranges: Callable[[int, int], list[tuple[float, float, float]]]
+    by_image: bool = False
 
     @property
     def height(self) -> int:
@@ -130,12 +136,12 @@ def _rotate(x: Tensor, value: Tensor) -> Tensor:
     return _affine(x, (cos, -sin, zero, sin, cos, zero))
 
 
-def _affine(x: Tensor, theta: tuple[Tensor, ...], border: str = "zeros") -> Tensor:
-    """Bilinear. Without translations align_corners changes nothing: the maps keep the centre (square images)."""
+def _affine(
+    x: Tensor, theta: tuple[Tensor, ...], border: str = "zeros", mode: str = "bilinear"
+) -> Tensor:
+    """Without translations align_corners changes nothing: the maps keep the centre (square images)."""
     grid = F.affine_grid(torch.stack(theta, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
-    out = F.grid_sample(
-        x.to(grid.dtype), grid, mode="bilinear", padding_mode=border, align_corners=False
-    )
+    out = F.grid_sample(x.to(grid.dtype), grid, mode=mode, padding_mode=border, align_corners=False)
     return out.to(x.dtype)  # half precision would place the samples up to 1/16 pixel off
 
 
@@ -251,4 +257,30 @@ FREPO = Table(
     },
     slice(6, 9),
     _frepo_ranges,
+)
+
+
+def _stretch(x: Tensor, value: Tensor) -> Tensor:
+    """The content grows by `value` (x, y), each pixel the nearest one."""
+    zero = torch.zeros_like(value[0])
+    return _affine(x, (1 / value[0], zero, zero, zero, 1 / value[1], zero), mode="nearest")
+
+
+def _dc_ranges(h: int, w: int) -> list[tuple[float, float, float]]:
+    shifts = [int(side * CROP + 0.5) for side in (h, w)]
+    return [
+        *((2 * t, -t, 1) for t in shifts),
+        (90, -45, math.pi / 180),
+        (0.4, 0.8, 1),
+        (0.4, 0.8, 1),
+    ]
+
+
+# Rows: crop shift (rows, columns); angle in radians; scale (x, y).
+DC = Table(
+    {"crop": _crop, "scale": _stretch, "rotate": _rotate},
+    {"crop": slice(0, 2), "rotate": slice(2, 3), "scale": slice(3, 5)},
+    slice(0, 3),
+    _dc_ranges,
+    by_image=True,
 )

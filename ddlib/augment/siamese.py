@@ -11,7 +11,8 @@ A strategy is a sequence of stages joined by "+"; a stage is one or more ops joi
 
     "color_crop_cutout_flip_scale_rotate"                    DSA: one op of six
     "color+crop+cutout", "color+flip+crop_scale_rotate"      IDC: in matching; in evaluation, before CutMix
-    "frepo:flip_color_crop_rotate_translate_cutout"          FRePo's own ops (augment_ops.py), in evaluation
+    "frepo:flip_color_crop_rotate_translate_cutout"          FRePo's own ops (operations.py), in evaluation
+    "dc:crop_scale_rotate"                                   DC's, in its evaluation on MNIST
 
 IDC's code fixes the order flip, color, one of the others, cutout, whatever the order of its string. Here the order is
 as written; color and flip may change places, since a mirror image has the same means.
@@ -30,10 +31,10 @@ import torch
 from torch import Tensor
 
 from ..core import DDError, choose
-from .operations import DSA, FREPO, Table
+from .operations import DC, DSA, FREPO, Table
 
 OPS = tuple(DSA.apply)
-TABLES = {"dsa": DSA, "frepo": FREPO}
+TABLES = {"dsa": DSA, "frepo": FREPO, "dc": DC}
 MODES = ("S", "M")
 
 
@@ -42,7 +43,7 @@ class DSAParams:
     """What `draw` drew for N entries and S stages, on the CPU.
 
     op: int64 [S, N], index into the table's ops; unused in mode M.
-    values: float64 [S, rows, N], the parameters of every op of the table (see DSA and FREPO in augment_ops.py).
+    values: float64 [S, rows, N], the parameters of every op of the table (see the tables of operations.py).
     stages: the strategy, the ops of each stage; size: (H, W) of the images; mode: S or M.
     """
 
@@ -105,6 +106,7 @@ def draw(
     if op_every < 1:
         raise DDError(f"op_every is {op_every}; it must be at least 1")
     table, stages = _parse(strategy)
+    op_every = 1 if table.by_image else op_every
     # float64: floor(u * k) of a float32 u can round up to k.
     u = torch.rand(len(stages) * (table.height + 1), n, generator=generator, dtype=torch.float64)
     u = u.view(len(stages), table.height + 1, n)

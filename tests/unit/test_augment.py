@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import ndimage
 
+from ddlib.augment import operations
 from ddlib.augment.siamese import OPS, TABLES, augment, check_strategy, cutmix, draw
+from ddlib.config import resolve
 from ddlib.core import DDError, checksum, generator
 
 ALL = "_".join(OPS)
@@ -451,3 +454,51 @@ def test_gpu_equals_cpu_and_never_waits(strategy):
     torch.testing.assert_close(out.cpu(), augment(x, params), rtol=0, atol=1e-4)
     for ours, cpu in zip(mixed, cutmix(x, labels.cpu(), generator(29), 1.0, 10), strict=True):
         torch.testing.assert_close(ours.cpu(), cpu, rtol=0, atol=1e-6)
+
+
+# DC's own, for evaluation
+
+
+def test_dc_draws_an_operation_for_every_image():
+    params = draw("dc:crop_scale_rotate", 900, (28, 28), generator(0), op_every=900)
+    counts = torch.bincount(params.op[0])
+    assert (counts > 250).all()
+    shift, angle, scale = params.values[0].split([2, 1, 2])
+    assert shift.unique().tolist() == list(range(-4, 4))
+    degrees = (angle * 180 / math.pi).round(decimals=6)
+    assert degrees.min() == -45 and degrees.max() == 44
+    assert degrees.equal(degrees.round())
+    assert 0.8 <= scale.min() < 0.81 and 1.19 < scale.max() <= 1.2
+
+
+def test_dc_operations_against_scipy_and_interpolation():
+    x = torch.rand(1, 1, 28, 28, generator=generator(1), dtype=torch.float64)
+    apply, value = operations.DC.apply, lambda *v: torch.tensor(v, dtype=torch.float64)[:, None]
+    cropped = apply["crop"](x, value(-4, 3))
+    assert cropped[..., 4:, :25].equal(x[..., :24, 3:]) and not cropped[..., :4, :].any()
+    turned = apply["rotate"](x, value(30 * math.pi / 180))
+    reference = ndimage.rotate(x[0, 0].numpy(), 30, order=1, reshape=False)
+    inner = slice(6, 22)  # the two treat the border differently
+    difference = (turned[0, 0] - torch.from_numpy(reference))[inner, inner].abs().max()
+    other = (turned[0, 0] - torch.from_numpy(reference).flip(0))[inner, inner].abs().max()
+    assert difference < 1e-9 < other
+    smaller = apply["scale"](x, value(0.87, 1.0))
+    source = (torch.arange(28) - 13.5) / 0.87 + 13.5
+    inside = (source > -0.5) & (source < 27.5)
+    assert 0 < (~inside).sum() < 6
+    assert smaller[..., inside].equal(x[..., source[inside].round().long()])
+    assert not smaller[..., ~inside].any()
+
+
+def test_dc_evaluates_mnist_with_augmentation_and_all_else_without():
+    for method, changes in (
+        ("dc", {}),
+        ("random", {"protocol": "dc"}),
+        ("herding", {"protocol": "dc"}),
+    ):
+        mnist = resolve(method, "mnist", 10, "paper", **changes)
+        assert (mnist.recipe.augment, mnist.recipe.epochs) == ("dc:crop_scale_rotate", 1001)
+        cifar = resolve(method, "cifar10", 10, "paper", **changes)
+        assert (cifar.recipe.augment, cifar.recipe.epochs) == ("none", 301)
+    dsa = resolve("dsa", "mnist", 10, "paper").recipe
+    assert (dsa.augment, dsa.epochs) == ("color_crop_cutout_scale_rotate", 1001)
