@@ -77,10 +77,10 @@ def test_the_papers_rows_are_resolved_and_cheapest_first(monkeypatch):
 
 def test_coresets_are_scored_under_the_columns_own_epochs():
     specs = [s for s in queue.read() if s.run.protocol == "dc" and s.method == "random"]
-    assert specs and all(s.run.eval_epochs == 300 for s in specs)
-    assert (
-        dd.resolve("random", "mnist", 1, "paper", protocol="dc", eval_epochs=7).run.eval_epochs == 7
-    )
+    epochs = {s.dataset: s.run.eval_epochs for s in specs}
+    assert epochs == {"mnist": 1000, "folder:cifar10": 300}
+    asked = dd.resolve("random", "mnist", 1, "paper", protocol="dc", eval_epochs=7)
+    assert asked.run.eval_epochs == 7 and asked.run.eval_augment == "dc:crop_scale_rotate"
 
 
 def test_costs_follow_the_work(monkeypatch):
