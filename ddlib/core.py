@@ -152,6 +152,9 @@ def _field_value(field: dataclasses.Field, value: object, what: str) -> object:
         choose(f"{what} {key}", value, bounds["allowed"])
     if kind == "tuple":
         value = tuple(map(plain, value))
+        inner = _KINDS[field.type.split("[")[1].split(",")[0]]
+        if not all(isinstance(each, inner) and not isinstance(each, bool) for each in value):
+            raise DDError(f"{what} key {key!r} must be {field.type}, not {shown(value)}")
     for bound, words, holds in _BOUNDS:
         if bound in bounds and not holds(value, bounds[bound]):
             raise DDError(f"{what} key {key!r} must be {words} {bounds[bound]}, not {shown(value)}")

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .core import DDError
+from .augment.siamese import check_strategy
+from .core import DDError, choose, fields_from, shown, whole
 from .data.dataset import Dataset
 from .files import load_tensors, save_tensors
 from .recipe import Recipe
@@ -67,6 +68,21 @@ def check_factor(factor: int, shape: tuple[int, int, int]) -> int:
             f"factor {factor} does not fit images of {shape[1]}x{shape[2]} px; allowed: 1 to {most}"
         )
     return factor
+
+
+def _tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """Raise `DDError` unless `value` is a finite tensor of this type and shape; None is any length."""
+    if isinstance(value, torch.Tensor) and value.dtype == dtype and value.ndim == len(shape):
+        fits = (want in (None, size) for want, size in zip(shape, value.shape, strict=True))
+        if all(fits) and torch.isfinite(value).all():
+            return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    kind = str(dtype).removeprefix("torch.")
+    given = shown(value)
+    if isinstance(value, torch.Tensor):
+        given = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        given += "" if torch.isfinite(value).all() else " with values that are not finite"
+    raise DDError(f"{name} must be finite {kind} [{wanted}], not {given}")
 
 
 @dataclass(frozen=True)
@@ -146,21 +162,56 @@ class Synthetic:
             return data.denormalise(images)
         return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
 
+    def validate(self) -> None:
+        """Raise `DDError` unless all parts are of their types and fit one another."""
+        self._validate_images()
+        self._validate_labels()
+        for name in ("mean", "std"):
+            _tensor(name, getattr(self, name), torch.float32, (self.images.shape[1], 1, 1))
+        if not (self.std > 0).all():
+            raise DDError("a std must be above 0")
+        for name, kind in (("dataset", str), ("backbone", str), ("spec", dict), ("recipe", Recipe)):
+            if not isinstance(getattr(self, name), kind):
+                raise DDError(
+                    f"{name} must be of type {kind.__name__}, not {shown(getattr(self, name))}"
+                )
+        if not (self.zca is None or isinstance(self.zca, str)):
+            raise DDError(f"zca must be a text or None, not {shown(self.zca)}")
+        whole("factor", self.factor, 1)
+        if self.factor != 1:
+            check_factor(self.factor, self.images.shape[1:])
+
+    def _validate_images(self) -> None:
+        _tensor("images", self.images, torch.float32, (None, None, None, None))
+        names = isinstance(self.classes, tuple) and {type(name) for name in self.classes} == {str}
+        if not names or not len(self.images) or len(self.images) % len(self.classes):
+            raise DDError(
+                f"images must be as many for each class, not {len(self.images)} for classes "
+                f"{shown(self.classes)}"
+            )
+        if not isinstance(self.snapshots, dict):
+            raise DDError(f"snapshots must be a dict, not {shown(self.snapshots)}")
+        for step, images in self.snapshots.items():
+            whole("the step of a snapshot", step, 0)
+            _tensor(f"the snapshot of step {step}", images, torch.float32, self.images.shape)
+
+    def _validate_labels(self) -> None:
+        count, classes = len(self.images), len(self.classes)
+        if isinstance(self.labels, torch.Tensor) and self.labels.is_floating_point():
+            _tensor("soft labels", self.labels, torch.float32, (count, classes))
+            return
+        _tensor("labels", self.labels, torch.int64, (count,))
+        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes:
+            raise DDError(f"labels must lie in 0..{classes - 1}")
+
     def check(self, data: Dataset) -> None:
         """Raise `DDError` unless networks trained on this set can be tested on `data`."""
+        self.validate()
         if tuple(self.images.shape[1:]) != data.shape or self.classes != data.classes:
             raise DDError(
                 f"a set distilled from {self.dataset} ({len(self.classes)} classes, images "
                 f"{tuple(self.images.shape[1:])}) cannot be used with {data.name} "
                 f"({data.num_classes} classes, images {data.shape})"
-            )
-        if len(self.labels) != len(self.images) or self.labels.shape[1:] not in (
-            (),
-            (data.num_classes,),
-        ):
-            raise DDError(
-                f"labels of shape {list(self.labels.shape)} do not fit {len(self.images)} images of "
-                f"{data.num_classes} classes: [n] or [n, classes] is allowed"
             )
         if self.zca != (data.zca.id if data.zca else None):
             raise DDError(
@@ -197,16 +248,48 @@ class Synthetic:
     def load(cls, path: str | Path) -> Synthetic:
         """Read a set that `save` wrote; a damaged or foreign file is a `DDError`."""
         cure = "delete it and run again, or name a .safetensors file that a run wrote"
-        tensors, header = load_tensors(Path(path), "distilled set", cure)
-        snapshots = {
-            int(name.split("@")[1]): tensors.pop(name) for name in list(tensors) if "@" in name
-        }
         try:
-            header["classes"] = tuple(header["classes"])
-            recipe = {
-                key: tuple(v) if isinstance(v, list) else v for key, v in header["recipe"].items()
+            path = Path(path)
+        except TypeError:
+            raise DDError(f"a set's path must be a text or a Path, not {shown(path)}") from None
+        tensors, header = load_tensors(path, "distilled set", cure)
+        try:
+            snapshots = {
+                int(name.split("@")[1]): tensors.pop(name) for name in list(tensors) if "@" in name
             }
-            header["recipe"] = Recipe(**recipe)
-            return cls(**tensors, **header, snapshots=dict(sorted(snapshots.items())))
-        except (KeyError, TypeError) as error:  # a checkpoint or an expert of ours
+            header["classes"] = tuple(header["classes"])
+            header["recipe"] = recipe_from(header["recipe"])
+            syn = cls(**tensors, **header, snapshots=dict(sorted(snapshots.items())))
+            syn.validate()
+        except DDError as error:
+            raise DDError(f"the distilled set {path} makes no sense: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # a checkpoint or an expert of ours
             raise DDError(f"{path} is a file of ddlib's, but not a distilled set") from error
+        return syn
+
+
+def recipe_from(values: dict) -> Recipe:
+    """A recipe read from a file, held to the same types and limits as one that is typed; else a `DDError`."""
+    recipe = fields_from(Recipe, values, "recipe")
+    for key, (least, most) in _LIMITS.items():
+        value = getattr(recipe, key)
+        if not least <= value <= most:
+            raise DDError(f"recipe key {key!r} must be {least} to {most}, not {shown(value)}")
+    choose("recipe optimiser", recipe.optimiser, ("sgd", "adam"))
+    choose("recipe loss", recipe.loss, ("ce", "mse"))
+    check_strategy(recipe.augment)
+    return recipe
+
+
+_LIMITS = {
+    "epochs": (1, 1_000_000),
+    "lr": (0, 1000),
+    "momentum": (0, 1),
+    "weight_decay": (0, 1000),
+    "batch": (1, 1_000_000_000),
+    "drop": (0, 1),
+    "cutmix": (0, 1),
+    "warmup": (0, 1_000_000_000),
+    "cosine": (0, 1),
+}

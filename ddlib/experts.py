@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .core import DDError, generator
 from .data.dataset import Dataset
-from .files import load_tensors, results_folder, save_tensors, write_atomically
+from .files import load_tensors, read_json, results_folder, save_tensors, write_json
 from .match.trajectory import FlatNet
 from .nets.build import Backbone, build, initialise
 from .recipe import Recipe
@@ -195,12 +195,8 @@ def train_experts(
             {"weights": torch.stack(weights)},
             _header(data, net, recipe) | {"seed": seed, "test_accuracy": score},
         )
-        seconds = json.dumps(
-            {"seconds": round(time.perf_counter() - start, 3)}
-        )  # beside it: its bytes stay the same
-        write_atomically(
-            path.with_suffix(".json"), lambda temporary, text=seconds: temporary.write_text(text)
-        )
+        # Beside it: its bytes stay the same.
+        write_json(path.with_suffix(".json"), {"seconds": round(time.perf_counter() - start, 3)})
     return paths
 
 
@@ -240,9 +236,16 @@ def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int)
                 "finite; delete it and make it anew"
             )
         weights.append(rows)
-        timed = path.with_suffix(".json")
-        seconds += json.loads(timed.read_text())["seconds"] if timed.is_file() else math.nan
+        seconds += _timing(path)
     return Experts(weights, seconds)
+
+
+def _timing(path: Path) -> float:
+    """Seconds that training the expert at `path` took; NaN where they were lost, which stops no run."""
+    try:
+        return float(read_json(path.with_suffix(".json"), "timing", "")["seconds"])
+    except (DDError, KeyError, TypeError, ValueError):
+        return math.nan
 
 
 def sharpness(

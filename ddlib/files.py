@@ -1,7 +1,8 @@
 """Files that are whole or refused: atomic writes, safetensors and JSON under one checksum, locks.
 
-Every file of ours carries `sha256` over all that it says. Files that ddlib wrote before it did so stay readable: a
-safetensors file of theirs has a checksum of its tensors alone, a JSON file none at all (`sealed` tells them apart).
+Every file of ours carries a checksum over all that it says: `sha256` in the header of a safetensors file, `seal` in a
+JSON object. Files that ddlib wrote before it did so stay readable: a safetensors file of theirs has a checksum of its
+tensors alone, a JSON file none at all (`sealed` tells them apart).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,11 +54,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise CannotWrite(
-            f"cannot write {path}: {reason}; choose a writable folder (--results DIR, "
-            f"or the environment variable DDLIB_RESULTS)"
-        ) from error
+        raise _no_folder(path, error) from error
     try:
         # What the umask gives; safetensors would leave the owner alone with it.
         rights = temporary.stat().st_mode
@@ -70,6 +68,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
         temporary.unlink(missing_ok=True)
     _sweep(path)
     return path
+
+
+def _no_folder(path: Path, error: Exception) -> CannotWrite:
+    reason = getattr(error, "strerror", None) or error
+    return CannotWrite(
+        f"cannot write {path}: {reason}; choose a writable folder (--results DIR, or the "
+        "environment variable DDLIB_RESULTS)"
+    )
 
 
 def _sweep(path: Path) -> None:
@@ -95,13 +101,16 @@ def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CannotWrite(f"cannot write {path}: {reason}; choose a writable folder") from error
+        raise _no_folder(path, error) from error
     held = FileLock(place)
     try:
-        held.acquire(timeout=-1 if wait else 0, poll_interval=0.05)
-    except Timeout:
-        raise Busy(f"another process is at work on {what}") from None
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise Busy(f"another process is at work on {what}") from None
+            print(f"ddlib: waiting for the process at work on {what}", file=sys.stderr)
+            held.acquire(poll_interval=0.05)
     except (OSError, NotImplementedError):
         warnings.warn(
             f"{place.parent} is on a file system without locks: two processes may do the same work",
@@ -157,15 +166,15 @@ def _read_tensors(path: Path, kind: str, cure: str) -> tuple[dict, dict, str | N
 
 
 def write_json(path: Path, value: dict[str, Any]) -> Path:
-    """Write a JSON object with `sha256`, the checksum of its canonical form, as its last key."""
-    text = json.dumps({**value, "sha256": _seal(value)}, indent=1)
+    """Write a JSON object with `seal`, the checksum of its canonical form, as its last key."""
+    text = json.dumps({**value, "seal": _seal(value)}, indent=1)
     return write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_json(path: Path, kind: str, cure: str) -> dict[str, Any]:
     """Read what `write_json` wrote, or an older file without a checksum; what is amiss is a `DDError` with the cure."""
     value = _read_object(path, kind, cure)
-    seal = value.pop("sha256", None)
+    seal = value.pop("seal", None)
     if seal is not None and seal != _seal(value):
         raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
     return value
@@ -196,7 +205,7 @@ def update_json(path: Path, kind: str, cure: str, changes: dict[str, Any]) -> di
 def sealed(path: Path) -> bool:
     """Whether the checksum of the file, a JSON or safetensors one, covers all of it; False for the older forms."""
     if path.suffix == ".json":
-        return "sha256" in _read_object(path, "file", "make it anew")
+        return "seal" in _read_object(path, "file", "make it anew")
     tensors, header, seal = _read_tensors(path, "file", "make it anew")
     return seal == _seal(header, [*tensors], checksum(*tensors.values()))
 

@@ -8,7 +8,6 @@ anew. Nothing there is needed: it may be deleted at any time.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -16,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import DDError, checksum
-from ..files import write_atomically
+from ..files import read_json, write_atomically, write_json
 from .folders import Tree
 
 VERIFY_ALL_BELOW = 2 * 10**9  # bytes: of a larger split only 64 blocks of 1 MiB are verified
@@ -48,17 +48,38 @@ def read(tree: Tree, resolution: int | None, grey: bool = False) -> dict[str, tu
     torchvision's Resize and CenterCrop do; without one all images must share one size. EXIF rotation is ignored, as
     torchvision's ImageFolder does. `grey` keeps one channel where every image is grey; else images become RGB.
     """
+    first, shapes = _shapes(tree, resolution, grey)
+    for shape in shapes:
+        with suppress(_Colour):
+            return {split: _decoded(tree, split, resolution, shape, first) for split in tree[2]}
+    raise AssertionError("unreachable: three channels take any image")
+
+
+def known_checksums(
+    tree: Tree, resolution: int | None, grey: bool = False
+) -> dict[str, str] | None:
+    """Split -> checksum of its images as the cache's notes have it for these files; None where one has no note."""
+    root, _, splits = tree
+    for shape in _shapes(tree, resolution, grey)[1]:
+        paths = {
+            split: _cache_path(root, split, [file for file, _ in samples], resolution, shape)
+            for split, samples in splits.items()
+        }
+        with suppress(DDError, KeyError):
+            return {split: _noted_checksum(path) for split, path in paths.items()}
+    return None
+
+
+def _shapes(
+    tree: Tree, resolution: int | None, grey: bool
+) -> tuple[Path, list[tuple[int, int, int]]]:
+    """The first image's path, and the shapes [C,H,W] that all may have: grey where it is, else colour."""
     root, _, splits = tree
     first = root / splits["train"][0][0]
     image = _open(first)
     width, height = (resolution, resolution) if resolution else image.size
-    for channels in (1, 3) if grey and image.mode in ("L", "1") else (3,):
-        with suppress(_Colour):
-            return {
-                split: _decoded(tree, split, resolution, (channels, height, width), first)
-                for split in splits
-            }
-    raise AssertionError("unreachable: three channels take any image")
+    channels = (1, 3) if grey and image.mode in ("L", "1") else (3,)
+    return first, [(count, height, width) for count in channels]
 
 
 def _open(path: Path) -> Image.Image:
@@ -148,8 +169,19 @@ def _decoded(
         "labels": labels,
         "files": files,
     }
-    write_atomically(path.with_suffix(".json"), lambda to: to.write_text(json.dumps(note)))
+    write_json(path.with_suffix(".json"), note)
     return images, sha
+
+
+@cache
+def _noted_checksum(path: Path) -> str:
+    """Read once per process: names, sizes and times of the files are part of the path, so it never changes."""
+    return _note(path)["sha256"]
+
+
+def _note(path: Path) -> dict:
+    """What the cache says about the decoded images at `path`."""
+    return read_json(path.with_suffix(".json"), "decode cache", "it is built again")
 
 
 def _cache_path(
@@ -171,9 +203,10 @@ def _from_cache(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str] | None
     """The cached images if they are whole, as a copy-on-write map: writing to the tensor never reaches the file."""
     if not path.is_file():
         return None
+    # DDError, a ValueError, is a damaged note's.
     with suppress(OSError, ValueError, KeyError, TypeError, EOFError):
         note, images = (
-            json.loads(path.with_suffix(".json").read_text()),
+            _note(path),
             torch.from_numpy(np.load(path, mmap_mode="c")),
         )
         verify, name = (

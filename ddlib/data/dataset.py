@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import DDError, checksum, choose, generator, pick_device
 from . import cache as decoding
-from .folders import SUBSETS, carve, tree
+from .folders import SUBSETS, carve, find_folder, tree
 from .zca import KINDS, ZCA
 
 Splits = dict[str, tuple[Tensor, Tensor]]  # split -> images, labels
@@ -158,12 +158,12 @@ class Dataset:
                 f"the fraction of train that becomes val must lie between 0 and 1, not {fraction}"
             )
         taken = carve(self.labels["train"], fraction, generator(seed, "minival"))
-        return self._with({"train": ~taken, "val": taken}, f"minival {fraction} {seed}")
+        return self._with({"train": ~taken, "val": taken}, minival_name(fraction, seed))
 
     def subset(self, per_class: int, seed: int = 0) -> Dataset:
         """The dataset with `per_class` random training images of each class; test and normalisation stay."""
         rows = self.sample(per_class, generator(seed, "subset")).flatten()
-        return self._with({"train": rows}, f"subset {per_class} {seed}")
+        return self._with({"train": rows}, subset_name(per_class, seed))
 
     def _with(self, rows: dict[str, Tensor], how: str) -> Dataset:
         """The dataset whose splits `rows` are the given rows (or mask) of train."""
@@ -175,8 +175,21 @@ class Dataset:
             self,
             images=self.images | images,
             labels=self.labels | labels,
-            checksum=hashlib.sha256(f"{self.checksum} {how}".encode()).hexdigest(),
+            checksum=derived(self.checksum, how),
         )
+
+
+def minival_name(fraction: float, seed: int = 0) -> str:
+    return f"minival {fraction} {seed}"
+
+
+def subset_name(per_class: int, seed: int = 0) -> str:
+    return f"subset {per_class} {seed}"
+
+
+def derived(checksum: str, how: str) -> str:
+    """The checksum of the part of a dataset that `how` (`minival_name`, `subset_name`) takes."""
+    return hashlib.sha256(f"{checksum} {how}".encode()).hexdigest()
 
 
 def canonical(name: str) -> str:
@@ -212,19 +225,14 @@ def load(
         raise DDError(f"resolution must be a positive number of pixels, not {resolution!r}")
     choose("zca kind", zca, (None, *KINDS))
     device = pick_device(device)
-    root = (
-        Path(root or os.environ.get("DDLIB_DATA") or "~/.cache/ddlib/data").expanduser().absolute()
-    )
+    root = _data_root(root)
     if name != "digits" and name not in TORCHVISION:
         files = tree(name, root)
         _, classes, samples = files
         decoded = decoding.read(
             files, resolution or _RESOLUTION.get(name), grey=name.startswith("folder:")
         )
-        splits = {
-            s: (x, torch.tensor([y for _, y in samples[s]], dtype=torch.int64))
-            for s, (x, _) in decoded.items()
-        }
+        splits = {s: (x, _labels(samples[s])) for s, (x, _) in decoded.items()}
         return _assemble(
             name, classes, splits, device, zca, {s: sha for s, (_, sha) in decoded.items()}
         )
@@ -235,6 +243,39 @@ def load(
             f"{name} comes at resolution {size}; only folders and the ImageNets can be resized"
         )
     return _assemble(name, classes, splits, device, zca)
+
+
+def _data_root(root: str | Path | None = None) -> Path:
+    root = root or os.environ.get("DDLIB_DATA") or "~/.cache/ddlib/data"
+    return Path(root).expanduser().absolute()
+
+
+def _labels(samples: Sequence[tuple[str, int]]) -> Tensor:
+    return torch.tensor([label for _, label in samples], dtype=torch.int64)
+
+
+def _digest(sums: dict[str, str], labels: dict[str, Tensor]) -> str:
+    """The checksum of a dataset from those of its images and its labels by split."""
+    parts = "\n".join(
+        f"{split} {sums[split]} {checksum(labels[split])}" for split in sorted(labels)
+    )
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def folder_checksum(name: str, resolution: int | None = None) -> str | None:
+    """The checksum that `load("folder:PATH")` would give now; None where there is no such folder at hand.
+
+    Files whose names, sizes and times are those of the decode cache are not read again; others are decoded.
+    """
+    root = _data_root()
+    if find_folder(name, root) is None:
+        return None
+    files = tree(name, root)
+    known = decoding.known_checksums(files, resolution, grey=True)
+    if known is None:
+        return load(name, device="cpu", resolution=resolution).checksum
+    labels = {split: _labels(samples) for split, samples in files[2].items()}
+    return _digest(known, labels)
 
 
 def from_arrays(
@@ -364,10 +405,7 @@ def _assemble(
 ) -> Dataset:
     images, labels = ({split: pair[i] for split, pair in splits.items()} for i in (0, 1))
     sums = sums or {split: checksum(x) for split, x in images.items()}
-    parts = "\n".join(
-        f"{split} {sums[split]} {checksum(labels[split])}" for split in sorted(splits)
-    )
-    digest = hashlib.sha256(parts.encode()).hexdigest()
+    digest = _digest(sums, labels)
     known = STATISTICS.get(canonical(name))
     fits = known and len(known[0]) == images["train"].shape[1]
     mean, std = (torch.tensor(known) if fits else _statistics(images["train"])).view(2, -1, 1, 1)

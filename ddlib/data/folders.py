@@ -61,14 +61,23 @@ def tree(name: str, root: Path) -> Tree:
         root = root / "imagenet1k"
         want = f"{name} needs the 1,000 class folders {root}/train/WNID/*.JPEG and {root}/val/WNID/*.JPEG"
         return _splits(root, "val", want, SUBSETS.get(name, ()))
-    path = Path(name.removeprefix("folder:")).expanduser()
+    found = find_folder(name, root)
+    if found is not None:
+        return folder_tree(found)
+    places = " or ".join(map(str, _places(name, root)))
+    raise DDError(f"there is no folder {places} for {name!r}; {_WANTED}")
+
+
+def find_folder(name: str, root: Path) -> Path | None:
+    """The folder that "folder:PATH" means: below `root`, then in the working directory; None where there is none."""
+    return next((place for place in _places(name, root) if place.is_dir()), None)
+
+
+def _places(name: str, root: Path) -> list[Path]:
     if name == "folder:":
         raise DDError("'folder:' needs a path, as in folder:/data/pets or folder:pets")
-    places = [path] if path.is_absolute() else [root / path, Path.cwd() / path]
-    for place in places:
-        if place.is_dir():
-            return folder_tree(place)
-    raise DDError(f"there is no folder {' or '.join(map(str, places))} for {name!r}; {_WANTED}")
+    path = Path(name.removeprefix("folder:")).expanduser()
+    return [path] if path.is_absolute() else [root / path, Path.cwd() / path]
 
 
 def folder_tree(root: Path) -> Tree:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..config import Spec
 from ..core import DDError
@@ -16,81 +20,134 @@ from .meter import PeakMemory, commit
 
 
 @contextmanager
-def guard() -> Iterator[dict]:
-    """Turn SIGTERM and Ctrl-C into KeyboardInterrupt, but never inside a step, which would tear its state."""
-    flags = {"stepping": False, "stop": False}
+def threads_of(profile: str) -> Iterator[None]:
+    """Compute on as many threads as a run of this profile does, wherever it is started from.
 
-    def handle(*_: object) -> None:
-        flags["stop"] = True
-        if not flags["stepping"]:
+    Sums in another order have other last bits, so the number of threads is part of what "the same bytes" means. It is
+    torch's own, which OMP_NUM_THREADS sets, and one for smoke unless that is set: on networks so small two threads
+    wait for one another.
+    """
+    before = torch.get_num_threads()
+    if profile == "smoke" and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Signals:
+    """SIGTERM and Ctrl-C inside `guard`: a KeyboardInterrupt at once, but after the end of a `held` block."""
+
+    def __init__(self):
+        self.held_now = self.stop = False
+
+    def handle(self, *_: object) -> None:
+        self.stop = True
+        if not self.held_now:
             raise KeyboardInterrupt
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block that a signal would tear, e.g. a step: the signal waits until it is over."""
+        self.held_now = True
+        try:
+            yield
+        finally:
+            self.held_now = False
+        if self.stop:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def guard() -> Iterator[Signals]:
+    """Turn SIGTERM and Ctrl-C into KeyboardInterrupt, but never inside what is `held`."""
+    signals = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield flags
+        yield signals
         return
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
-        yield flags
+        yield signals
     finally:
-        for number, previous in old.items():
+        for number, previous in before.items():
             signal.signal(number, previous)
 
 
 class Progress:
-    """What a checkpoint keeps beside the method's tensors: history, evaluations, snapshots and seconds so far."""
+    """Where a run stands: its method's tensors, history, evaluations, snapshots, seconds; saved and restored."""
 
-    def __init__(self, spec: Spec, path: Path, method: Any, data: str):
-        self.spec, self.path, self.method, self.data, self.total = (
-            spec,
-            path,
-            method,
-            data,
-            spec.config.iterations,
-        )
+    KEPT = ("step", "history", "evaluations", "seconds", "peak", "threads")
+
+    def __init__(self, spec: Spec, path: Path, method: Any, data: str, peak: PeakMemory):
+        self.spec, self.path, self.method, self.data = spec, path, method, data
+        self.meter, self.total = peak, spec.config.iterations
         self.step, self.history, self.evaluations, self.snapshots = 0, [], [], {}
         self.seconds = {"distill": 0.0, "evaluate": 0.0}
         self.peak = 0
+        self.threads = [torch.get_num_threads()]  # more than one where a resume had another number
         self.commit = commit()  # of the code that runs, whatever is committed while it does
+        self.saved, self.since = 0, time.perf_counter()
 
-    KEPT = ("step", "history", "evaluations", "seconds", "peak")
+    def start_clock(self) -> None:
+        """Count the seconds of the distillation from here on."""
+        self.since = time.perf_counter()
 
-    def save(self, peak: PeakMemory) -> None:
-        self.peak = max(self.peak, peak.read())
+    def save(self) -> None:
+        """Write the checkpoint."""
+        now = time.perf_counter()
+        self.seconds["distill"] += now - self.since
+        self.since, self.saved = now, self.step
+        self.peak = max(self.peak, self.meter.read())
         tensors = {f"method.{k}": v for k, v in self.method.state_dict().items()}
         tensors |= {f"snapshot.{k}": v for k, v in self.snapshots.items()}
-        header = {"name": self.spec.name, "data": self.data} | {
-            k: getattr(self, k) for k in self.KEPT
-        }
-        save_tensors(self.path, tensors, header)
+        kept = {key: getattr(self, key) for key in self.KEPT}
+        save_tensors(self.path, tensors, {"name": self.spec.name, "data": self.data} | kept)
 
-    def restore(self) -> None:
+    def restore(self, any_threads: bool = False) -> None:
+        """Go on from the checkpoint if there is one; one of another run, other images or threads is a `DDError`."""
         if not self.path.exists():
             return
-        tensors, header = load_tensors(
-            self.path, "checkpoint", "delete it to start this run from the beginning"
-        )
+        cure = "delete it to start this run from the beginning"
+        tensors, header = load_tensors(self.path, "checkpoint", cure)
         if header.get("name") != self.spec.name or header.get("data", self.data) != self.data:
             raise DDError(
-                f"the checkpoint {self.path} belongs to another run or other images; delete it to start anew"
+                f"the checkpoint {self.path} belongs to another run or other images; delete it to "
+                "start anew"
             )
-        for key in self.KEPT:
-            setattr(self, key, header[key])
-        self.snapshots = {
-            int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith("snapshot.")
-        }
-        state = {
-            k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")
-        }
+        threads = self._threads(header, any_threads)
+        parts = {"method": {}, "snapshot": {}}
         try:
-            self.method.load_state_dict(state)
+            for key in self.KEPT:
+                setattr(self, key, threads if key == "threads" else header[key])
+            for name, tensor in tensors.items():
+                kind, _, key = name.partition(".")
+                parts[kind][key] = tensor
+            self.snapshots = {int(step): images for step, images in parts["snapshot"].items()}
+            self.method.load_state_dict(parts["method"])
         except KeyError as error:
             raise DDError(
-                f"the checkpoint {self.path} is of an older ddlib and lacks {error}; delete it to start anew"
+                f"the checkpoint {self.path} is of an older ddlib and lacks {error}; delete it to "
+                "start anew"
             ) from None
+        self.saved = self.step
 
-    def kept(self, step: int) -> str:
-        return (
-            f"the last good state, step {step}, is kept in {self.path}"
-            if self.path.is_file()
-            else "nothing is kept"
-        )
+    def _threads(self, header: dict, any_threads: bool) -> list[int]:
+        """The numbers of threads that the run has had with this process's, if that is allowed."""
+        ours, before = self.threads, header.get("threads", self.threads)
+        if before == ours or self.meter.device.type != "cpu":
+            return before
+        if not any_threads:
+            raise DDError(
+                f"the checkpoint {self.path} was computed on {before[-1]} threads and this process "
+                f"has {ours[0]}, which gives other last bits: set OMP_NUM_THREADS={before[-1]}, "
+                "or allow it by any_threads=True (--any-threads)"
+            )
+        return before if before[-1] == ours[0] else before + ours
+
+    def kept(self) -> str:
+        """What a sentence about a failed run says of its checkpoint."""
+        if self.path.is_file():
+            return f"the last good state, step {self.saved}, is kept in {self.path}"
+        return "nothing is kept"

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from ..config import Spec, dataset_of, defaults, resolve
-from ..core import DDError, pick_device
-from ..data.dataset import Dataset
+from ..config import PROFILES, Spec, dataset_of, defaults, resolve
+from ..core import DDError, pick_device, shown
+from ..data.dataset import Dataset, derived, folder_checksum, minival_name, subset_name
 from ..distilled import Synthetic
-from ..files import write_atomically
-from ..recipe import VERSION, own_augment
+from ..files import lock, read_json, sealed, update_json
+from ..methods import METHODS
+from ..recipe import VERSION, Recipe, own_augment
 from ..recipe import protocol as make_protocol
 from ..train.evaluate import Evaluation, evaluate
+from .checkpoint import threads_of
 from .meter import machine
+
+_CURE = "delete it and run again"
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,26 @@ class Run:
 
     @cached_property
     def record(self) -> dict[str, Any]:
+        """What the run measured, as `write_record` wrote it; a damaged or altered record is a `DDError`."""
+        record = read_json(self.path, "record", _CURE)
         try:
-            record = json.loads(self.path.read_text())
-            record["accuracy"]["last"]["mean"]
-            return record
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            _check(record)
+        except (KeyError, TypeError, ValueError) as error:
             raise DDError(
-                f"the record {self.path} cannot be read ({type(error).__name__}): delete it and run again"
+                f"the record {self.path} is no record of a run ({type(error).__name__}: {error}); "
+                f"{_CURE}"
             ) from error
+        return record
+
+    @property
+    def complete(self) -> bool:
+        """Whether both files of the run, record and set, are there."""
+        return self.path.is_file() and self.path.with_suffix(".safetensors").is_file()
+
+    @property
+    def sealed(self) -> bool:
+        """Whether a checksum covers the record; False for those of ddlib before its records had one."""
+        return sealed(self.path)
 
     @cached_property
     def synthetic(self) -> Synthetic:
@@ -64,62 +81,162 @@ class Run:
         Kept beside the record in NAME.transfer.json, so a second call trains nothing and needs no data.
         """
         path = self.path.with_suffix(".transfer.json")
-        kept = json.loads(path.read_text()) if path.is_file() else {}
         changes = {"protocol": protocol, "epochs": epochs, "augment": augment, "hard": hard or None}
         changes = {name: value for name, value in changes.items() if value is not None}
         backbone = backbone or self.synthetic.backbone
-        key = ", ".join(
-            [
-                f"{backbone} x {networks}",
-                f"version {VERSION}",
-                *(f"{k}={v}" for k, v in changes.items()),
-            ]
+        words = (f"{name}={value}" for name, value in changes.items())
+        key = ", ".join([f"{backbone} x {networks}", f"version {VERSION}", *words])
+        rows = side_file(path)
+        if key in rows:
+            return rows[key]
+        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+        with lock(path.with_suffix(f".{digest}"), f"{key} of {self.path.stem}"):
+            rows = side_file(path)
+            if key not in rows:
+                with threads_of(self.record["profile"]):
+                    row = self._transferred(backbone, networks, changes, data, device)
+                rows = update_json(path, "side file", _CURE, {key: row})
+        return rows[key]
+
+    def _transferred(
+        self,
+        backbone: str,
+        networks: int,
+        changes: dict[str, Any],
+        data: Dataset | None,
+        device: str,
+    ) -> dict[str, Any]:
+        spec, syn = resolve_record(self.record), self.synthetic
+        if changes.get("hard"):
+            syn = syn.hardened()
+        refuse_other_images(self, spec, data if data and fits(data, spec) else None)
+        data = data or dataset_of(spec, pick_device(device))
+        result = evaluate(
+            syn,
+            data,
+            backbone=backbone,
+            networks=networks,
+            recipe=_recipe(syn, spec, changes),
+            seed=spec.seed,
+            compile=spec.run.compile,
+            precision=spec.run.eval_precision,
         )
-        if key not in kept:
-            spec, syn = (
-                resolve_record(self.record),
-                self.synthetic.hardened() if hard else self.synthetic,
-            )
-            data = data or dataset_of(spec, pick_device(device))
-            recipe = replace(syn.recipe, augment=augment) if augment else syn.recipe
-            if protocol or epochs is not None:
-                plain = resolve(
-                    "random", spec.dataset, spec.ipc, spec.profile
-                ).run  # as the baselines are evaluated
-                name = protocol or spec.run.protocol
-                recipe = make_protocol(
-                    name,
-                    epochs=plain.eval_epochs if epochs is None else epochs,
-                    mirror=plain.mirror,
-                    augment=augment or (None if own_augment(name) else plain.augment),
-                )
-            if augment == "none":
-                recipe = replace(recipe, cutmix=0.0)  # which augments too
-            result = evaluate(
-                syn,
-                data,
-                backbone=backbone,
-                networks=networks,
-                recipe=recipe,
-                seed=spec.seed,
-                compile=spec.run.compile,
-                precision=spec.run.eval_precision,
-            )
-            kept[key] = {
-                **changes,
-                "backbone": backbone,
-                **summary(self.record["accuracy"]["last"]["step"], result),
-                "seconds": round(result.seconds, 3),
-                "device": machine(data.device),
-            }
-            write_atomically(
-                path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1))
-            )
-        return kept[key]
+        return {
+            **changes,
+            "backbone": backbone,
+            **summary(self.record["accuracy"]["last"]["step"], result),
+            "seconds": round(result.seconds, 3),
+            "device": machine(data.device),
+        }
 
     def __repr__(self) -> str:
         last = self.record["accuracy"]["last"]
         return f"Run({self.path.stem}: {last['mean']:.1f} ± {last['std']:.1f} %)"
+
+
+def _recipe(syn: Synthetic, spec: Spec, changes: dict[str, Any]) -> Recipe:
+    """The set's own protocol, or another one as the baselines are evaluated under it, with what changes."""
+    augment, recipe = changes.get("augment"), syn.recipe
+    if "protocol" in changes or "epochs" in changes:
+        plain = resolve("random", spec.dataset, spec.ipc, spec.profile).run
+        name = changes.get("protocol", spec.run.protocol)
+        recipe = make_protocol(
+            name,
+            epochs=changes.get("epochs", plain.eval_epochs),
+            mirror=plain.mirror,
+            augment=augment or (None if own_augment(name) else plain.augment),
+        )
+    elif augment:
+        recipe = replace(recipe, augment=augment)
+    # CutMix augments too.
+    return replace(recipe, cutmix=0.0) if augment == "none" else recipe
+
+
+def side_file(path: Path) -> dict[str, Any]:
+    """The rows kept beside a record, by their key; none where there is no such file yet."""
+    return read_json(path, "side file", _CURE) if path.exists() else {}
+
+
+def _check(record: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError unless the record has what every table reads of it."""
+    for key, kind in _TYPES.items():
+        if not isinstance(record[key], kind) or isinstance(record[key], bool):
+            raise TypeError(f"{key} is {shown(record[key])}")
+    if not (record["method"] in METHODS and record["profile"] in PROFILES):
+        raise ValueError(f"{record['method']} in {record['profile']}")
+    for part in ("distill", "evaluate"):
+        float(record["seconds"][part])
+    if not record["evaluations"]:
+        raise ValueError("evaluations are none")
+    for score in (*record["accuracy"].values(), *record["evaluations"]):
+        _check_score(score)
+    for row in record["history"]:
+        row["step"] + 0
+
+
+_TYPES = {
+    "name": str,
+    "method": str,
+    "dataset": str,
+    "ipc": int,
+    "profile": str,
+    "seed": int,
+    "values": dict,
+    "backbone": str,
+    "recipe": dict,
+    "accuracy": dict,
+    "evaluations": list,
+    "history": list,
+    "seconds": dict,
+    "peak_bytes": int,
+    "peak_method": str,
+    "device": str,
+}
+
+
+def _check_score(score: dict[str, Any]) -> None:
+    values = [score["step"], score["mean"], score["std"], *score["networks"]]
+    if not (score["networks"] and all(map(math.isfinite, values))):
+        raise ValueError(f"a score is {shown(values)}")
+
+
+def fits(data: Dataset, spec: Spec) -> bool:
+    """Whether `data` is what `dataset_of(spec)` would load."""
+    run = spec.run
+    return (
+        data.name == spec.dataset
+        and (data.zca.kind if data.zca else "") == run.zca
+        and not run.subset
+        and not run.minival
+        and run.resolution in (0, data.shape[-1])
+    )
+
+
+def refuse_other_images(run: Run, spec: Spec, data: Dataset | None) -> None:
+    """Raise `DDError` where the kept run was made from other images than `data`, or than its folder holds now.
+
+    A folder that is not at hand cannot be asked: its record stands as it is.
+    """
+    made = run.record.get("dataset_checksum")
+    present = data.checksum if data else _present_checksum(spec)
+    if made and present and made != present:
+        raise DDError(
+            f"the record {run.path} was made from other images of the name {spec.dataset!r}: give "
+            "these another name, or run with fresh=True (--fresh), which replaces the record"
+        )
+
+
+def _present_checksum(spec: Spec) -> str | None:
+    """The checksum of the images that a run of `spec` would see now, where a folder may have changed."""
+    if not spec.dataset.startswith("folder:"):
+        return None
+    run = spec.run
+    found = folder_checksum(spec.dataset, run.resolution or None)
+    if found and run.subset:
+        found = derived(found, subset_name(run.subset))
+    if found and run.minival:
+        found = derived(found, minival_name(run.minival))
+    return found
 
 
 def resolve_record(record: dict[str, Any]) -> Spec:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,27 +15,19 @@ import torch
 from tqdm.auto import tqdm
 
 from ..config import Spec, dataset_of, resolve
-from ..core import DDError, Interrupted, pick_device
+from ..core import DDError, Interrupted, pick_device, whole
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..experts import ExpertsError, train_experts
-from ..files import results_folder, write_atomically
+from ..files import Busy, CannotWrite, lock, results_folder, write_atomically, write_json
 from ..methods import METHODS
 from ..nets.build import build
 from ..train.evaluate import evaluate
-from .checkpoint import Progress, guard
+from .checkpoint import Progress, Signals, guard, threads_of
 from .meter import PeakMemory, machine
-from .record import Run, summary
+from .record import Run, fits, refuse_other_images, summary
 
-
-def _points(total: int, count: int) -> set[int]:
-    """`count` steps evenly spaced over 1..total, the last always among them."""
-    return {min(total, max(1, round(total * (k + 1) / count))) for k in range(count)}
-
-
-def _pictures(total: int, count: int) -> set[int]:
-    """At most `count` steps in equal ratios up to `total`: images change most in the first steps."""
-    return {max(1, round(total ** ((k + 1) / count))) for k in range(count)} if total else set()
+_SAVE_SECONDS = 300  # a checkpoint at least so often
 
 
 def run(
@@ -51,73 +44,97 @@ def run(
     progress: bool = True,
     checkpoint_every: int = 50,
     teach: bool = False,
+    wait: bool = True,
+    any_threads: bool = False,
     **overrides: Any,
 ) -> Run:
     """The record of one run: at once if `results/` holds it, else distil (or resume), evaluate and write it.
 
     `overrides` are keys of the method's Config or of `RunConfig`. `data` spares the loading where a notebook already
-    has it. `fresh` ignores an old record and checkpoint. A killed run resumes from its last checkpoint, written every
-    `checkpoint_every` steps, every five minutes and at every signal, and ends in the same bytes on the same CPU. `teach` first trains the
-    experts that a run needs and lacks (`prepare`); a kept record needs none. Raises `DDError`.
+    has it. `fresh` ignores an old record and checkpoint. `teach` first trains the experts that a run needs and lacks
+    (`prepare`); a kept record needs none.
+
+    A killed run resumes from its last checkpoint, written every `checkpoint_every` steps, every five minutes and at
+    every signal, and ends in the same bytes on the same CPU with the same number of threads; a resume with another
+    number is refused unless `any_threads`, and the record says so. Of processes that ask for the same run one computes
+    it and the others wait and read it, or raise `ddlib.files.Busy` at once unless `wait`. A kept record is refused
+    where its folder of images, if it is at hand, has changed since. Raises `DDError`.
     """
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
     folder = results_folder(results) / profile
-    done, config = Run(folder / f"{spec.name}.json"), spec.run
-    if data and (
-        data.name != dataset
-        or (data.zca.kind if data.zca else "") != config.zca
-        or config.subset
-        or config.minival
-        or config.resolution not in (0, data.shape[-1])
-    ):
-        data = None
-    if not fresh and done.path.is_file() and done.path.with_suffix(".safetensors").is_file():
-        if data and data.checksum != done.record.get(
-            "dataset_checksum"
-        ):  # a damaged record is named here
-            raise DDError(
-                f"the record {done.path} was made from other images of the name {dataset!r}: give these "
-                "another name, or run with fresh=True"
-            )
-        done.record  # noqa: B018  or here
+    done = Run(folder / f"{spec.name}.json")
+    data = data if data and fits(data, spec) else None
+    checkpoint = folder / "checkpoints" / f"{spec.name}.safetensors"
+    if not fresh and done.complete:
+        refuse_other_images(done, spec, data)
+        _forget(checkpoint, done)
         return done
-    if checkpoint_every < 1:
-        raise DDError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
-    at = pick_device(device)
-    # An unwritable folder fails now.
-    write_atomically(folder / f".{spec.name}.try", lambda path: None).unlink(missing_ok=True)
-    data = data.to(at) if data else dataset_of(spec, at)
-    smallest = int(data.class_sizes().min())
-    if ipc > smallest:
-        name = data.classes[int(data.class_sizes().argmin())]
+    every = whole("checkpoint_every", checkpoint_every, 1)
+    device = pick_device(device)
+    with lock(done.path, f"the run {spec.name}", wait), threads_of(profile):
+        if not fresh and done.complete:  # another process has made it meanwhile
+            refuse_other_images(done, spec, data)
+            return done
+        # An unwritable folder fails now.
+        write_atomically(folder / f".{spec.name}.try", lambda path: None).unlink(missing_ok=True)
+        data = data.to(device) if data else dataset_of(spec, device)
+        _check(spec, data)
+        if teach and hasattr(spec.config, "expert_recipe"):
+            _teach(spec, data, progress)
+        if fresh:
+            checkpoint.unlink(missing_ok=True)
+        peak = PeakMemory(data.device)
+        state = Progress(spec, checkpoint, _method(spec, data), data.checksum, peak)
+        state.restore(any_threads)
+        with peak:
+            _distil(state, data, done, progress, every)
+        checkpoint.unlink(missing_ok=True)
+    return done
+
+
+def _forget(checkpoint: Path, done: Run) -> None:
+    """Remove a finished run's checkpoint: the kill came between its record and its removal."""
+    if checkpoint.is_file():
+        with suppress(Busy, CannotWrite, OSError), lock(done.path, "the run", wait=False):
+            checkpoint.unlink(missing_ok=True)
+
+
+def _check(spec: Spec, data: Dataset) -> None:
+    """Raise `DDError` for what would fail only after hours of distillation."""
+    sizes, run = data.class_sizes(), spec.run
+    smallest = int(sizes.min())
+    if spec.ipc > smallest:
+        name = data.classes[int(sizes.argmin())]
         raise DDError(
-            f"ipc {ipc} is more than the {smallest} training images of class {name!r} of {dataset}; "
-            f"allowed: 1 to {smallest}"
+            f"ipc {spec.ipc} is more than the {smallest} training images of class {name!r} of "
+            f"{spec.dataset}; allowed: 1 to {smallest}"
         )
-    build(
-        config.eval_backbone or config.backbone, data.shape, data.num_classes
-    )  # or it fails after hours of distillation
-    if teach and hasattr(spec.config, "expert_recipe"):
-        _teach(spec, data, progress)
+    if not len(data.labels["test"]):
+        raise DDError(
+            f"{spec.dataset} has no test images, so nothing can be evaluated on it: add a test "
+            "folder, or give every class two or more images, of which a share is taken for testing"
+        )
+    build(run.eval_backbone or run.backbone, data.shape, data.num_classes)
+
+
+def _method(spec: Spec, data: Dataset) -> Any:
     try:
-        work = METHODS[method](spec.config, data, ipc, config.backbone, seed)
+        return METHODS[spec.method](spec.config, data, spec.ipc, spec.run.backbone, spec.seed)
     except ExpertsError as error:
         raise DDError(f"{error}: {spec.command('experts')}") from None
-    state = Progress(spec, folder / "checkpoints" / f"{spec.name}.safetensors", work, data.checksum)
-    if fresh:
-        state.path.unlink(missing_ok=True)
-    state.restore()
-    with PeakMemory(data.device) as peak:
-        try:
-            with guard() as flags:
-                _loop(state, data, peak, flags, progress, checkpoint_every)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped at step {state.step} of {state.total}; run the same command to go on"
-            ) from None
-    _write(done.path, state, data, peak)
-    state.path.unlink(missing_ok=True)
-    return done
+
+
+def _distil(state: Progress, data: Dataset, done: Run, progress: bool, every: int) -> None:
+    """Make all steps that are left and write the record, or save where a signal stopped it."""
+    try:
+        with guard() as signals:
+            _loop(state, data, signals, progress, every)
+            with signals.held():
+                _write(done.path, state, data)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped at step {state.step} of {state.total}; run the same command to go on"
+        ) from None
 
 
 def prepare(
@@ -134,7 +151,8 @@ def prepare(
     spec = resolve(method, dataset, ipc, profile, **overrides)
     if not hasattr(spec.config, "expert_recipe"):
         raise DDError(f"{method} needs no experts; methods that do: mtt, tesla, ftd, datm")
-    return _teach(spec, dataset_of(spec, pick_device(device)), progress)
+    with threads_of(profile):
+        return _teach(spec, dataset_of(spec, pick_device(device)), progress)
 
 
 def _teach(spec: Spec, data: Dataset, progress: bool) -> list[Path]:
@@ -166,126 +184,131 @@ def _synthetic(state: Progress, data: Dataset, snapshots: bool = False) -> Synth
     )
 
 
-def _loop(
-    state: Progress, data: Dataset, peak: PeakMemory, flags: dict, progress: bool, every: int
-) -> None:
-    spec, total = state.spec, state.total
-    config = spec.run
-    tests, pictures = (
-        _points(total, config.evaluations),
-        _pictures(total, config.snapshots),
-    )
-    log_every, start, saved = max(1, total // 100), time.perf_counter(), state.step
+def _points(total: int, count: int) -> set[int]:
+    """`count` steps evenly spaced over 1..total, the last always among them."""
+    count = min(count, max(total, 1))
+    return {min(total, max(1, round(total * (k + 1) / count))) for k in range(count)}
+
+
+def _pictures(total: int, count: int) -> set[int]:
+    """At most `count` steps in equal ratios up to `total`: images change most in the first steps."""
+    return {max(1, round(total ** ((k + 1) / count))) for k in range(count)} if total else set()
+
+
+def _loop(state: Progress, data: Dataset, signals: Signals, progress: bool, every: int) -> None:
+    """Step, log, evaluate and save until the last step; a signal or an error saves what is good first."""
+    config, total, words = state.spec.run, state.total, _words(state.spec)
+    tests = _points(total, config.evaluations)
+    pictures = _pictures(total, config.snapshots)
     if config.snapshots and not state.snapshots:
-        state.snapshots[0] = state.method.images.detach().cpu().clone()
+        _picture(state)
+    state.start_clock()
     with tqdm(
-        total=total,
-        initial=state.step,
-        disable=not progress,
-        leave=False,
-        desc=f"{spec.method} {spec.dataset} ipc {spec.ipc}",
+        total=total, initial=state.step, disable=not progress, leave=False, desc=words
     ) as bar:
-
-        def save() -> None:
-            nonlocal start, saved
-            if not torch.isfinite(state.method.images).all():
-                raise _diverged(state, saved, "the images are not finite")
-            now = time.perf_counter()
-            state.seconds["distill"] += now - start
-            start, saved = now, state.step
-            state.save(peak)
-
         try:
             while True:
-                # At the top, so that a run that was stopped while it evaluated does not skip that evaluation.
+                # At the top, so that a run that was stopped while it evaluated does not skip it.
                 if state.step in tests and all(e["step"] != state.step for e in state.evaluations):
                     _test(state, data, bar)
-                    start = time.perf_counter()
+                    state.start_clock()
                 if state.step == total:
                     return
-                flags["stepping"] = True
-                try:
-                    report = state.method.step()
-                except DDError as error:  # raised before anything was changed
-                    if state.step > saved:
-                        save()
-                    raise DDError(f"{error}; {state.kept(state.step)}") from None
-                state.step += 1
-                if state.step % log_every == 0 or state.step == total:
-                    values = {k: float(v) for k, v in report.items()}
-                    if not all(map(numpy.isfinite, values.values())):
-                        raise _diverged(state, saved, str(values))
-                    state.history.append({"step": state.step} | values)
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
-                bar.update()
-                if state.step in pictures:
-                    state.snapshots[state.step] = state.method.images.detach().cpu().clone()
-                if (
-                    state.step % every == 0
-                    or state.step in tests
-                    or time.perf_counter() - start > 300
-                ):
-                    save()
-                flags["stepping"] = False
-                if flags["stop"]:
-                    raise KeyboardInterrupt
+                with signals.held():
+                    _step(state, bar)
+                    if state.step in pictures:
+                        _picture(state)
+                    late = time.perf_counter() - state.since > _SAVE_SECONDS
+                    if state.step % every == 0 or state.step in tests or late:
+                        _save(state)
         except KeyboardInterrupt:
-            if state.step > saved:
-                save()
+            if state.step > state.saved:
+                _save(state)
             raise
 
 
-def _diverged(state: Progress, saved: int, what: str) -> DDError:
+def _words(spec: Spec) -> str:
+    return f"{spec.method} {spec.dataset} ipc {spec.ipc}"
+
+
+def _step(state: Progress, bar: tqdm) -> None:
+    """One step of the method, logged a hundred times a run."""
+    try:
+        report = state.method.step()
+    except DDError as error:  # raised before anything was changed
+        if state.step > state.saved:
+            _save(state)
+        raise DDError(f"{error}; {state.kept()}") from None
+    state.step += 1
+    if state.step % max(1, state.total // 100) == 0 or state.step == state.total:
+        values = {name: float(value) for name, value in report.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise _diverged(state, str(values))
+        state.history.append({"step": state.step} | values)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+    bar.update()
+
+
+def _picture(state: Progress) -> None:
+    state.snapshots[state.step] = state.method.images.detach().cpu().clone()
+
+
+def _save(state: Progress) -> None:
+    if not torch.isfinite(state.method.images).all():
+        raise _diverged(state, "the images are not finite")
+    state.save()
+
+
+def _diverged(state: Progress, what: str) -> DDError:
     return DDError(
-        f"{state.spec.method} diverged at step {state.step}: {what}; {state.kept(saved)}; lower the step "
+        f"{state.spec.method} diverged at step {state.step}: {what}; {state.kept()}; lower the step "
         "size"
     )
 
 
 def _test(state: Progress, data: Dataset, bar: tqdm) -> None:
-    config = state.spec.run
-    bar.set_description(
-        f"{state.spec.method} ipc {state.spec.ipc}: evaluating {config.networks} networks"
-    )
+    """Evaluate the set as it is now."""
+    spec = state.spec
+    networks = spec.run.networks
+    bar.set_description(f"{spec.method} ipc {spec.ipc}: evaluating {networks} networks")
     result = evaluate(
         _synthetic(state, data),
         data,
-        networks=config.networks,
-        seed=state.spec.seed,
-        compile=config.compile,
-        precision=config.eval_precision,
+        networks=networks,
+        seed=spec.seed,
+        compile=spec.run.compile,
+        precision=spec.run.eval_precision,
     )
-    bar.set_description(
-        f"{state.spec.method} {state.spec.dataset} ipc {state.spec.ipc}, {result.mean:.1f} %"
-    )
+    bar.set_description(f"{_words(spec)}, {result.mean:.1f} %")
     state.seconds["evaluate"] += result.seconds
-    state.evaluations = [e for e in state.evaluations if e["step"] < state.step] + [
-        summary(state.step, result)
-    ]
+    earlier = [score for score in state.evaluations if score["step"] < state.step]
+    state.evaluations = [*earlier, summary(state.step, result)]
 
 
-def _write(path: Path, state: Progress, data: Dataset, peak: PeakMemory) -> None:
-    spec = state.spec
+def _write(path: Path, state: Progress, data: Dataset) -> None:
+    """The two files of a finished run: the set, then its record."""
+    spec, scores = state.spec, state.evaluations
+    peak = max(state.peak, state.meter.read())
     _synthetic(state, data, snapshots=True).save(path.with_suffix(".safetensors"))
-    judged = [
-        e for e in state.evaluations if "val" in e
-    ]  # the checkpoint that the validation split would choose
-    best = max(state.evaluations, key=lambda e: e.get("best", e)["mean"])
-    selected = {"selected": max(judged, key=lambda e: e["val"]["mean"])} if judged else {}
+    accuracy = {"last": scores[-1], "best": max(scores, key=lambda e: e.get("best", e)["mean"])}
+    judged = [score for score in scores if "val" in score]
+    if judged:  # the checkpoint that the validation split would choose
+        accuracy["selected"] = max(judged, key=lambda score: score["val"]["mean"])
     record = {
         "name": spec.name,
-        **{k: v for k, v in asdict(spec).items()},
+        **asdict(spec),
         "backbone": spec.run.backbone,
         "version": METHODS[spec.method].version,
         "recipe": asdict(spec.recipe),
-        "accuracy": {"last": state.evaluations[-1], "best": best, **selected},
-        "evaluations": state.evaluations,
+        "accuracy": accuracy,
+        "evaluations": scores,
         "history": state.history,
         "extra": getattr(state.method, "record", {}),
-        "seconds": {k: round(v, 3) for k, v in state.seconds.items()},
-        "peak_bytes": max(state.peak, peak.bytes),
-        "peak_method": peak.method,
+        "seconds": {part: round(seconds, 3) for part, seconds in state.seconds.items()},
+        "peak_bytes": peak,
+        "peak_method": state.meter.method,
         "device": machine(data.device),
+        "threads": state.threads,
         "dataset_checksum": data.checksum,
         "commit": state.commit,
         "versions": {
@@ -295,4 +318,4 @@ def _write(path: Path, state: Progress, data: Dataset, peak: PeakMemory) -> None
         },
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
+    write_json(path, record)

@@ -1,0 +1,284 @@
+"""Files that lie, folders that change, processes that meet: each was once a wrong number, a hang or a traceback."""
+
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddlib as dd
+from ddlib import files
+from ddlib.core import DDError, Interrupted
+from ddlib.engine import checkpoint
+from ddlib.engine import record as records
+from ddlib.methods.dm import DM
+
+SHORT = {
+    "ipc": 1,
+    "iterations": 4,
+    "eval_epochs": 1,
+    "networks": 1,
+    "evaluations": 1,
+    "snapshots": 0,
+    "backbone": "convnet:width=4",
+    "progress": False,
+}
+
+
+def dm(dataset="digits", **changes) -> dd.Run:
+    return dd.run("dm", dataset, **SHORT | changes)
+
+
+def pets(root: Path, seed: int) -> Path:
+    """A folder of two classes, six grey images of 8 x 8 pixels each."""
+    draw = np.random.default_rng(seed)
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(6):
+            pixels = draw.integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dd.Run:
+    return dm(results=tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def kept(made, results) -> dd.Run:
+    """A finished run of this test's own, to spoil."""
+    shutil.copytree(made.path.parent, results / "smoke")
+    return dd.Run(results / "smoke" / made.path.name)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# The right record
+
+
+def test_a_folder_is_known_by_its_images_and_not_by_its_name(results, tmp_path, cache, monkeypatch):
+    monkeypatch.delenv("DDLIB_DATA", raising=False)
+    for place, seed in (("a", 0), ("b", 1)):
+        pets(tmp_path / place / "pets", seed)
+    monkeypatch.chdir(tmp_path / "a")
+    first = dm("folder:pets")
+    assert dm("folder:pets").path == first.path
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(DDError, match="was made from other images of the name 'folder:pets'"):
+        dm("folder:pets")
+    with pytest.raises(DDError, match="was made from other images"):
+        first.transfer("mlp", networks=1)
+    # Where the folder is not at hand, the record is all there is.
+    monkeypatch.chdir(tmp_path)
+    assert dm("folder:pets").accuracy == first.accuracy
+
+
+def test_a_folder_that_changed_in_place(results, tmp_path, cache):
+    name = f"folder:{pets(tmp_path / 'pets', 0)}"
+    run = dm(name, subset=2)
+    assert dm(name, subset=2).record == run.record
+    pets(tmp_path / "pets", 1)
+    with pytest.raises(DDError, match="other images of the name .* run with fresh=True"):
+        dm(name, subset=2)
+    assert (
+        dm(name, subset=2, fresh=True).record["dataset_checksum"] != run.record["dataset_checksum"]
+    )
+    assert dm(name, subset=2).path == run.path
+
+
+# One checksum over everything
+
+
+def spoil(path: Path, old: str, new: str) -> None:
+    text = path.read_bytes()
+    assert text.count(old.encode()) and len(old) == len(new)
+    path.write_bytes(text.replace(old.encode(), new.encode(), 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('\\"epochs\\": 2', '\\"epochs\\": 9'), ('\\"lr\\": 0.01', '\\"lr\\": 9.01')]
+)
+def test_a_changed_digit_in_the_header_of_a_set(kept, old, new):
+    path = kept.path.with_suffix(".safetensors")
+    spoil(path, old, new)
+    with pytest.raises(DDError, match="was altered: its checksum does not match"):
+        dd.Synthetic.load(path)
+
+
+def test_a_renamed_tensor(tmp_path):
+    path = files.save_tensors(tmp_path / "a.safetensors", {"mean": torch.ones(2)}, {})
+    spoil(path, '"mean"', '"neam"')
+    with pytest.raises(DDError, match="was altered"):
+        files.load_tensors(path, "set", "delete it")
+
+
+def test_a_changed_digit_in_a_checkpoint(results, monkeypatch):
+    stop_after(3, monkeypatch)
+    with pytest.raises(Interrupted):
+        dm()
+    (path,) = results.glob("smoke/checkpoints/*.safetensors")
+    spoil(path, '\\"step\\": 3, \\"threads', '\\"step\\": 2, \\"threads')
+    with pytest.raises(DDError, match="the checkpoint .* was altered"):
+        dm()
+
+
+def stop_after(step: int, monkeypatch) -> None:
+    real = DM.step
+
+    def stopping(self):
+        if self.steps == step:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(DM, "step", stopping)
+
+
+def test_a_changed_digit_in_a_record_or_beside_it(kept):
+    kept.transfer("mlp", networks=1)
+    beside = kept.path.with_suffix(".transfer.json")
+    for path in (kept.path, beside):
+        value = json.loads(path.read_text())
+        score = value["accuracy"]["last"] if path == kept.path else next(iter(value.values()))
+        score["mean"] += 1
+        path.write_text(json.dumps(value))
+    with pytest.raises(DDError, match="the record .* was altered"):
+        _ = dd.Run(kept.path).record
+    with pytest.raises(DDError, match="the side file .* was altered"):
+        records.side_file(beside)
+
+
+def test_older_files_are_read_and_told_apart(kept):
+    assert kept.sealed
+    record = {
+        key: value for key, value in json.loads(kept.path.read_text()).items() if key != "seal"
+    }
+    kept.path.write_text(json.dumps(record))
+    old = dd.Run(kept.path)
+    assert old.accuracy == kept.accuracy and not old.sealed
+    path = kept.path.with_suffix(".safetensors")
+    assert files.sealed(path)
+    tensors, header = files.load_tensors(path, "set", "")
+    header["sha256"] = files.checksum(*tensors.values())
+    files.save_file(tensors, path, metadata={"ddlib": json.dumps(header)})
+    assert torch.equal(old.synthetic.images, tensors["images"]) and not files.sealed(path)
+
+
+# Threads
+
+
+def test_a_resume_with_another_number_of_threads_is_refused_unless_allowed(results, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(3, patch)
+        dm()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with pytest.raises(
+        DDError, match="computed on 1 threads and this process has 7, .*NUM_THREADS=1"
+    ):
+        dm()
+    assert dm(any_threads=True).record["threads"] == [1, 7]
+
+
+def test_smoke_runs_on_one_thread_wherever_it_is_started(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for variable, profile, wanted in (
+        ("", "smoke", [1, 4]),
+        ("2", "smoke", [4]),
+        ("", "small", [4]),
+    ):
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        set_to.clear()
+        with checkpoint.threads_of(profile):
+            pass
+        assert set_to == wanted
+
+
+# No row is lost
+
+
+def test_rows_written_at_once_are_all_kept(kept):
+    nets = ["mlp", "lenet", "convnet:width=2", "convnet:width=3"]
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(lambda net: dd.Run(kept.path).transfer(net, networks=1), nets))
+    beside = records.side_file(kept.path.with_suffix(".transfer.json"))
+    assert [row["backbone"] for row in rows] == nets
+    assert {row["backbone"] for row in beside.values()} == set(nets)
+
+
+# Recipes in files
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": -1}, "'epochs' must be 1 to 1000000, not -1"),
+        ({"epochs": 10**12}, "'epochs' must be 1 to 1000000"),
+        ({"loss": "x"}, "unknown recipe loss 'x'"),
+        ({"optimiser": "x"}, "unknown recipe optimiser 'x'"),
+        ({"lr": float("nan")}, "'lr' must be a finite number"),
+        ({"drops": ["x"]}, "'drops' must be tuple"),
+        ({"augment": "blur"}, "blur"),
+        ({"speed": 1}, "unknown recipe key 'speed'"),
+    ],
+)
+def test_a_sets_recipe_is_held_to_what_a_typed_one_is(kept, change, message):
+    path = kept.path.with_suffix(".safetensors")
+    tensors, header = files.load_tensors(path, "set", "")
+    files.save_tensors(path, tensors, header | {"recipe": header["recipe"] | change})
+    with pytest.raises(DDError, match=f"the distilled set .* makes no sense: .*{message}"):
+        dd.Synthetic.load(path)
+
+
+def test_a_record_without_a_number_is_no_result(kept):
+    record = json.loads(kept.path.read_text())
+    record["accuracy"]["last"]["mean"] = float("nan")
+    del record["seal"]
+    kept.path.write_text(json.dumps(record))
+    with pytest.raises(DDError, match="is no record of a run .*delete it and run again"):
+        _ = dd.Run(kept.path).record
+
+
+# Processes that meet
+
+
+def test_one_computes_and_the_others_wait_and_read(results, monkeypatch):
+    made, real = [], DM.step
+
+    def step(self):
+        made.append(1)
+        return real(self)
+
+    monkeypatch.setattr(DM, "step", step)
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda _: dm(), range(3)))
+    assert len(made) == SHORT["iterations"] and len({run.accuracy for run in runs}) == 1
+
+
+def test_a_run_at_work_elsewhere_can_be_seen_and_a_dead_ones_lock_is_free(results):
+    name = dm().path.name
+    (results / "smoke" / name).unlink()
+    hold = (
+        "import sys, time; from pathlib import Path; from ddlib.files import lock\n"
+        f"with lock(Path({str(results / 'smoke' / name)!r}), 'it'): print(1, flush=True), time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "1\n"
+        with pytest.raises(files.Busy, match="another process is at work on the run dm-digits"):
+            dm(wait=False)
+    finally:
+        child.kill()
+        child.wait()
+    assert dm(wait=False).path.name == name
