@@ -52,7 +52,9 @@ class RunConfig:
     evaluations: int = option(
         1, least=1
     )  # evenly spaced over the run; the last one is after the last step
-    snapshots: int = option(0, least=0)  # copies of the images kept on the way, to look at
+    snapshots: int = option(
+        0, least=0, most=10_000
+    )  # copies of the images kept on the way, to look at
     zca: str = option("", allowed=("", *KINDS))  # whitening in place of mean and standard deviation
     resolution: int = option(0, least=0)  # pixels a side; 0 is the dataset's own
     minival: float = option(

@@ -276,7 +276,6 @@ def recipe_from(values: dict) -> Recipe:
         value = getattr(recipe, key)
         if not least <= value <= most:
             raise DDError(f"recipe key {key!r} must be {least} to {most}, not {shown(value)}")
-    choose("recipe optimiser", recipe.optimiser, ("sgd", "adam"))
     choose("recipe loss", recipe.loss, ("ce", "mse"))
     check_strategy(recipe.augment)
     return recipe

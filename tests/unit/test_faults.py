@@ -1,5 +1,6 @@
 """Files that lie, folders that change, processes that meet: each was once a wrong number, a hang or a traceback."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -226,7 +227,6 @@ def test_rows_written_at_once_are_all_kept(kept):
         ({"epochs": -1}, "'epochs' must be 1 to 1000000, not -1"),
         ({"epochs": 10**12}, "'epochs' must be 1 to 1000000"),
         ({"loss": "x"}, "unknown recipe loss 'x'"),
-        ({"optimiser": "x"}, "unknown recipe optimiser 'x'"),
         ({"lr": float("nan")}, "'lr' must be a finite number"),
         ({"drops": ["x"]}, "'drops' must be tuple"),
         ({"augment": "blur"}, "blur"),
@@ -239,6 +239,13 @@ def test_a_sets_recipe_is_held_to_what_a_typed_one_is(kept, change, message):
     files.save_tensors(path, tensors, header | {"recipe": header["recipe"] | change})
     with pytest.raises(DDError, match=f"the distilled set .* makes no sense: .*{message}"):
         dd.Synthetic.load(path)
+
+
+def test_an_unknown_optimiser_is_not_taken_for_another(kept):
+    syn = dataclasses.replace(kept.synthetic, recipe=dd.protocol("dm", epochs=1))
+    syn = dataclasses.replace(syn, recipe=dataclasses.replace(syn.recipe, optimiser="x"))
+    with pytest.raises(DDError, match="unknown optimiser 'x'"):
+        dd.evaluate(syn, dd.load("digits", device="cpu"), networks=1)
 
 
 def test_a_record_without_a_number_is_no_result(kept):
