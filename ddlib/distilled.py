@@ -184,9 +184,9 @@ class Synthetic:
     def _validate_images(self) -> None:
         _tensor("images", self.images, torch.float32, (None, None, None, None))
         names = isinstance(self.classes, tuple) and {type(name) for name in self.classes} == {str}
-        if not names or not len(self.images) or len(self.images) % len(self.classes):
+        if not names or not len(self.images):
             raise DDError(
-                f"images must be as many for each class, not {len(self.images)} for classes "
+                f"a set needs images and the names of its classes, not {len(self.images)} images and "
                 f"{shown(self.classes)}"
             )
         if not isinstance(self.snapshots, dict):
