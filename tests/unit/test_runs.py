@@ -476,8 +476,8 @@ def test_a_damaged_set_is_one_sentence(ddlib, whole, tmp_path):
 def test_a_results_folder_that_cannot_be_written(ddlib, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(
-        records,
-        "load",
+        runs,
+        "dataset_of",
         lambda *args, **options: pytest.fail("found out only after loading the data"),
     )
     with pytest.raises(
