@@ -13,11 +13,16 @@ __version__ = "0.1.0"
 # Each name is imported when it is first used: `ddlib --help` is there at once, without torch.
 MODULES = {
     "claims": "report.claims",
+    "continual": "studies.continual",
     "explore": "report.explore",
     "fairness": "studies.fairness",
     "lesson": "report.lesson",
+    "membership": "studies.membership",
     "plots": "report.plots",
+    "sampling": "studies.sampling",
+    "search": "studies.architecture_search",
     "tables": "report.tables",
+    "trajectories": "studies.trajectories",
 }
 NAMES = {
     "METHODS": "methods",

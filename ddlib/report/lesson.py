@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from ..config import resolve
+from ..config import dataset_of, resolve
 from ..core import DDError, pick_device
-from ..data.dataset import canonical
+from ..data.dataset import Dataset, canonical
 from ..engine import meter
-from ..engine.record import Run
+from ..engine.record import Run, resolve_record
 from ..files import SOURCE
 from ..methods import METHODS
-from ..studies import size
-from . import plots, tables
+from . import plots, size, tables
 from .claims import KEPT
 
 # What random images need to be evaluated as a method's own sets are, by protocol.
@@ -253,3 +252,92 @@ def across(
         score = run.transfer(hard, protocol="dsa", hard=True, device=device)
         scores.append({"method": name, **score, "backbone": "DSA protocol, hard labels"})
     return tables.across(scores)
+
+
+def data_of(run: Run, device: str = "auto") -> Dataset | None:
+    """The dataset that a whitened set needs to be seen in pixels; None for a set that needs none."""
+    if not run.synthetic.zca:
+        return None
+    return dataset_of(resolve_record(run.record), pick_device(device))
+
+
+def steps(rows: pd.DataFrame, place: str) -> Styler:
+    """`trajectories.outer_steps` as a table: milliseconds, graph and peak MiB of one update of the images."""
+    rows = rows.assign(ms=1e3 * rows.seconds)
+    for kind in ("graph", "peak"):
+        rows[f"{kind} (MiB)"] = rows[f"{kind} bytes"] / 2**20
+    shown = rows[["ipc", "method", "network", "ms", "graph (MiB)", "peak (MiB)"]]
+    return tables.titled(shown, f"One step, uncompiled: {place}; {rows.device.iloc[0]}")
+
+
+def gradients(rows: pd.DataFrame, place: str) -> Styler:
+    """`trajectories.unrolling` at one N as a table: MiB of graph and stored weights, seconds."""
+    rows = rows.assign(graph=rows["graph bytes"] / 2**20, vectors=rows["vectors bytes"] / 2**20)
+    rows.loc[rows.engine == "unroll", "vectors"] = 0  # its graph has them
+    shown = rows.rename(columns={"graph": "graph (MiB)", "vectors": "stored weights (MiB)"})
+    shown = shown[["engine", "steps", "graph (MiB)", "stored weights (MiB)", "seconds"]]
+    caption = f"One gradient: {place}; {rows.device.iloc[0]}"
+    return tables.titled(shown, caption).format(precision=3)
+
+
+def by_value(table: pd.DataFrame, key: str) -> pd.DataFrame:
+    """Runs that differ in one setting, a row a value of it: accuracy, its spreads, seeds and networks."""
+    rows = tables.summary(table, by=("dataset", "profile", "ipc", key))
+    return rows[[key, "accuracy", "pooled", "over seeds", "over networks", "seeds", "networks"]]
+
+
+def gap(table: pd.DataFrame, key: str, one: Any, other: Any) -> str:
+    """How far two values of a setting lie apart, and whether that is more than the spread over seeds."""
+    rows = by_value(table, key).set_index(key)
+    far = rows.accuracy[one] - rows.accuracy[other]
+    noise = rows["over seeds"][one] + rows["over seeds"][other]
+    side = "outside" if abs(far) > noise else "inside"
+    return f"{one} minus {other}: {far:+.1f} points, {side} the spread over seeds ({noise:.1f})."
+
+
+def against(table: pd.DataFrame, by: str, base: str, keys: Iterable[str]) -> pd.DataFrame:
+    """The last rows of `table` by `by`: each of `keys`, its change (%) against `base`, and the spread of `base` (%)."""
+    keys = list(keys)
+    groups = table[table.epoch == table.epoch.max()].groupby(by, sort=False)[keys]
+    mean, spread = groups.mean(), groups.std(ddof=0)
+    shown = mean.copy()
+    for key in keys:
+        shown[f"{key}, change (%)"] = 100 * (mean[key] / mean[key][base] - 1)
+        shown[f"{key}, ± (%)"] = 100 * spread[key][base] / mean[key][base]
+    return shown.reset_index()
+
+
+def ema_share(places: Iterable[tuple[str, int]]) -> pd.DataFrame:
+    """The share (%) of the first images that is left in FTD's moving average at the paper's settings."""
+    rows = []
+    for dataset, ipc in places:
+        values = resolve("ftd", dataset, ipc, "paper").values
+        left = 100 * values["ema"] ** values["iterations"]
+        facts = {key: values[key] for key in ("ema", "iterations")}
+        rows.append(
+            {"dataset": plots.short(dataset), "ipc": ipc, **facts, "first images (%)": left}
+        )
+    return pd.DataFrame(rows)
+
+
+def imagenet(predict: Callable[..., dict], known: pd.DataFrame) -> Styler:
+    """Memory of one TESLA gradient at ImageNet-1K's size, predicted on the meta device, and measured where kept.
+
+    `predict` is `trajectories.predicted_memory`, `known` the rows of `trajectories.kept("unrolling", "imagenet1k")`.
+    """
+    v = resolve("tesla", "imagenet1k", 1, "paper").values
+    shape, engines = (3, 64, 64), ("unroll", "tesla", "adjoint")
+    sizes = ("convnet:depth=4", shape, 1000, v["batch_syn"], v["syn_steps"])
+    table = pd.DataFrame([predict(*sizes, engine) for engine in engines])
+    table["predicted (GiB)"] = (table["graph bytes"] + table["vectors bytes"]) / 2**30
+    table["unroll / this"] = table["predicted (GiB)"][0] / table["predicted (GiB)"]
+    known = known[known.steps == v["syn_steps"]].groupby("engine").first() if len(known) else known
+    table["measured (GiB)"] = [
+        f"{known.loc[name, ['graph bytes', 'vectors bytes']].sum() / 2**30:.2f}"
+        if name in known.index
+        else "not measured"
+        for name in table.engine
+    ]
+    shown = table[["engine", "predicted (GiB)", "unroll / this", "measured (GiB)"]]
+    caption = f"ImageNet-1K, 64 x 64: one gradient, batch {v['batch_syn']}, N = {v['syn_steps']}"
+    return tables.titled(shown, caption).format({"predicted (GiB)": "{:.2f}"}, precision=1)
