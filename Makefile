@@ -42,8 +42,8 @@ test: env ## the tests, and every notebook from top to bottom
 	DDLIB_RESULTS="$$scratch" OMP_NUM_THREADS=1 $(VENV) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		--nbval-lax --nbval-current-env $(wildcard notebooks/*.ipynb) tests
 
-lab: env ## JupyterLab on notebooks/
-	$(VENV) -m jupyterlab notebooks
+lab: env ## JupyterLab, opened on the first notebook
+	$(VENV) -m jupyterlab notebooks/start_here.ipynb
 
 bench: env ## speed and memory against the plain loops
 	$(VENV) -m benchmarks

@@ -185,7 +185,7 @@ def test_explore_runs_to_the_end_and_a_moved_widget_changes_its_picture(lab, bro
     assert until(browser, lambda: (now := browser.execute_script(PIXELS)) != first and now)
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("start_here", 2), ("dm", 5)])
+@pytest.mark.parametrize(("name", "pictures"), [("start_here", 2), ("dm", 4)])
 def test_a_notebook_runs_to_the_end(lab, browser, name, pictures):
     run_all(browser, lab(name))
     assert browser.execute_script(IMAGES) >= pictures

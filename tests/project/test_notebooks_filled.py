@@ -15,7 +15,7 @@ from ddlib.report import lesson, site
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAPERS = ("dm", "frepo", "tesla", "ftd", "dream_plus")
-LESSONS = [path for path in NOTEBOOKS if path.stem in ("dm",)]
+LESSONS = [path for path in NOTEBOOKS if path.stem in PAPERS]
 
 
 def cells(path: Path, kind: str) -> list[str]:
