@@ -148,16 +148,17 @@ def paper_and_ours(
     first, *others = methods
     where = live.iloc[0]
     protocol = resolve(first, where.dataset, int(where.ipc), where.profile).run.protocol
-    random = kept(["random"], every=True)
-    stored = [random[random.protocol == protocol], kept([first, *others], every=every)]
+    stored = [kept(["random"], every=True), kept([first, *others], every=every)]
     stored = pd.concat(stored, ignore_index=True)
     parts = [part for part in (stored[~stored.name.isin(live.name)], live) if len(part)]
     parts = [part.reset_index(drop=True) for part in parts]
     rows = pd.concat([tables.compare(part) for part in parts], ignore_index=True)
     details = pd.concat([tables.details(part) for part in parts], ignore_index=True)
+    judged = pd.concat([tables.judge(part) for part in parts], ignore_index=True)
     baseline = details.method == "random"
-    plain = ~(baseline & (rows.paper == "none")) | (details.profile == where.profile)
-    return _main(rows[plain], baseline[plain]), details[plain].fillna("")
+    told = (rows.paper != "none") & (judged.protocol == protocol)
+    plain = ~baseline | told | (details.profile == where.profile)
+    return _main(rows[plain], baseline[plain]), details[plain]
 
 
 def _main(rows: pd.DataFrame, baseline: pd.Series) -> pd.DataFrame:

@@ -504,7 +504,10 @@ def history(found: list[Run], key: str = "loss") -> Figure:
         title=f"{record['method']}: {place(record['dataset'], record['profile'])}, "
         f"{seeds} seed{'s' * (seeds > 1)}",
     )
-    axis.grid(alpha=0.3, which="both")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
 
