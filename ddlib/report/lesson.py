@@ -200,16 +200,23 @@ def cost(table: pd.DataFrame) -> Page:
 
 
 def settings(method: str, dataset: str, ipc: int, profile: str, **changes: Any) -> Page:
-    """Folded: what this run's settings have in place of the paper's, and the differences that the code states."""
+    """Folded: what this run's settings have in place of the paper's, and the differences that the code states.
+
+    Where the paper has none for the dataset and IPC, its settings for CIFAR-10 stand in, as the caption says.
+    """
     ours = resolve(method, dataset, ipc, profile, **changes).values
-    paper = resolve(method, dataset, ipc, "paper").values
+    places = [(dataset, ipc), ("cifar10", ipc), ("cifar10", 1)]
+    known = ((where, tables.paper_settings(method, *where)) for where in places)
+    (other, images), paper = next((where, values) for where, values in known if values)
     rows = [
         {"setting": key, "here": str(value), "paper": str(paper[key])}
         for key, value in ours.items()
         if value != paper[key]
     ]
-    where = plots.place(dataset, profile)
-    caption = f"{method}, IPC {ipc}: {where}; {len(rows)} settings differ from the paper's"
+    caption = (
+        f"{method}, IPC {ipc}: {plots.place(dataset, profile)}; {len(rows)} settings differ from "
+        f"the paper's for {plots.short(other)}, IPC {images}"
+    )
     parts = [fold("Settings that differ", tables.titled(pd.DataFrame(rows), caption))]
     module = sys.modules[METHODS[method].__module__]
     parts.append(fold(f"The method as coded: ddlib/{_path(module.__name__)}", module.__doc__ or ""))
