@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from ddlib.core import pick_device
+from ddlib.engine import heap
 from ddlib.files import write_atomically
 
 PARTS = ("dm", "trajectory", "frepo", "gradient", "kmeans")
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    heap.keep()
     rows: list[dict] = []
     for name in [args.only] if args.only else PARTS:
         rows += importlib.import_module(f"benchmarks.{name}").main(pick_device(args.device))

@@ -71,6 +71,7 @@ def _run(args: argparse.Namespace) -> None:
         device=args.device,
         results=args.results,
         fresh=args.fresh,
+        any_threads=args.any_threads,
         checkpoint_every=args.checkpoint_every,
         **_overrides(args),
     )
@@ -351,6 +352,11 @@ COMMANDS = {
             help="default: 50; also every five minutes",
         ),
         _option("--fresh", action="store_true", help="ignore an old record and checkpoint"),
+        _option(
+            "--any-threads",
+            action="store_true",
+            help="resume with another number of threads: other last bits",
+        ),
         DEVICE,
         RESULTS,
     ),
@@ -461,7 +467,9 @@ def main() -> int:
         top.print_help()
         return 0
     from .core import DDError, Interrupted
+    from .engine import heap
 
+    heap.keep()
     try:
         return args.call(args) or 0
     except (Interrupted, KeyboardInterrupt) as error:

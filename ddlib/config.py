@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from .augment.siamese import check_strategy
-from .core import DDError, choose, fields_from, option
+from .core import DDError, choose, fields_from, option, shown, whole
 from .data.dataset import Dataset, canonical, load
 from .data.zca import KINDS
 from .methods import METHODS
@@ -268,10 +268,8 @@ def _resolved(
     cls = METHODS[choose("method", method, METHODS)]
     choose("profile", profile, PROFILES)
     if not isinstance(dataset, str):
-        raise DDError(f"dataset must be a name or folder:PATH, not {dataset!r}")
-    for name, value, least in (("ipc", ipc, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise DDError(f"{name} must be an integer of at least {least}, not {value!r}")
+        raise DDError(f"dataset must be a name or folder:PATH, not {shown(dataset)}")
+    ipc, seed = whole("ipc", ipc, 1), whole("seed", seed, 0)
     allowed = sorted({f.name for c in (cls.Config, RunConfig) for f in fields(c)})
     values: dict[str, Any] = {}
     for _, _, level in layers(method, dataset, ipc, profile):

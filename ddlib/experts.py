@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .core import DDError, generator
 from .data.dataset import Dataset
-from .files import load_tensors, read_json, results_folder, save_tensors, write_json
+from .files import load_tensors, lock, read_json, results_folder, save_tensors, write_json
 from .match.trajectory import FlatNet
 from .nets.build import Backbone, build, initialise
 from .recipe import Recipe
@@ -160,11 +160,8 @@ def train_experts(
         else lambda closure: flatten_gradient(list(net.parameters()), closure, recipe)
     )
     paths = [place / f"expert-{seed:03d}.safetensors" for seed in range(count)]
-    for seed, path in enumerate(
-        tqdm(paths, desc=f"experts, {data.name}", disable=not progress, leave=False)
-    ):
-        if path.is_file():
-            continue
+
+    def make(seed: int, path: Path) -> None:
         start = time.perf_counter()
         initialise(net, generator(seed, "expert", "weights"))
         weights = [flat.vector()]
@@ -197,6 +194,14 @@ def train_experts(
         )
         # Beside it: its bytes stay the same.
         write_json(path.with_suffix(".json"), {"seconds": round(time.perf_counter() - start, 3)})
+
+    rows = tqdm(paths, desc=f"experts, {data.name}", disable=not progress, leave=False)
+    for seed, path in enumerate(rows):
+        if path.is_file():
+            continue
+        with lock(path, f"{path.stem} of {place.name}"):
+            if not path.is_file():
+                make(seed, path)
     return paths
 
 

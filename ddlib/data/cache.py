@@ -12,11 +12,12 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import torch
@@ -25,11 +26,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import DDError, checksum
-from ..files import read_json, write_atomically, write_json
+from ..files import CannotWrite, lock, read_json, write_atomically, write_json
 from .folders import Tree
 
 VERIFY_ALL_BELOW = 2 * 10**9  # bytes: of a larger split only 64 blocks of 1 MiB are verified
 _BATCH = 1024  # images in memory beside the map: 12 MB at 3x64x64
+_BLOCK_BYTES = 2**28  # the same for large images
+_MOST_PIXELS = 2**27  # of one resized image, before its centre is cropped
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "TIFF")  # those of `EXTENSIONS`
 _VERSION = 1  # raise when decoding changes
 
 
@@ -82,9 +86,19 @@ def _shapes(
     return first, [(count, height, width) for count in channels]
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of the named formats that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
 def _open(path: Path) -> Image.Image:
+    # A pipe would be waited for, and Pillow hands some formats to other programs.
+    if path.exists() and not path.is_file():
+        raise DDError(f"the image {path} is not a regular file; replace or remove it")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
             image.load()
     except Exception as error:  # OSError, SyntaxError, struct.error, ...: Pillow lets all through
         raise DDError(
@@ -110,6 +124,11 @@ def _pixels(
         )
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
+        if max(image.size) * resolution**2 > min(image.size) * _MOST_PIXELS:
+            raise DDError(
+                f"the image {path} of {image.width}x{image.height} is too narrow to be resized to "
+                f"{resolution}; replace or remove it"
+            )
         image = center_crop(resize(image, resolution), resolution)
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
@@ -123,54 +142,99 @@ def _decoded(
     cached = _from_cache(path, whole)
     if cached:
         return cached
-
-    def fill(out: np.ndarray) -> np.ndarray:
-        starts = tqdm(
-            range(0, len(files), _BATCH),
-            f"decoding {root.name}/{split}",
-            unit="img",
-            unit_scale=_BATCH,
-            delay=1,
-            leave=False,
-            disable=None,
-        )
-        with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-            for start in starts:
-                paths = (root / file for file in files[start : start + _BATCH])
-                out[start : start + _BATCH] = list(
-                    pool.map(lambda path: _pixels(path, resolution, shape, first), paths)
-                )
-        return out
-
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    # Asked beforehand: a disk found full only while the map is being filled is a bus error.
-    if not os.access(path.parent, os.W_OK) or shutil.disk_usage(path.parent).free < math.prod(
-        whole
-    ):
+    decode = partial(_blocks, root, split, files, resolution, shape, first)
+    try:
+        _ask_for_room(path.parent, math.prod(whole))
+        with lock(path, f"the decoding of {root.name}/{split}"):
+            cached = _from_cache(path, whole, warn=True)  # another process may have built it
+            if cached:
+                return cached
+            write_atomically(path, lambda to: _write_images(to, whole, decode()))
+            images = torch.from_numpy(np.load(path, mmap_mode="c"))
+            note = {
+                "source": str(root),
+                "split": split,
+                "resolution": resolution,
+                "shape": whole,
+                "sha256": checksum(images),
+                "sampled": _sampled(images),
+                "classes": classes,
+                "labels": labels,
+                "files": files,
+            }
+            write_json(path.with_suffix(".json"), note)
+            return images, note["sha256"]
+    except CannotWrite:
         warnings.warn(
             f"cannot write the decode cache {path.parent}, so images are decoded on each load; "
             f"set DDLIB_CACHE to a writable folder with free space",
             stacklevel=2,
         )
-        images = torch.from_numpy(fill(np.empty(whole, np.uint8)))
-        return images, checksum(images)
-    write_atomically(path, lambda to: fill(np.lib.format.open_memmap(to, "w+", np.uint8, whole)))
-    images = torch.from_numpy(np.load(path, mmap_mode="c"))
-    sha = checksum(images)
-    note = {
-        "source": str(root),
-        "split": split,
-        "resolution": resolution,
-        "shape": whole,
-        "sha256": sha,
-        "sampled": _sampled(images),
-        "classes": classes,
-        "labels": labels,
-        "files": files,
-    }
-    write_json(path.with_suffix(".json"), note)
-    return images, sha
+    images = torch.from_numpy(_in_memory(root, whole, decode))
+    return images, checksum(images)
+
+
+def _ask_for_room(folder: Path, size: int) -> None:
+    """Raise `CannotWrite` where `size` bytes will not go into `folder`: asked before hours of decoding."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < size:
+        raise CannotWrite(f"no room in {folder}")
+
+
+def _blocks(
+    root: Path,
+    split: str,
+    files: Sequence[str],
+    resolution: int | None,
+    shape: tuple[int, int, int],
+    first: Path,
+) -> Iterator[np.ndarray]:
+    """The decoded images in their order, some at a time: uint8 [n,C,H,W]."""
+    size = max(1, min(_BATCH, _BLOCK_BYTES // math.prod(shape)))
+    starts = tqdm(
+        range(0, len(files), size),
+        f"decoding {root.name}/{split}",
+        unit="img",
+        unit_scale=size,
+        delay=1,
+        leave=False,
+        disable=None,
+    )
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        for start in starts:
+            paths = (root / file for file in files[start : start + size])
+            yield np.stack(
+                list(pool.map(lambda path: _pixels(path, resolution, shape, first), paths))
+            )
+
+
+def _write_images(to: Path, shape: tuple[int, ...], blocks: Iterator[np.ndarray]) -> None:
+    """A .npy file of the blocks. Written, not mapped: a disk that fills up is an error, not a bus error."""
+    with open(to, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), file.tell(), max(1, math.prod(shape)))
+        file.writelines(block.tobytes() for block in blocks)
+
+
+def _in_memory(
+    root: Path, shape: tuple[int, ...], decode: Callable[[], Iterator[np.ndarray]]
+) -> np.ndarray:
+    size, memory = math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise DDError(
+            f"{shape[0]} images of {root} take {size / 2**30:,.0f} GiB at {shape[3]}x{shape[2]}, more "
+            "than the memory and the disk of the decode cache: give a smaller resolution, or set "
+            "DDLIB_CACHE to a folder with room"
+        )
+    images, start = np.empty(shape, np.uint8), 0
+    for block in decode():
+        images[start : start + len(block)] = block
+        start += len(block)
+    return images
 
 
 @cache
@@ -195,13 +259,18 @@ def _cache_path(
             raise DDError(
                 f"{root} lists the image {file}, which cannot be read: {error.strerror}"
             ) from error
+        if not S_ISREG(stat.st_mode):
+            raise DDError(f"the image {root / file} is not a regular file; replace or remove it")
         key.update(f"{file}\0{(stat.st_size, stat.st_mtime_ns)}\0".encode(errors="surrogateescape"))
     return cache_folder() / f"{root.name}-{split}-{key.hexdigest()[:16]}.npy"
 
 
-def _from_cache(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
+def _from_cache(
+    path: Path, shape: tuple[int, ...], warn: bool = False
+) -> tuple[Tensor, str] | None:
     """The cached images if they are whole, as a copy-on-write map: writing to the tensor never reaches the file."""
-    if not path.is_file():
+    # Images without a note are of a process that was killed between the two.
+    if not (path.is_file() and path.with_suffix(".json").is_file()):
         return None
     # DDError, a ValueError, is a damaged note's.
     with suppress(OSError, ValueError, KeyError, TypeError, EOFError):
@@ -214,7 +283,8 @@ def _from_cache(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str] | None
         )
         if (images.shape, images.dtype, verify(images)) == (shape, torch.uint8, note[name]):
             return images, note["sha256"]
-    warnings.warn(f"the decoded images {path} are damaged and are built again", stacklevel=2)
+    if warn:
+        warnings.warn(f"the decoded images {path} are damaged and are built again", stacklevel=2)
     return None
 
 

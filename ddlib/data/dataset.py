@@ -318,6 +318,11 @@ def from_arrays(
         raise DDError(
             f"train and test images must share one shape, not {[*train.shape[1:]]} and {[*test.shape[1:]]}"
         )
+    if classes is None and int(train_y.max()) >= len(train_y):
+        raise DDError(
+            f"every class needs an image in train, so {len(train_y)} images make at most as many "
+            f"classes, and the largest label is {int(train_y.max())}"
+        )
     classes = tuple(map(str, classes if classes is not None else range(int(train_y.max()) + 1)))
     for split, (_, y) in splits.items():
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(classes):

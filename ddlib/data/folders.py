@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core import DDError, generator
+from ..core import DDError, generator, shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _WANTED = (
@@ -70,13 +71,18 @@ def tree(name: str, root: Path) -> Tree:
 
 def find_folder(name: str, root: Path) -> Path | None:
     """The folder that "folder:PATH" means: below `root`, then in the working directory; None where there is none."""
-    return next((place for place in _places(name, root) if place.is_dir()), None)
+    try:
+        return next((place for place in _places(name, root) if place.is_dir()), None)
+    except OSError as error:  # a name that is too long
+        raise DDError(f"cannot look for {shown(name)}: {error.strerror}") from None
 
 
 def _places(name: str, root: Path) -> list[Path]:
     if name == "folder:":
         raise DDError("'folder:' needs a path, as in folder:/data/pets or folder:pets")
-    path = Path(name.removeprefix("folder:")).expanduser()
+    path = Path(name.removeprefix("folder:"))
+    with suppress(RuntimeError):  # no such user's home
+        path = path.expanduser()
     return [path] if path.is_absolute() else [root / path, Path.cwd() / path]
 
 
@@ -117,8 +123,11 @@ def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tre
     if not classes or (subset and len(classes) != 1000):
         raise DDError(f"{want}, and {root / 'train'} holds {len(classes)}")
     notes = root / test / "val_annotations.txt"  # a line an image: FILE<tab>WNID<tab>...
-    lines = notes.read_text().splitlines() if notes.is_file() else []
+    lines = _lines(notes) if notes.is_file() else []
     rows = [[*line.split("\t"), ""][:2] for line in lines if line.strip()]
+    outside = [file for file, _ in rows if os.path.basename(file) != file]
+    if outside:
+        raise DDError(f"{notes} may name files of {test}/images only, not {shown(outside[0])}")
     odd = sorted(
         {*classes} ^ ({wnid for _, wnid in rows} if rows else {*_subfolders(root / test, want)})
     )
@@ -132,6 +141,13 @@ def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tre
     label = {name: i for i, name in enumerate(classes)}
     listed = [(f"{test}/images/{file}", label[wnid]) for file, wnid in rows]
     return root, classes, splits | {"test": listed or _samples(root, test, classes)}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DDError(f"cannot read {path} ({type(error).__name__}); copy it anew") from None
 
 
 def _samples(root: Path, split: str, classes: Sequence[str]) -> list[tuple[str, int]]:
@@ -152,7 +168,8 @@ def _samples(root: Path, split: str, classes: Sequence[str]) -> list[tuple[str, 
 
 
 def _subfolders(folder: Path, want: str) -> tuple[str, ...]:
-    return tuple(e.name for e in _entries(folder, want) if e.is_dir() and e.name != "__MACOSX")
+    entries = _entries(folder, want)
+    return tuple(e.name for e in entries if os.path.isdir(e.path) and e.name != "__MACOSX")
 
 
 def _entries(folder: Path, want: str = "remove it or make it readable") -> list[os.DirEntry]:

@@ -81,6 +81,8 @@ class ZCA:
             scale = torch.where(variance > 0, variance, 1).sqrt().repeat_interleave(d // channels)
             cov.div_(scale).div_(scale[:, None])
             eps = 0.1 * cov.trace() / d
+            if not eps > 0:
+                raise DDError(f"ZCA {kind!r} needs images that differ, and all of these are one")
         values, vectors = torch.linalg.eigh(cov)
         values = values.clamp(min=0) + eps
         if (

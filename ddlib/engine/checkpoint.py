@@ -16,17 +16,19 @@ import torch
 from ..config import Spec
 from ..core import DDError
 from ..files import load_tensors, save_tensors
+from . import heap
 from .meter import PeakMemory, commit
 
 
 @contextmanager
 def threads_of(profile: str) -> Iterator[None]:
-    """Compute on as many threads as a run of this profile does, wherever it is started from.
+    """Compute on as many threads as a run of this profile does, wherever it is started from; freed memory is kept.
 
     Sums in another order have other last bits, so the number of threads is part of what "the same bytes" means. It is
     torch's own, which OMP_NUM_THREADS sets, and one for smoke unless that is set: on networks so small two threads
     wait for one another.
     """
+    heap.keep()
     before = torch.get_num_threads()
     if profile == "smoke" and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 glibc hands large freed blocks back to the kernel, which gives them out again page by page, each zeroed at its first
 touch, and a training step allocates and frees the same activations again and again. `python -m benchmarks --only dm`
-has the plain loop with and without. Only glibc is told so; DDLIB_HEAP=0 and glibc's own MALLOC_TRIM_THRESHOLD_ or
+has the plain loop with and without. A run and the command line call `keep`, importing ddlib does not. Only glibc is told so; DDLIB_HEAP=0 and glibc's own MALLOC_TRIM_THRESHOLD_ or
 MALLOC_MMAP_THRESHOLD_ leave it alone.
 """
 
@@ -29,6 +29,3 @@ def release() -> None:
     """Hand back what is free, so that a peak measured from here on is not an earlier run's."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-keep()

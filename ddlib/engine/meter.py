@@ -143,6 +143,8 @@ def machine(device: torch.device) -> str:
 
 def commit() -> str | None:
     """The git commit of the checkout, with -dirty where the code differs from it; None where there is none."""
+    if not (SOURCE / ".git").exists():  # installed into another project's environment
+        return None
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

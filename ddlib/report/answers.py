@@ -14,8 +14,8 @@ import pandas as pd
 
 from ..config import resolve
 from ..core import DDError
-from ..engine.record import Run
-from ..files import results_folder
+from ..engine.record import Run, side_file
+from ..files import read_json, results_folder
 from ..methods.coreset import KINDS
 from ..studies.architecture_search import correlations
 from . import tables, verdict
@@ -138,7 +138,7 @@ def _score(claim: pd.Series, path: Path, iteration: str) -> dict[str, Any] | Non
     """The last score of a record, or one on the way, of another predictor or on another backbone, as the claim asks."""
     if claim.network_eval != claim.network:
         others = path.with_suffix(".transfer.json")
-        found = json.loads(others.read_text()).values() if others.is_file() else ()
+        found = side_file(others).values()
         same = [e for e in found if e["backbone"] == claim.network_eval]
         return next((e for e in same if not CHANGES & e.keys()), None)
     record = Run(path).record
@@ -203,7 +203,7 @@ def _table(kept: Kept, files: dict[Path, tuple[dict, list[dict]]]) -> pd.DataFra
 def _study(path: Path, kept: Kept) -> tuple[dict[str, Any], list[dict]]:
     """What the rows of a study share, and the rows. Its data are those of the kept run that it studied, else what its
     name says, which is a folder's for a folder."""
-    record = json.loads(path.read_text())
+    record = read_json(path, "study", "delete it and run again")
     parts, name = STUDY.search(path.stem), record.get("run", "")
     facts = {"dataset": parts["place"], "ipc": int(parts["ipc"])} if parts else {}
     facts |= {"marks": (), "plain": _is_preset(name)} | record.get("options", {})

@@ -6,7 +6,6 @@ notebook shows the same pictures with a kernel and without.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +22,8 @@ from ..config import PROFILES, dataset_of
 from ..core import DDError, choose, generator, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
-from ..engine.record import Run, resolve_record
-from ..files import write_atomically
+from ..engine.record import Run, resolve_record, side_file
+from ..files import update_json
 from ..methods import METHODS
 from ..nets.build import build, initialise
 from ..recipe import VERSION
@@ -236,11 +235,11 @@ def confusion(look: Look) -> torch.Tensor:
     if "confusion" in look.side:
         return look.side["confusion"].long()
     path = look.run.path.with_suffix(".confusion.json")
-    kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept = side_file(path)
     key = f"step {look.step}, version {VERSION}"
     if key not in kept:
-        kept[key] = _confusion(look).tolist()
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(kept)))
+        counts = _confusion(look).tolist()
+        kept = update_json(path, "side file", "delete it and look again", {key: counts})
     return torch.tensor(kept[key])
 
 

@@ -7,11 +7,12 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 from ..core import DDError, choose
-from ..files import SOURCE, results_folder
+from ..files import SOURCE, CannotWrite, lock, results_folder
 from . import tables, terminal
 
 # What the notebooks reproduce on where no dataset is named.
@@ -40,6 +41,8 @@ def reproduce(
     # It warns of every comment in a cell of parameters.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     notebooks = {path.stem: path for path in sorted((SOURCE / "notebooks").glob("*.ipynb"))}
+    if not notebooks:
+        raise DDError(f"reproduce needs the source checkout of ddlib: {SOURCE} has no notebooks")
     names = [choose("notebook", name, notebooks) for name in only] or list(notebooks)
     known = {name: papermill.inspect_notebook(str(notebooks[name])) for name in names}
     offered = sorted({key for keys in known.values() for key in keys})
@@ -50,7 +53,7 @@ def reproduce(
     folder = results_folder(results)
     figures = _environment(folder, profile)
     targets = {name: folder / "notebooks" / profile / f"{name}.ipynb" for name in names}
-    targets[names[0]].parent.mkdir(parents=True, exist_ok=True)
+    _make(targets[names[0]].parent)
 
     def execute(name: str) -> float:
         start = time.perf_counter()
@@ -59,9 +62,19 @@ def reproduce(
         return time.perf_counter() - start
 
     start = time.perf_counter()
-    _all(execute, names, profile, papermill.PapermillExecutionError)
+    with lock(folder / "notebooks" / profile, f"the notebooks of {profile}"):
+        _all(execute, names, profile, papermill.PapermillExecutionError)
     _report(folder, profile, start, targets, figures)
     return list(targets.values())
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotWrite(
+            f"cannot write {folder}: {error.strerror}; choose a writable folder with --results DIR"
+        ) from None
 
 
 def _environment(folder: Path, profile: str) -> Path:
@@ -99,16 +112,37 @@ def _all(execute, names: list[str], profile: str, failure: type[Exception]) -> N
     """Execute the notebooks: side by side on smoke's networks, which keep one core busy, else one after the other."""
     workers = min(2, os.cpu_count() or 1) if profile == "smoke" else 1
     width = max(map(len, names))
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(execute, name): name for name in names}
+    pool = ThreadPoolExecutor(workers)
+    jobs = {pool.submit(execute, name): name for name in names}
+    try:
         for count, job in enumerate(as_completed(jobs), 1):
             name = jobs[job]
             try:
                 seconds = job.result()
             except failure as error:
-                pool.shutdown(cancel_futures=True)
                 raise DDError(f"notebook {name} stopped: {error.ename}: {error.evalue}") from None
+            except RuntimeError as error:  # nbclient's DeadKernelError
+                raise DDError(f"notebook {name} stopped: {error} (out of memory?)") from None
             print(f"[{count:2}/{len(names)}] {name:{width}} {seconds:6.0f} s", flush=True)
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        _end_kernels(jobs)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_kernels(jobs: Iterable[Future], seconds: float = 10) -> None:
+    """End the kernels that this process started, which have sessions of their own, until no job needs one."""
+    import psutil  # ipykernel brings it
+
+    end = time.monotonic() + seconds
+    while not all(job.done() for job in jobs) and time.monotonic() < end:
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if any("ipykernel" in word for word in child.cmdline()):
+                    child.kill()
+        time.sleep(0.05)
 
 
 def _report(folder: Path, profile: str, start: float, targets: dict, figures: Path) -> None:

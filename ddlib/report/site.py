@@ -137,6 +137,8 @@ def build(
         )
     figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / profile
     pictures = sorted(figures.glob("*.png"))
+    if not (SOURCE / "README.md").is_file():
+        raise DDError(f"site needs the source checkout of ddlib: {SOURCE} has no README.md")
     docs = [SOURCE / "README.md", *sorted((SOURCE / "docs" / "methods").glob("*.md"))]
     site = _Site(Path(out or SOURCE / "site"))
     if site.out.exists() and not (site.out / MARKER).is_file() and any(site.out.iterdir()):
@@ -144,6 +146,9 @@ def build(
             f"{site.out} holds something else than a site: choose another folder with --out"
         )
     shutil.rmtree(site.out, ignore_errors=True)
+    # At once: a site that is killed half way is still known as one by the next call.
+    site.out.mkdir(parents=True, exist_ok=True)
+    (site.out / MARKER).touch()
     for path in docs[1:]:
         site.sources[path] = f"methods/{'index' if path.stem == 'README' else path.stem}.html"
     site.sources |= {SOURCE / "README.md": "index.html"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from functools import cache
@@ -15,7 +14,7 @@ import pandas as pd
 from ..config import resolve
 from ..core import DDError
 from ..data.dataset import canonical
-from ..engine.record import Run, resolve_record
+from ..engine.record import Run, resolve_record, side_file
 from ..engine.run import run as distil
 from ..files import results_folder
 from ..methods import METHODS
@@ -487,8 +486,7 @@ def transfers(found: Iterable[Run]) -> pd.DataFrame:
     """
     rows = []
     for run in found:
-        path = run.path.with_suffix(".transfer.json")
-        kept = json.loads(path.read_text()) if path.is_file() else {}
+        kept = side_file(run.path.with_suffix(".transfer.json"))
         same = [
             score
             for key, score in kept.items()

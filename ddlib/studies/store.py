@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..config import Spec
 from ..core import DDError
-from ..files import results_folder, write_atomically
+from ..files import lock, read_json, results_folder, write_json
 
 VERSION = 1  # of `trajectories`, part of every name: raise it when a change there changes the rows
 
@@ -30,17 +31,22 @@ def cached(
     name = f"{kind}-{spec.method}-{_place(spec.dataset)}-ipc{spec.ipc}-{digest}.json"
     path = results_folder() / spec.profile / "studies" / name
     if path.is_file():
-        try:
-            return pd.DataFrame(json.loads(path.read_text())["rows"])
-        except (ValueError, KeyError):
-            raise DDError(f"the study {path} is damaged: delete it and run again") from None
-    rows = compute()
-    record = {"study": kind, "run": spec.name, "options": options, "rows": rows}
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
-    return pd.DataFrame(rows)
+        return pd.DataFrame(_rows(path))
+    with lock(path, f"the study {name}"):
+        if not path.is_file():  # another process may have made it meanwhile
+            record = {"study": kind, "run": spec.name, "options": options, "rows": compute()}
+            write_json(path, record)
+    return pd.DataFrame(_rows(path))
+
+
+def _rows(path: Path) -> list[dict]:
+    rows = read_json(path, "study", "delete it and run again").get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DDError(f"the study {path} holds no rows; delete it and run again")
+    return rows
 
 
 def kept(kind: str, dataset: str) -> pd.DataFrame:
     """All rows of the kept studies of one kind on a dataset or a sample of it, whatever the profile and options."""
     paths = sorted(results_folder().glob(f"*/studies/{kind}-*{_place(dataset)}*-ipc*.json"))
-    return pd.DataFrame([row for path in paths for row in json.loads(path.read_text())["rows"]])
+    return pd.DataFrame([row for path in paths for row in _rows(path)])

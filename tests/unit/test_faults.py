@@ -1,7 +1,10 @@
 """Files that lie, folders that change, processes that meet: each was once a wrong number, a hang or a traceback."""
 
 import dataclasses
+import errno
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -16,9 +19,14 @@ from PIL import Image
 import ddlib as dd
 from ddlib import files
 from ddlib.core import DDError, Interrupted
+from ddlib.data import cache as decoded
+from ddlib.data.zca import ZCA
 from ddlib.engine import checkpoint
 from ddlib.engine import record as records
+from ddlib.experts import _timing
 from ddlib.methods.dm import DM
+
+ROOT = str(Path(__file__).resolve().parents[2])
 
 SHORT = {
     "ipc": 1,
@@ -289,3 +297,134 @@ def test_a_run_at_work_elsewhere_can_be_seen_and_a_dead_ones_lock_is_free(result
         child.kill()
         child.wait()
     assert dm(wait=False).path.name == name
+
+
+# Nothing that hangs, crashes or starts a program
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path, cache):
+    root = pets(tmp_path / "pets", 0)
+    for name in ("0.png", "5.png"):  # the first image of a class, and the last
+        (root / "cat" / name).unlink()
+        os.mkfifo(root / "cat" / name)
+        with pytest.raises(DDError, match=f"the image .*{name} is not a regular file"):
+            dd.load(f"folder:{root}", device="cpu")
+        (root / "cat" / name).unlink()
+
+
+def test_a_program_is_never_asked_to_decode(tmp_path, cache, monkeypatch):
+    root = pets(tmp_path / "pets", 0)
+    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    (root / "cat" / "0.png").write_text(text)
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(DDError, match="cannot decode the image"):
+        dd.load(f"folder:{root}", device="cpu")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("where", ["reserve", "write", "note"])
+def test_a_full_disk_leaves_the_images_in_memory(tmp_path, cache, monkeypatch, where):
+    name = f"folder:{pets(tmp_path / 'pets', 0)}"
+    wanted = dd.load(name, device="cpu").checksum
+    monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / "full"))
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "reserve":
+        monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    elif where == "write":
+        monkeypatch.setattr(decoded.np.lib.format, "write_array_header_1_0", full)
+    else:
+        monkeypatch.setattr(decoded, "write_json", lambda *args: full_sentence())
+    with pytest.warns(UserWarning, match="cannot write the decode cache"):
+        assert dd.load(name, device="cpu").checksum == wanted
+
+
+def full_sentence():
+    raise files.CannotWrite("cannot write it: No space left on device")
+
+
+def test_no_memory_is_asked_for_before_a_bound(tmp_path, cache):
+    root = pets(tmp_path / "pets", 0)
+    images, labels = np.zeros((2, 8, 8), np.uint8), np.array([0, 2**62])
+    with pytest.raises(DDError, match="2 images make at most as many classes"):
+        dd.from_arrays(images, labels, images, labels)
+    with pytest.raises(DDError, match="more than the memory and the disk of the decode cache"):
+        dd.load(f"folder:{root}", resolution=10**6, device="cpu")
+    Image.new("L", (60_000, 1)).save(root / "dog" / "5.png")
+    with pytest.raises(DDError, match="60000x1 is too narrow to be resized to 64"):
+        dd.load(f"folder:{root}", resolution=64, device="cpu")
+    with pytest.raises(DDError, match="'snapshots' must be at most 10000"):
+        dm(snapshots=10**9)
+    assert dm(evaluations=10**9, iterations=2).record["history"]
+
+
+def test_an_import_changes_nothing(tmp_path):
+    code = (
+        "import ctypes, random, signal, sys, warnings\n"
+        "import numpy, torch\n"
+        "state = lambda: (torch.get_num_threads(), torch.random.get_rng_state().tolist(),\n"
+        "    random.getstate(), numpy.random.get_state()[1].tolist(), list(warnings.filters),\n"
+        "    [signal.getsignal(n) for n in (2, 15)], torch.get_default_dtype(), dict(__import__('os').environ))\n"
+        "before = state()\n"
+        "import ddlib\n"
+        "from ddlib.engine import heap\n"
+        "assert state() == before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ROOT})
+
+
+# One sentence, and nothing left over
+
+
+def test_no_test_images_are_found_before_the_distillation(results, tmp_path, cache, monkeypatch):
+    root = tmp_path / "pets"
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 9).save(root / name / "0.png")
+    monkeypatch.setattr(DM, "step", lambda self: pytest.fail("it has begun"))
+    with pytest.raises(DDError, match="has no test images"):
+        dm(f"folder:{root}")
+
+
+def test_numpy_numbers_are_numbers(results):
+    assert dm(ipc=np.int64(1), seed=np.int32(0), iterations=np.int64(4)).path == dm().path
+
+
+def test_constant_images_cannot_be_whitened(tmp_path, cache):
+    images = torch.full((4, 1, 8, 8), 7, dtype=torch.uint8)
+    with pytest.raises(DDError, match="needs images that differ"):
+        ZCA.fit(images, "frepo")
+
+
+def test_a_lost_timing_stops_no_run(tmp_path):
+    path = tmp_path / "expert-000.safetensors"
+    for text in ("{", "[1]", '{"seconds": "x"}', "null"):
+        path.with_suffix(".json").write_text(text)
+        assert math.isnan(_timing(path))
+
+
+def test_what_a_killed_process_left_is_swept(results):
+    run = dm()
+    old, new = (run.path.with_name(f".{run.path.name}.{end}") for end in ("00000001", "00000002"))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    forgotten = run.path.parent / "checkpoints" / run.path.with_suffix(".safetensors").name
+    forgotten.touch()
+    dm()
+    assert not forgotten.exists()
+    dm(fresh=True)
+    assert not old.exists() and new.exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5", "[" * 5000, '{"rows": 5}', "\udcff"])
+def test_a_damaged_side_file_is_one_sentence(kept, text):
+    beside = kept.path.with_suffix(".transfer.json")
+    beside.write_bytes(text.encode(errors="surrogateescape"))
+    if text != '{"rows": 5}':
+        with pytest.raises(DDError, match="the side file .* cannot be read .*; delete it and run"):
+            kept.transfer("mlp", networks=1)

@@ -33,7 +33,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def faults_alone(**changes: str) -> int:
+def faults_alone(setup: str = "t.heap.keep()", **changes: str) -> int:
     """`faults` in a process of its own: in this one other tests' blocks may lie in the way."""
     own = {
         name: value
@@ -41,7 +41,7 @@ def faults_alone(**changes: str) -> int:
         if not name.startswith(("DDLIB_HEAP", "MALLOC_"))
     }
     done = subprocess.run(
-        [sys.executable, "-c", "import test_heap as t; print(t.faults())"],
+        [sys.executable, "-c", f"import test_heap as t; {setup}; print(t.faults())"],
         text=True,
         check=True,
         capture_output=True,
@@ -58,6 +58,10 @@ def test_a_freed_block_is_there_again():
 @pytest.mark.parametrize("off", [{"DDLIB_HEAP": "0"}, {"MALLOC_MMAP_THRESHOLD_": "1000000"}])
 def test_it_can_be_left_to_the_c_library(off):
     assert faults_alone(**off) > 0.9 * PAGES
+
+
+def test_importing_ddlib_leaves_the_heap_to_the_c_library():
+    assert faults_alone(setup="import ddlib") > 0.9 * PAGES
 
 
 def test_what_is_free_can_be_handed_back():

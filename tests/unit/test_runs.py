@@ -26,7 +26,6 @@ from ddlib import files as kept_files
 from ddlib.config import PRESETS, PROFILES, resolve
 from ddlib.core import DDError
 from ddlib.engine import meter
-from ddlib.engine import record as records
 from ddlib.engine import run as runs
 from ddlib.files import load_tensors
 from ddlib.methods import METHODS
@@ -144,7 +143,7 @@ def test_a_finished_run_is_returned_at_once(whole, tmp_path, monkeypatch):
         raise AssertionError("loaded the data")
 
     results = whole.path.parents[1]
-    monkeypatch.setattr(records, "load", refuse)
+    monkeypatch.setattr("ddlib.config.load", refuse)
     assert run(results).record == whole.record
     for options in ({"fresh": True}, {"seed": 1}, {"lr_img": 2.0}, {"results": tmp_path}):
         with pytest.raises(AssertionError, match="loaded the data"):
@@ -167,7 +166,7 @@ def test_given_data_spare_the_loading_unless_they_are_others(whole, tmp_path, mo
         loaded.append(args)
         return data
 
-    monkeypatch.setattr(records, "load", load)
+    monkeypatch.setattr("ddlib.config.load", load)
     assert same(run(tmp_path, data=data), whole) and not loaded
     assert (
         same(run(tmp_path / "b", data=whitened), whole) and loaded
