@@ -27,13 +27,13 @@ env: ## .venv with the pinned versions (PYTHON=python3); does nothing when it is
 		"$(PYTHON)" -m venv --clear .venv || exit 1; \
 	fi; \
 	rm -f $(STAMP); echo "Installing into .venv (the first time: some minutes, about 6 GB with CUDA)"; \
-	$(VENV) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test]' && $(SUM) > $(STAMP)
+	$(VENV) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs,lab,test]' && $(SUM) > $(STAMP)
 
 reproduce: env ## the tables and figures of PROFILE (smoke), or only a part of them: ONLY=...
 	$(VENV) -m ddlib reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY))
 
-site: env ## static pages in site/ from what PROFILE has stored: notebooks, claims, methods, figures
-	$(VENV) -m ddlib site --profile $(PROFILE)
+site: env ## pages in site/ from what is stored: notebooks, claims, methods, kept sets, figures
+	$(VENV) -m ddlib site
 
 # Records go to a scratch folder: the notebooks are run for real, and results/ stays as it was. Two files at a time, each
 # on one thread: on networks this small two threads wait for one another. The notebooks, which take longest, come first.

@@ -286,13 +286,14 @@ def _queue(args: argparse.Namespace) -> int:
 
 
 def _site(args: argparse.Namespace) -> None:
-    """Executed notebooks, claims, methods and figures as static pages, from what a profile has stored.
+    """Pages from what is stored: executed notebooks, claims, methods, kept sets, figures. Nothing is run.
 
-    ddlib site --profile small --out /tmp/site
+    ddlib site
+    ddlib site --out /tmp/site
     """
     from .report import site
 
-    print(f"open {site.build(args.profile, args.out, args.results)}")
+    print(f"open {site.build(args.out, args.results)}")
 
 
 def _docs(args: argparse.Namespace) -> None:
@@ -427,7 +428,7 @@ COMMANDS = {
         DEVICE,
         RESULTS,
     ),
-    "site": (_site, STORED, _option("--out", help="folder of the pages (default: site/)"), RESULTS),
+    "site": (_site, _option("--out", help="folder of the pages (default: site/)"), RESULTS),
     "docs": (_docs, RESULTS),
 }
 

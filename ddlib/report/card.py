@@ -56,7 +56,7 @@ def card(run: Run) -> str:
     place = canonical(record["dataset"])
     tag, licence = _licence(place)
     front = {
-        "pretty_name": f"{record['method']} of {place}, {record['ipc']} images per class",
+        "pretty_name": f"{record['method']} of {place}, {_counted(record['ipc'])} per class",
         "license": tag,
         "task_categories": ["image-classification"],
         "tags": ["dataset-distillation", record["method"], place],
@@ -85,6 +85,10 @@ def of_file(path: str | Path, what: str = "a card") -> Run:
             "as ddlib run writes them"
         )
     return run
+
+
+def _counted(ipc: int) -> str:
+    return f"{ipc} image{'s' if ipc > 1 else ''}"
 
 
 def _licence(place: str) -> tuple[str, str]:

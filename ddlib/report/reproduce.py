@@ -149,13 +149,12 @@ def _report(folder: Path, profile: str, start: float, targets: dict, figures: Pa
     rows = tables.compare(tables.runs(tables.stored(folder, profile)))
     if not rows.empty:
         print(f"\n{terminal.table(rows)}")
-    site = f"python -m ddlib site --profile {profile}"
     notebooks = next(iter(targets.values())).parent
     print(
         f"\n{len(targets)} notebooks in {time.perf_counter() - start:.0f} s. Look next at\n"
         f"  {_short(notebooks)}  the executed notebooks, in JupyterLab (make lab)\n"
         f"  {_short(figures)}  their figures\n"
-        f"  {site}  all of it as pages\n"
+        f"  python -m ddlib site  all of it as pages\n"
         f"  python -m ddlib list --profile {profile}  every run and its cost",
         file=sys.stdout,
     )

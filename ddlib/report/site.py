@@ -1,7 +1,8 @@
-"""The project as pages to look at, from what is stored: executed notebooks, claims, methods, figures. Nothing is run.
+"""The pages that come from records, for MkDocs: notebooks, claims, figures, kept sets, reference. Nothing is run.
 
-`build` writes static HTML that needs no network and no script: formulas become pictures (matplotlib's mathtext), code
-is coloured by a style sheet beside the pages.
+`docs/` holds the pages that people write, `mkdocs.yml` says how all of them look, and `docs/hooks.py` hands these
+functions to MkDocs with the Material theme: kept tools for navigation, search, phones and dark mode. Formulas become
+MathML, which browsers draw themselves, so a page needs neither a network nor a script from elsewhere.
 """
 
 from __future__ import annotations
@@ -10,229 +11,457 @@ import base64
 import functools
 import html
 import io
+import json
 import os
 import re
-import shutil
+from collections.abc import Collection
 from pathlib import Path
-
-import pandas as pd
 
 from ..core import DDError
 from ..files import SOURCE, results_folder
-from . import claims
+from . import claims, explore, tables
 from .docs import fill
 
 MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$(\S[^$\n]*?)\$", re.DOTALL)
+# Code, which stays; a Markdown link or picture; a link or picture as a tag.
+LINK = re.compile(
+    r"```.*?```"
+    r"|(?P<image>!?)\[(?P<shown>[^\[\]]*)\]\((?P<target>[^)\s]+)\)"
+    r"|`[^`\n]*`"
+    r'|\b(?P<name>src|href)="(?P<address>[^"]+)"',
+    re.DOTALL,
+)
+# What latex2mathml does not know -> the same in words that it knows.
+SPELLINGS = {r"\tfrac": r"\frac", r"\arg": r"\mathrm{arg}", r"\|": "‖"}
 MARKER = ".ddlib-site"  # a folder with this file may be written anew
-STYLE = """
-body { font: 16px/1.5 sans-serif; max-width: 75em; margin: 0 auto; padding: 0 1em 3em; color: #222; }
-nav { border-bottom: 1px solid #ccc; padding: .8em 0; } nav a { margin-right: 1.2em; }
-table { border-collapse: collapse; font-size: 13px; margin: 1em 0; } div.scroll { overflow-x: auto; }
-th, td { border-bottom: 1px solid #ddd; padding: .25em .7em; text-align: left; vertical-align: top; }
-pre, code { font: 13px/1.45 monospace; background: #f6f6f6; } pre { padding: .6em; overflow-x: auto; }
-img { max-width: 100%; } div.tex { text-align: center; margin: 1em; }
-.prompt, .anchor-link { display: none; } .output_area { overflow-x: auto; }
-caption { text-align: left; padding: .4em 0; }
-figure { display: inline-block; margin: 1em 1em 0 0; max-width: 46%; vertical-align: top; }
-figcaption { font-size: 13px; }
-.kind { border-left: 6px solid; padding-left: .6em; }
-"""
+BEST = ("paper", "small", "smoke")  # of a notebook that was executed in several profiles
+Pages = dict[str, str | bytes]  # path below the site -> Markdown, or a file's bytes
+
+
+def build(out: str | Path | None = None, results: str | Path | None = None) -> Path:
+    """Write the site and return its first page; a `DDError` where nothing is stored or `out` holds other files."""
+    try:
+        from mkdocs.commands.build import build as write
+        from mkdocs.config import load_config
+    except ImportError:
+        raise DDError("site needs MkDocs: pip install 'ddlib[docs]', or make site") from None
+    out = Path(out or SOURCE / "site")
+    if out.exists() and not (out / MARKER).is_file() and any(out.iterdir()):
+        raise DDError(f"{out} holds something else than a site: choose another folder with --out")
+    executed(results)
+    config = load_config(str(SOURCE / "mkdocs.yml"), site_dir=str(out.resolve()))
+    config.extra["results"] = str(results_folder(results))
+    config.plugins.on_startup(command="build", dirty=False)
+    write(config)
+    (out / MARKER).touch()
+    return out / "index.html"
+
+
+def executed(results: str | Path | None = None) -> dict[str, tuple[str, Path]]:
+    """Notebook's name -> the best profile that it was executed in, and the file; none at all is a `DDError`."""
+    folder = results_folder(results) / "notebooks"
+    found = {
+        path.stem: (profile, path)
+        for profile in reversed(BEST)
+        for path in sorted((folder / profile).glob("*.ipynb"))
+    }
+    if not found:
+        raise DDError(
+            f"there is no executed notebook in {folder}: run make reproduce PROFILE=smoke first"
+        )
+    return found
+
+
+def pages(results: str | Path | None = None) -> Pages:
+    """Every page that is not written by hand, by its path."""
+    made = {"index.md": (SOURCE / "README.md").read_text()}
+    for name in ("CONTRIBUTING", "CHANGELOG"):
+        if (SOURCE / f"{name}.md").is_file():
+            made[f"{name.lower()}.md"] = (SOURCE / f"{name}.md").read_text()
+    made |= _notebooks(results)
+    made["claims.md"] = _claims(results)
+    made |= _gallery()
+    made |= _sets(results)
+    made["reference/api.md"] = _api()
+    made["reference/command_line.md"] = _command_line()
+    return made
+
+
+def nav(made: Pages) -> list:
+    """The site's order: where to begin, methods, notebooks, results, reference."""
+    docs = SOURCE / "docs"
+    written = [path.relative_to(docs).as_posix() for path in sorted(docs.rglob("*.md"))]
+
+    def of(folder: str) -> list[str]:
+        names = sorted(path for path in {*written, *made} if path.endswith(".md"))
+        inside = [path for path in names if path.rpartition("/")[0] == folder]
+        return sorted(inside, key=lambda path: Path(path).stem not in ("index", "README"))
+
+    results = ["results.md", "claims.md", "gallery.md"]
+    rest = [path for path in of("") if path not in ("index.md", *results)]
+    return [
+        {"Home": "index.md"},
+        {"Guides": [*of("guides"), *rest]},
+        {"Methods": of("methods")},
+        {"Notebooks": of("notebooks")},
+        {"Results": [*results, {"Kept sets": of("sets")}]},
+        {"Reference": of("reference")},
+    ]
+
+
+# --- text: links and formulas
+
+
+def source_of(page: str) -> Path:
+    """The file in the checkout that a page stands for, from which its links lead."""
+    if page == "index.md":
+        return SOURCE / "README.md"
+    if page in ("contributing.md", "changelog.md"):
+        return SOURCE / f"{page[:-3].upper()}.md"
+    if page.startswith("notebooks/"):
+        return SOURCE / Path(page).with_suffix(".ipynb")
+    return SOURCE / "docs" / page
+
+
+def page_of(source: Path) -> str | None:
+    """The page, or the picture, that shows a file of the checkout; None where none does."""
+    if not source.is_relative_to(SOURCE) or not source.is_file():
+        return None
+    path = source.relative_to(SOURCE).as_posix()
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    if path.startswith("notebooks/"):
+        return str(Path(path).with_suffix(".md"))
+    if path.startswith("figures/"):
+        return path if path.endswith((".png", ".gif")) else None
+    return {"README.md": "index.md"}.get(path, path.lower() if path.isupper() else None)
+
+
+def relinked(text: str, page: str, known: Collection[str] = ()) -> str:
+    """Links between files of the checkout as links between pages; those to files without a page as plain text.
+
+    `known` are the paths of made pages and pictures: a link to one of them is right as it stands.
+    """
+    source, folder = source_of(page), os.path.dirname(page)
+
+    def moved(target: str) -> str | None:
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target) or not path:
+            return target
+        if os.path.normpath(os.path.join(folder, path)) in known:
+            return target
+        found = page_of(Path(os.path.normpath(source.parent / path)))
+        if found is None:
+            return None
+        return os.path.relpath(found, folder or ".") + (f"#{anchor}" if anchor else "")
+
+    def change(match: re.Match) -> str:
+        if match["target"]:
+            target = moved(match["target"])
+            shown = match["shown"]
+            return shown if target is None else f"{match['image']}[{shown}]({target})"
+        if match["address"]:
+            target = moved(match["address"])
+            return match[0] if target is None else f'{match["name"]}="{_as_html(target)}"'
+        return match[0]
+
+    if page.startswith("methods/"):
+        text = re.sub(r"(?<!\[)`(notebooks/\w+\.ipynb)`", r"[`\1`](../../\1)", text)
+    return LINK.sub(change, text)
+
+
+def _as_html(target: str) -> str:
+    """A page in a raw tag, which MkDocs leaves alone, by the name that it will have."""
+    return re.sub(r"\.md(#|$)", r".html\1", target)
+
+
+def with_tokens(text: str, formulas: list[str]) -> str:
+    """The text with a word in place of each formula, which Markdown leaves alone; `formulas` takes their MathML."""
+
+    def token(match: re.Match) -> str:
+        if match[1]:
+            return match[1]
+        formulas.append(formula(match[2] or match[3], bool(match[2])))
+        return f"DDFORMULA{len(formulas) - 1}X"
+
+    return MATH.sub(token, text)
+
+
+def with_formulas(page: str, formulas: list[str]) -> str:
+    return re.sub(r"DDFORMULA(\d+)X", lambda match: formulas[int(match[1])], page)
 
 
 @functools.cache
-def _formula(tex: str, display: bool) -> str:
-    """A formula as an inline picture; as its source where mathtext does not know it (an aligned block, say)."""
-    from matplotlib import mathtext
-    from matplotlib.font_manager import FontProperties
+def formula(tex: str, display: bool) -> str:
+    """A formula as MathML."""
+    from latex2mathml.converter import convert
 
-    plain = re.sub(r"\\[bB]igg?[lrm]?\s*(?=[^a-zA-Z])", "", " ".join(tex.split()))
-    plain = re.sub(r"\\[td]?frac\s*(\d)", r"\\frac{\1}", plain).replace("\\tfrac", "\\frac")
-    plain = re.sub(r"\\(math\w+)\s+(\w)", r"\\\1{\2}", plain)
-    picture = io.BytesIO()
-    try:
-        depth = mathtext.math_to_image(
-            f"${plain}$",
-            picture,
-            prop=FontProperties(size=15 if display else 12),
-            dpi=72,
-            format="svg",
+    plain = tex.strip()
+    for ours, known in SPELLINGS.items():
+        plain = plain.replace(ours, known)
+    return convert(plain, display="block" if display else "inline")
+
+
+# --- pages
+
+
+def _notebooks(results: str | Path | None) -> Pages:
+    """Every notebook as it was executed in its best profile, else as it stands, and a list of all."""
+    done, made, rows = executed(results), {}, []
+    methods = _methods_by_notebook()
+    for path in sorted((SOURCE / "notebooks").glob("*.ipynb")):
+        profile, file = done.get(path.stem, ("", path))
+        text, pictures = notebook(file)
+        title, _, body = text.partition("\n")
+        told = (
+            f"As executed in the `{profile}` profile."
+            if profile
+            else (f"Not executed for any kept profile: `ddlib reproduce --only {path.stem}`.")
         )
-        data = base64.b64encode(picture.getvalue()).decode()
-        found = (
-            f'<img style="vertical-align: -{depth:.1f}pt" alt="{html.escape(tex, quote=True)}" '
-            f'src="data:image/svg+xml;base64,{data}">'
-        )
-    except ValueError:
-        found = f"<code>{html.escape(tex)}</code>"
-    return f'\n<div class="tex">{found}</div>\n' if display else found
-
-
-def _math(text: str) -> str:
-    return MATH.sub(lambda m: m[1] or _formula(m[2] or m[3], bool(m[2])), text)
-
-
-class _Site:
-    """The pages and where each comes from, so that links between sources become links between pages."""
-
-    def __init__(self, out: Path):
-        self.out, self.sources = out, {}
-        self.nav = [
-            ("index.html", "ddlib"),
-            ("claims.html", "claims"),
-            ("methods/index.html", "methods"),
-            ("notebooks/index.html", "notebooks"),
-            ("gallery.html", "figures"),
-        ]
-
-    def link(self, name: str, source: Path, match: re.Match) -> str:
-        """A link to a source of another page as one to the page, a web address as it is, anything else as text."""
-        target, _, anchor = match[1].partition("#")
-        if re.match(r"https?:", target) or not target:
-            return match[0]
-        path = Path(os.path.normpath(source.parent / target))
-        if path not in self.sources:
-            return match[2]
-        return f'<a href="{_relative(self.sources[path], name)}{"#" + anchor if anchor else ""}">{match[2]}</a>'
-
-    def write(self, name: str, title: str, body: str, source: Path | None = None) -> None:
-        body = re.sub(r"<script\b.*?</script>", "", body, flags=re.DOTALL | re.IGNORECASE)
-        if source:
-            body = re.sub(
-                r'<a href="([^"]*)"[^>]*>(.*?)</a>',
-                functools.partial(self.link, name, source),
-                body,
-                flags=re.DOTALL,
-            )
-        bar = "".join(f'<a href="{_relative(page, name)}">{text}</a>' for page, text in self.nav)
-        path = self.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        head = f'<meta charset="utf-8"><title>{html.escape(title)}</title>'
-        style = f'<link rel="stylesheet" href="{_relative("style.css", name)}">'
-        path.write_text(
-            f'<!DOCTYPE html>\n<html lang="en"><head>{head}{style}</head><body><nav>{bar}</nav>\n{body}\n'
-            "</body></html>\n"
-        )
-
-
-def _relative(page: str, start: str) -> str:
-    return os.path.relpath(page, os.path.dirname(start) or ".")
-
-
-def build(
-    profile: str = "small", out: str | Path | None = None, results: str | Path | None = None
-) -> Path:
-    """Write the site of a profile and return its first page; raises `DDError` where there is nothing to show."""
-    try:
-        import nbformat
-        from nbconvert import HTMLExporter
-        from nbconvert.filters.markdown_mistune import markdown2html_mistune as to_html
-        from pygments.formatters import HtmlFormatter
-    except ImportError:
-        raise DDError("site needs nbconvert: pip install 'ddlib[lab]', or make site") from None
-    folder = results_folder(results) / "notebooks" / profile
-    notebooks = sorted(folder.glob("*.ipynb"))
-    if not notebooks:
-        raise DDError(
-            f"there is no executed notebook in {folder}: run make reproduce PROFILE={profile} first"
-        )
-    figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / profile
-    pictures = sorted(figures.glob("*.png"))
-    if not (SOURCE / "README.md").is_file():
-        raise DDError(f"site needs the source checkout of ddlib: {SOURCE} has no README.md")
-    docs = [SOURCE / "README.md", *sorted((SOURCE / "docs" / "methods").glob("*.md"))]
-    site = _Site(Path(out or SOURCE / "site"))
-    if site.out.exists() and not (site.out / MARKER).is_file() and any(site.out.iterdir()):
-        raise DDError(
-            f"{site.out} holds something else than a site: choose another folder with --out"
-        )
-    shutil.rmtree(site.out, ignore_errors=True)
-    # At once: a site that is killed half way is still known as one by the next call.
-    site.out.mkdir(parents=True, exist_ok=True)
-    (site.out / MARKER).touch()
-    for path in docs[1:]:
-        site.sources[path] = f"methods/{'index' if path.stem == 'README' else path.stem}.html"
-    site.sources |= {SOURCE / "README.md": "index.html"}
-    site.sources |= {
-        SOURCE / "notebooks" / path.name: f"notebooks/{path.stem}.html" for path in notebooks
-    }
-
-    for path in docs:
-        text = fill(path.read_text(), results)
-        site.write(
-            site.sources[path], text.partition("\n")[0].strip("# "), to_html(_math(text)), path
-        )
-    exporter = HTMLExporter(template_name="basic")  # the one without scripts
-    for path in notebooks:
-        notebook = nbformat.read(path, 4)
-        for cell in notebook.cells:
-            cell.source = _math(cell.source) if cell.cell_type == "markdown" else cell.source
-            for output in cell.get("outputs", []):  # a widget is live or nothing
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-        source = SOURCE / "notebooks" / path.name
-        site.write(
-            site.sources[source],
-            path.stem,
-            f"<p>{profile} profile, as executed</p>{exporter.from_notebook_node(notebook)[0]}",
-            source,
-        )
-    listed = "".join(f'<li><a href="{path.stem}.html">{path.stem}</a></li>' for path in notebooks)
-    site.write(
-        "notebooks/index.html",
-        "Notebooks",
-        f"<h1>Notebooks, {profile} profile</h1><ul>{listed}</ul>",
+        pages_of = [f"[{name}](../methods/{name}.md)" for name in methods.get(path.stem, ())]
+        about = f" How it is built here: {', '.join(pages_of)}." if pages_of else ""
+        made[f"notebooks/{path.stem}.md"] = f'{title}\n\n!!! note ""\n    {told}{about}\n\n{body}'
+        made |= {f"notebooks/{name}": data for name, data in pictures.items()}
+        rows.append((path.stem, title.strip("# "), profile or "not executed"))
+    rows.sort(key=lambda row: row[0] != "start_here")
+    table = "\n".join(f"| [{name}]({name}.md) | {title} | {how} |" for name, title, how in rows)
+    head = "# Notebooks\n\nBegin with [start_here](start_here.md): it leads to the others.\n\n"
+    made["notebooks/index.md"] = (
+        f"{head}| notebook | what it shows | profile |\n| --- | --- | --- |\n{table}\n"
     )
-    site.write("claims.html", "Claims", _claims(results))
-    shown = "".join(
-        f'<figure><a href="figures/{p.name}"><img src="figures/{p.name}" alt="{p.stem}" loading="lazy"></a>'
-        f"<figcaption>{p.stem.replace('_', ' ')}</figcaption></figure>"
-        for p in pictures
-    )
-    site.write(
-        "gallery.html",
-        "Figures",
-        f"<h1>Figures, {profile} profile</h1>{shown or '<p>None is stored.</p>'}",
-    )
-    (site.out / "figures").mkdir(exist_ok=True)
-    for path in pictures:
-        shutil.copy(path, site.out / "figures")
-    (site.out / MARKER).touch()
-    (site.out / "style.css").write_text(STYLE + HtmlFormatter().get_style_defs(".highlight"))
-    return site.out / "index.html"
+    return made
+
+
+def _methods_by_notebook() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for page in sorted((SOURCE / "docs" / "methods").glob("*.md")):
+        for name in dict.fromkeys(re.findall(r"notebooks/(\w+)\.ipynb", page.read_text())):
+            if page.stem != "README":
+                found.setdefault(name, []).append(page.stem)
+        found.setdefault(page.stem, [page.stem])
+    return found
+
+
+def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """An executed notebook as Markdown, and its pictures by file name."""
+    cells = json.loads(path.read_text())["cells"]
+    parts, pictures = [], {}
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+        elif cell["cell_type"] == "code" and source.strip():
+            parts.append(f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            parts.append(_output(output, path.stem, pictures))
+    text = "\n\n".join(filter(None, parts))
+    return text if text.startswith("#") else f"# {path.stem}\n\n{text}", pictures
+
+
+def _output(output: dict, name: str, pictures: dict[str, bytes]) -> str:
+    """One output of a cell: its picture, its table, else its text; an error is left to the notebook's own tests."""
+    if output["output_type"] == "stream":
+        return f"```text\n{''.join(output['text']).rstrip()}\n```"
+    data = output.get("data", {})
+    if "image/png" in data:
+        file = f"{name}_files/{len(pictures)}.png"
+        pictures[file] = base64.b64decode("".join(data["image/png"]))
+        return f"![A figure of this notebook]({file})"
+    if "text/html" in data:
+        body = re.sub(
+            r"<script\b.*?</script>",
+            "",
+            "".join(data["text/html"]),
+            flags=re.DOTALL | re.IGNORECASE,
+        )
+        body = re.sub(r"\n\s*\n", "\n", body).replace("$", "&#36;")
+        return f'<div class="output">\n{body}\n</div>'
+    text = "".join(data.get("text/plain", ""))
+    return f"```text\n{text}\n```" if text else ""
 
 
 def _claims(results: str | Path | None) -> str:
+    """Every claim as one table, which docs/javascripts/filter.js filters by paper, verdict and words."""
     judged = claims.judge(claims.load(), results)
-    parts = [
-        "<h1>Every claim, and what became of it</h1>",
-        claims.counts(judged).to_html(index=False, border=0),
-        f"<p>{claims.from_memory()}</p>",
-    ]
-    for paper, facts in claims.papers().items():
-        parts.append(
-            f"<h2>{html.escape(facts['title'])}</h2><p>{facts['venue']}, "
-            f'<a href="https://arxiv.org/abs/{paper}">arXiv {paper}</a>; version read: {facts["version"]}; '
-            f'<a href="methods/{facts["page"]}.html">how it is built here</a></p>'
-        )
-        for where, rows in judged[judged.paper == paper].groupby("where", sort=False):
-            (group,) = claims.groups(rows).to_dict("records")
-            why = (
-                f"; not attempted: {group['why not attempted']}"
-                if group["why not attempted"]
-                else ""
-            )
-            table = claims.shown(rows).drop(columns="where").map(_cell)
-            table["verdict"] = [
-                f'<span class="kind" style="border-color: {claims.VERDICTS[kind]}">{text}</span>'
-                for kind, text in zip(rows.kind, table.verdict, strict=True)
-            ]
-            with pd.option_context("display.max_colwidth", None):  # else long cells are cut
-                cells = table.to_html(index=False, border=0, escape=False)
+    papers = claims.papers()
+    shown = claims.shown(judged)
+    columns = ["where", "what", "dataset", "IPC", "paper", "ours", "verdict"]
+    rows = []
+    for row, kind, paper in zip(
+        shown[columns].itertuples(index=False), judged.kind, judged.paper, strict=True
+    ):
+        title = papers[paper]["title"].partition(":")[0]
+        cells = "".join(f"<td>{_cell(value)}</td>" for value in row)
+        facts = f'data-paper="{html.escape(title)}" data-verdict="{html.escape(kind)}"'
+        rows.append(f"<tr {facts}><td>{html.escape(title)}</td>{cells}</tr>")
+    head = "".join(
+        f"<th>{name}</th>" for name in ["paper", *columns[:-3], "printed", *columns[-2:]]
+    )
+    listed = "\n".join(
+        f"- **{facts['title']}**, {facts['venue']}, [arXiv {paper}](https://arxiv.org/abs/{paper}); version "
+        f"read: {facts['version']}; [how it is built here](methods/{facts['page']}.md)"
+        for paper, facts in papers.items()
+    )
+    counted = claims.counts(judged)
+    counted["paper"] = [papers[paper]["title"].partition(":")[0] for paper in counted.paper]
+    counts = tables.as_markdown(counted.loc[:, (counted != 0).any()])
+    table = "\n".join(rows)
+    return (
+        f"# Every claim, and what became of it\n\n{counts}\n\n{claims.from_memory()}\n\n"
+        f'<div class="filter" data-table="claims"></div>\n<div class="output">\n<table id="claims" class="claims">'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{table}\n</tbody></table>\n</div>\n\n"
+        f"## The papers\n\n{listed}\n"
+    )
+
+
+def _cell(value: object) -> str:
+    text = html.escape(str(value)).replace("$", "&#36;")
+    return text.replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
+
+
+def _gallery() -> Pages:
+    """Every kept figure with what its notebook says above it."""
+    folder = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures")
+    told, made, parts = _captions(), {}, []
+    for path in sorted(folder.glob("*/*.png")) + sorted(folder.glob("*/*.gif")):
+        name = f"figures/{path.parent.name}/{path.name}"
+        made[name] = path.read_bytes()
+        if path.parent.name in BEST:
+            caption = _caption(path.stem, told)
             parts.append(
-                f"<h3>{html.escape(where)}</h3><p>labels: {group['labels']}; ± of the paper: "
-                f'{html.escape(group["± of the paper"] + why)}</p><div class="scroll">{cells}</div>'
+                f"<figure markdown>\n![{path.stem.replace('_', ' ')}]({name}){{ loading=lazy }}\n"
+                f"<figcaption markdown>{caption} *{path.parent.name} profile*</figcaption>\n</figure>"
             )
-    return "\n".join(parts)
+    shown = "\n\n".join(parts) or "No figure is stored: `ddlib reproduce` makes them."
+    made["gallery.md"] = f"# Gallery\n\n{shown}\n"
+    return made
 
 
-def _cell(text: object) -> str:
-    return html.escape(str(text)).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
+def _captions() -> dict[str, str]:
+    """The code of every notebook cell -> where it stands and the sentence above it."""
+    told = {}
+    for path in sorted((SOURCE / "notebooks").glob("*.ipynb")):
+        above = ""
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                lines = [line for line in source.splitlines() if line.strip()]
+                heading = next((line.strip("# ") for line in lines if line.startswith("#")), "")
+                above = heading or above
+            elif above:
+                told[source] = f"{above}, [{path.stem}](notebooks/{path.stem}.md)."
+    return told
+
+
+def _caption(stem: str, told: dict[str, str]) -> str:
+    """The caption of the cell that saves a figure of this name, or of its beginning: names carry the IPC at the end."""
+    start = stem
+    while start:
+        for source, caption in told.items():
+            if f'"{start}' in source:
+                return caption
+        start = start.rpartition("_")[0]
+    return f"{stem.replace('_', ' ')}."
+
+
+def _sets(results: str | Path | None) -> Pages:
+    """A card and a picture for each kept set on real images, and a page of all."""
+    from .card import card
+
+    made, parts = {}, []
+    for profile in claims.KEPT:
+        for (dataset, method, ipc), run in explore.choices(tables.stored(results, profile)).items():
+            name = run.path.stem
+            picture = _picture(run)
+            text = card(run).split("---\n", 2)[2].replace("$", "&#36;")
+            shown = f"![The images, class by class]({name}.png)\n\n" if picture else ""
+            body = re.sub(r"\n## Pictures\n.*", "", text, flags=re.DOTALL).lstrip()
+            title, _, rest = body.partition("\n")
+            made[f"sets/{name}.md"] = f"{title}\n\n{shown}{rest}"
+            made |= {f"sets/{name}.png": picture} if picture else {}
+            label = f"{method}, {dataset.removeprefix('folder:')}, IPC {ipc}, `{profile}`"
+            parts.append(f"[{label}: {run.accuracy:.1f} %]({name}.md)\n\n{shown}")
+    listed = "\n".join(parts) or "No set is kept yet."
+    made["sets/index.md"] = (
+        f"# Kept sets\n\nEach with a card: what, how well, at what cost.\n\n{listed}"
+    )
+    return made
+
+
+def _picture(run) -> bytes | None:
+    """At most ten images per class as a PNG, a column a class; None where only the dataset could undo a whitening."""
+    from PIL import Image
+
+    look = explore.Look(run, explore.steps(run)[-1])
+    if look.syn.zca and "pixels" not in look.side:
+        return None
+    seen = look.seen
+    classes = min(10, len(seen.classes))
+    images = (seen.pixels() * 255).round().byte().unflatten(0, (len(seen.classes), seen.ipc))
+    images = images[:classes, :10]  # [classes, ipc, C, H, W]
+    _, each, channels, height, width = images.shape
+    mosaic = images.permute(1, 3, 0, 4, 2).reshape(each * height, classes * width, channels)
+    array = mosaic.cpu().numpy()
+    picture = Image.fromarray(array[..., 0] if channels == 1 else array)
+    scale = max(1, 640 // picture.width)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    file = io.BytesIO()
+    picture.save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def _api() -> str:
+    """The public face, name by name, from signatures and docstrings."""
+    import inspect
+
+    import ddlib
+
+    parts = ["# The public face", "`import ddlib as dd`; every name below is `dd.NAME`."]
+    for name in sorted(ddlib.__all__, key=str.lower):
+        value = getattr(ddlib, name)
+        if inspect.ismodule(value):
+            inside = [key for key, item in vars(value).items() if _own(value, key, item)]
+            parts.append(f"## {name}\n\n{_docstring(value)}")
+            parts += [_entry(f"{name}.{key}", getattr(value, key), 3) for key in sorted(inside)]
+        else:
+            parts.append(_entry(name, value, 2))
+    return "\n\n".join(parts)
+
+
+def _own(module, name: str, value: object) -> bool:
+    return callable(value) and not name.startswith("_") and value.__module__ == module.__name__
+
+
+def _entry(name: str, value: object, level: int) -> str:
+    import inspect
+
+    title = f"{'#' * level} {name}"
+    if not callable(value):
+        return f"{title}\n\n`{', '.join(map(str, value))}`"
+    try:
+        signature = f"{name}{inspect.signature(value)}"
+    except (TypeError, ValueError):
+        signature = name
+    return f"{title}\n\n```python\n{signature}\n```\n\n{_docstring(value)}"
+
+
+def _docstring(value: object) -> str:
+    import inspect
+
+    text = inspect.getdoc(value) or ""
+    return f"```text\n{text}\n```" if text else ""
+
+
+def _command_line() -> str:
+    """The help page of every command."""
+    from ..cli import COMMANDS, parser
+
+    parts = ["# The command line", f"```text\n{parser().format_help()}```"]
+    commands = parser()._subparsers._group_actions[0].choices
+    parts += [f"## ddlib {name}\n\n```text\n{commands[name].format_help()}```" for name in COMMANDS]
+    return "\n\n".join(parts)
+
+
+def filled(text: str, page: str, results: str | Path | None, known: Collection[str]) -> str:
+    """A page as MkDocs is to read it: its records renewed, its links between pages."""
+    return relinked(fill(text, results), page, known)

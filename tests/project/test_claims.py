@@ -2,13 +2,11 @@
 nothing backs. The pages of docs/methods and the static site are held to the same records."""
 
 import ast
-import html
 import json
 import math
 import re
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -17,7 +15,7 @@ from test_tables import record
 import ddlib as dd
 from ddlib.core import DDError
 from ddlib.methods import METHODS
-from ddlib.report import claims, docs, site, tables
+from ddlib.report import claims, docs, tables
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
@@ -459,80 +457,6 @@ def test_every_logged_metric_is_explained(file, pages):
         assert [key for key in sorted(keys) if not re.search(rf"`(extra\.)?{key}`", text)] == [], (
             page
         )
-
-
-# --- the site
-
-
-def test_the_site_needs_no_network_and_no_script(tmp_path, monkeypatch):
-    folder = tmp_path / "results" / "notebooks" / "small"
-    folder.mkdir(parents=True)
-    with pytest.raises(DDError, match="make reproduce PROFILE=small"):
-        site.build("small", tmp_path / "site", tmp_path / "results")
-    live = {"text/plain": "a bar", "application/vnd.jupyter.widget-view+json": {"model_id": "x"}}
-    outputs = [
-        nbformat.v4.new_output("display_data", live),
-        nbformat.v4.new_output(
-            "display_data",
-            {"text/html": '<script src="https://cdn.example/x.js"></script><b>kept</b>'},
-        ),
-    ]
-    text = "# One\n\n$\\psi$ costs `$5$`: see [dm](dm.ipynb), [gone](no.ipynb)\n\n$$\\tfrac1{2}$$"
-    cells = [
-        nbformat.v4.new_markdown_cell(text),
-        nbformat.v4.new_code_cell("1 < 2", outputs=outputs),
-    ]
-    for name in ("one", "dm"):
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
-    monkeypatch.setenv("DDLIB_FIGURES", str(tmp_path / "figures"))
-    (tmp_path / "figures" / "small").mkdir(parents=True)
-    (tmp_path / "figures" / "small" / "a_plot.png").write_bytes(b"png")
-    site.build("small", tmp_path / "site", tmp_path / "results")
-    pages = {
-        path.relative_to(tmp_path / "site").as_posix(): path
-        for path in (tmp_path / "site").rglob("*.html")
-    }
-    assert {
-        "index.html",
-        "claims.html",
-        "gallery.html",
-        "notebooks/one.html",
-        "methods/dm.html",
-    } <= pages.keys()
-    for name, path in pages.items():
-        text = path.read_text()
-        assert not re.search(r"<script|<iframe|@import|MathJax", text), name
-        for target in re.findall(r'(?:src|<link[^>]*href)="([^"]+)"', text):
-            assert not re.match(r"(https?:)?//", target), f"{name} loads {target[:60]}"
-        for target in re.findall(r'(?:href|src)="([^"#]+)', text):
-            local = not re.match(r"https?:|data:", target)
-            assert not local or (path.parent / target).is_file(), (
-                f"{name} links to {target}, which is not there"
-            )
-    one = pages["notebooks/one.html"].read_text()
-    assert (
-        "kept" in one
-        and "a bar" in one
-        and "<code>$5$</code>" in one
-        and 'href="dm.html"' in one
-        and "gone" in one
-    )
-    formulas = re.findall(r'alt="([^"]*)" src="data:image/svg', one)
-    assert [html.unescape(tex) for tex in formulas] == [r"\psi", r"\tfrac1{2}"]
-    assert "figures/a_plot.png" in pages["gallery.html"].read_text()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(DDError, match="something else"):
-        site.build("small", tmp_path / "mine", tmp_path / "results")
-
-
-def test_every_formula_of_docs_and_notebooks_becomes_a_picture():
-    for name, text in prose().items():
-        for match in site.MATH.finditer(text):
-            if not match[1]:
-                assert "<img" in site._formula(match[2] or match[3], bool(match[2])), (
-                    f"{name}: {match[0]}"
-                )
 
 
 # --- figures in prose

@@ -57,7 +57,7 @@ def test_every_dependency_is_pinned_within_its_bounds():
 
 def test_environment_yml_carries_the_same_pins():
     (pip,) = [entry["pip"] for entry in CONDA if isinstance(entry, dict)]
-    assert pip[0] == "-c constraints.txt" and pip[-1] == "-e .[lab,test]"
+    assert pip[0] == "-c constraints.txt" and pip[-1] == "-e .[docs,lab,test]"
     names = {canonicalize_name(need.name) for need in declared()}
     assert pins(pip[1:-1]) == {
         name: version for name, version in constraints().items() if name in names
@@ -163,7 +163,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 def test_make_env_installs_once_and_again_when_a_pin_changes(checkout):
     done, installs = make_env(checkout)
     assert (done.returncode, installs) == (0, 1), done.stderr
-    assert "-c constraints.txt -e .[lab,test]" in (checkout / "log").read_text()
+    assert "-c constraints.txt -e .[docs,lab,test]" in (checkout / "log").read_text()
 
     (checkout / "constraints.txt").touch()  # new time, same content: as in a fresh clone
     done, installs = make_env(checkout)

@@ -1,0 +1,212 @@
+"""The site: every link leads somewhere, nothing comes from elsewhere, and a browser finds its way, on a phone too."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ddlib.core import DDError
+from ddlib.report import site
+
+pytest.importorskip("mkdocs", reason="needs MkDocs: pip install 'ddlib[docs]'")
+pytest.importorskip("latex2mathml", reason="needs latex2mathml: pip install 'ddlib[docs]'")
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["index", "methods/dm", "notebooks/dm", "claims", "gallery", "sets/index", "guides/faq"]
+
+
+def prose() -> dict[str, str]:
+    """Every page and Markdown cell that may hold a formula."""
+    found = {path.name: path.read_text() for path in (ROOT / "docs").rglob("*.md")}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        found[path.name] = "\n\n".join(texts)
+    return found
+
+
+def test_every_formula_becomes_mathml():
+    formulas = []
+    for text in prose().values():
+        site.with_tokens(text, formulas)
+    assert len(formulas) > 20
+    for formula in formulas:
+        assert formula.startswith("<math") and "\\" not in formula, formula
+
+
+def test_formulas_leave_code_alone_and_survive_markdown():
+    formulas = []
+    text = site.with_tokens("$a_i$ costs `$5$`\n\n$$\\tfrac1{2}$$", formulas)
+    assert text == "DDFORMULA0X costs `$5$`\n\nDDFORMULA1X" and len(formulas) == 2
+    assert 'display="block"' in formulas[1] and "<mfrac>" in formulas[1]
+    assert site.with_formulas("<p>DDFORMULA0X</p>", formulas) == f"<p>{formulas[0]}</p>"
+
+
+def test_links_between_files_become_links_between_pages():
+    text = (
+        "[dm](dm.ipynb), [page](../docs/methods/dm.md#run), [code](../ddlib/core.py), `[a](dm.ipynb)`, "
+        "[web](https://arxiv.org), ![x](../figures/small/dm_history.png), [made](../claims.md)"
+    )
+    assert site.relinked(text, "notebooks/tesla.md", {"claims.md"}) == (
+        "[dm](dm.md), [page](../methods/dm.md#run), code, `[a](dm.ipynb)`, "
+        "[web](https://arxiv.org), ![x](../figures/small/dm_history.png), [made](../claims.md)"
+    )
+    assert site.relinked("see `notebooks/dm.ipynb`", "methods/dm.md") == (
+        "see [`notebooks/dm.ipynb`](../notebooks/dm.md)"
+    )
+    assert site.relinked('<a href="docs/methods/dm.md">x</a>', "index.md") == (
+        '<a href="methods/dm.html">x</a>'
+    )
+
+
+def test_a_notebook_becomes_a_page(tmp_path):
+    def output(**data):
+        return {"output_type": "display_data", "data": data}
+
+    outputs = [
+        output(
+            **{"text/html": '<script src="https://cdn.example/x.js"></script><b>$1</b>\n\n<i>2</i>'}
+        ),
+        output(**{"image/png": "cG5n", "text/plain": "a figure"}),
+        output(**{"text/plain": "a bar", "application/vnd.jupyter.widget-view+json": {}}),
+        {"output_type": "stream", "name": "stdout", "text": ["one\n"]},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# One"]},
+        {"cell_type": "code", "source": ["1 < 2"], "outputs": outputs},
+    ]
+    (tmp_path / "one.ipynb").write_text(json.dumps({"cells": cells}))
+    text, pictures = site.notebook(tmp_path / "one.ipynb")
+    assert text.startswith("# One\n\n```python\n1 < 2\n```") and pictures == {
+        "one_files/0.png": b"png"
+    }
+    assert '<div class="output">\n<b>&#36;1</b>\n<i>2</i>\n</div>' in text and "script" not in text
+    assert "```text\na bar\n```" in text and "```text\none\n```" in text
+
+
+def test_a_build_without_results_or_into_a_strange_folder_is_one_sentence(tmp_path):
+    with pytest.raises(DDError, match="no executed notebook in .*: run make reproduce"):
+        site.build(tmp_path / "site", tmp_path / "results")
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(DDError, match="holds something else than a site"):
+        site.build(tmp_path, ROOT / "results")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    return site.build(tmp_path_factory.mktemp("pages") / "site", ROOT / "results").parent
+
+
+@pytest.mark.slow
+def test_every_link_leads_somewhere_and_nothing_comes_from_elsewhere(built):
+    pages = {path: path.read_text() for path in built.rglob("*.html")}
+    names = {path.relative_to(built).as_posix() for path in pages}
+    assert {f"{name}.html" for name in PAGES} <= names
+    notebooks = {f"notebooks/{path.stem}.html" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert len(notebooks) >= 16 and notebooks <= names
+    broken = []
+    for path, text in pages.items():
+        assert 'name="viewport"' in text, path
+        for target in re.findall(
+            r'(?:<script[^>]*src|<link[^>]*href|<img[^>]*src)="([^"]+)"', text
+        ):
+            assert not re.match(r"(https?:)?//", target), f"{path} loads {target[:60]}"
+        for target in re.findall(r'(?:href|src)="([^"#]+)', text):
+            local = not re.match(r"[a-z]+:", target)
+            if local and not (path.parent / target).exists() and path.name != "404.html":
+                broken.append((path.name, target))
+    assert broken == []
+    method = (built / "methods" / "dm.html").read_text()
+    notebook = (built / "notebooks" / "dm.html").read_text()
+    assert 'href="../notebooks/dm.html"' in method and 'href="../methods/dm.html"' in notebook
+    assert "DDFORMULA" not in "".join(pages.values()) and "<math" in method
+    style = "".join(path.read_text() for path in built.rglob("*.css"))
+    assert not re.search(r"url\((?:https?:)?//|@import", style)
+
+
+# --- in a browser, from files, without a server
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+DRIVER = shutil.which("chromedriver")
+WIDE, PHONE = (1300, 900), (390, 844)
+TITLES = (
+    """return [...document.querySelectorAll('.md-search-result__item')].map(e => e.textContent)"""
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    if not (BROWSER and DRIVER):
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    folder = tmp_path_factory.mktemp("chromium")
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={folder}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def sized(browser, size: tuple[int, int]) -> None:
+    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1}
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", metrics | {"mobile": size == PHONE}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["desktop", "phone"])
+def test_no_page_scrolls_sideways_or_complains(built, browser, size, tmp_path):
+    sized(browser, size)
+    shots = Path(os.environ.get("DDLIB_SCREENSHOTS") or tmp_path)
+    for name in PAGES:
+        browser.get(f"file://{built}/{name}.html")
+        width, room = browser.execute_script(
+            "return [document.documentElement.scrollWidth, innerWidth]"
+        )
+        assert width <= room, f"{name} is {width} px wide at {room}"
+        assert browser.get_log("browser") == [], name
+        shot = shots / f"{name.replace('/', '_')}_{size[0]}.png"
+        assert browser.save_screenshot(str(shot)) and shot.stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_claims_are_filtered_by_paper_and_words(built, browser):
+    sized(browser, WIDE)
+    browser.get(f"file://{built}/claims.html")
+    rows = "return [...document.querySelectorAll('#claims tbody tr')].filter(r => !r.hidden)"
+    every = browser.execute_script(f"{rows}.length")
+    browser.execute_script(
+        "const s = document.querySelector('.filter select[name=paper]'); s.value = 'FRePo';"
+        "s.dispatchEvent(new Event('input'))"
+    )
+    papers = browser.execute_script(f"{rows}.map(r => r.dataset.paper)")
+    assert 0 < len(papers) < every and set(papers) == {"FRePo"}
+    box = browser.find_element("css selector", ".filter input")
+    box.send_keys("cifar100")
+    fewer = browser.execute_script(f"{rows}.map(r => r.textContent)")
+    assert 0 < len(fewer) < len(papers) and all("cifar100" in text for text in fewer)
+
+
+@pytest.mark.slow
+def test_search_finds_a_word_without_a_server(built, browser):
+    import time
+
+    sized(browser, WIDE)
+    browser.get(f"file://{built}/index.html")
+    box = browser.find_element("css selector", ".md-search__input")
+    box.click()
+    box.send_keys("adjoint")
+    end = time.monotonic() + 60
+    while not (found := browser.execute_script(TITLES)):
+        assert time.monotonic() < end, "search found nothing"
+        time.sleep(0.2)
+    assert any("adjoint" in text.lower() for text in found)
