@@ -26,7 +26,7 @@ MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$(\S[^$\n]*?)\$", re.DO
 # Code, which stays; a Markdown link or picture; a link or picture as a tag.
 LINK = re.compile(
     r"```.*?```"
-    r"|(?P<image>!?)\[(?P<shown>[^\[\]]*)\]\((?P<target>[^)\s]+)\)"
+    r"|(?P<image>!?)\[(?P<shown>!\[[^\[\]]*\]\([^)\s]+\)|[^\[\]]*)\]\((?P<target>[^)\s]+)\)"
     r"|`[^`\n]*`"
     r'|\b(?P<name>src|href)="(?P<address>[^"]+)"',
     re.DOTALL,
@@ -34,6 +34,11 @@ LINK = re.compile(
 # What latex2mathml does not know -> the same in words that it knows.
 SPELLINGS = {r"\tfrac": r"\frac", r"\arg": r"\mathrm{arg}", r"\|": "‖"}
 MARKER = ".ddlib-site"  # a folder with this file may be written anew
+FRONT = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 BEST = ("paper", "small", "smoke")  # of a notebook that was executed in several profiles
 Pages = dict[str, str | bytes]  # path below the site -> Markdown, or a file's bytes
 
@@ -74,10 +79,7 @@ def executed(results: str | Path | None = None) -> dict[str, tuple[str, Path]]:
 
 def pages(results: str | Path | None = None) -> Pages:
     """Every page that is not written by hand, by its path."""
-    made = {"index.md": (SOURCE / "README.md").read_text()}
-    for name in ("CONTRIBUTING", "CHANGELOG"):
-        if (SOURCE / f"{name}.md").is_file():
-            made[f"{name.lower()}.md"] = (SOURCE / f"{name}.md").read_text()
+    made = {page: (SOURCE / file).read_text() for file, page in FRONT.items()}
     made |= _notebooks(results)
     made["claims.md"] = _claims(results)
     made |= _gallery()
@@ -114,10 +116,9 @@ def nav(made: Pages) -> list:
 
 def source_of(page: str) -> Path:
     """The file in the checkout that a page stands for, from which its links lead."""
-    if page == "index.md":
-        return SOURCE / "README.md"
-    if page in ("contributing.md", "changelog.md"):
-        return SOURCE / f"{page[:-3].upper()}.md"
+    for file, front in FRONT.items():
+        if page == front:
+            return SOURCE / file
     if page.startswith("notebooks/"):
         return SOURCE / Path(page).with_suffix(".ipynb")
     return SOURCE / "docs" / page
@@ -134,7 +135,7 @@ def page_of(source: Path) -> str | None:
         return str(Path(path).with_suffix(".md"))
     if path.startswith("figures/"):
         return path if path.endswith((".png", ".gif")) else None
-    return {"README.md": "index.md"}.get(path, path.lower() if path.isupper() else None)
+    return FRONT.get(path)
 
 
 def relinked(text: str, page: str, known: Collection[str] = ()) -> str:
@@ -158,7 +159,7 @@ def relinked(text: str, page: str, known: Collection[str] = ()) -> str:
     def change(match: re.Match) -> str:
         if match["target"]:
             target = moved(match["target"])
-            shown = match["shown"]
+            shown = LINK.sub(change, match["shown"])  # a picture may be the link
             return shown if target is None else f"{match['image']}[{shown}]({target})"
         if match["address"]:
             target = moved(match["address"])

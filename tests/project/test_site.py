@@ -57,6 +57,10 @@ def test_links_between_files_become_links_between_pages():
     assert site.relinked("see `notebooks/dm.ipynb`", "methods/dm.md") == (
         "see [`notebooks/dm.ipynb`](../notebooks/dm.md)"
     )
+    badge = "[![MIT](docs/images/licence.svg)](LICENSE) [![dm](docs/images/python.svg)](docs/methods/dm.md)"
+    assert site.relinked(badge, "index.md") == (
+        "![MIT](images/licence.svg) [![dm](images/python.svg)](methods/dm.md)"
+    )
     assert site.relinked('<a href="docs/methods/dm.md">x</a>', "index.md") == (
         '<a href="methods/dm.html">x</a>'
     )
