@@ -21,7 +21,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    text = site.filled(markdown, page.file.src_uri, config.extra.get("results"), MADE)
+    known = {file.src_uri for file in files}
+    text = site.filled(markdown, page.file.src_uri, config.extra.get("results"), known)
     page.meta["formulas"] = []
     return site.with_tokens(text, page.meta["formulas"])
 

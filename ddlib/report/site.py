@@ -50,15 +50,19 @@ def build(out: str | Path | None = None, results: str | Path | None = None) -> P
         from mkdocs.config import load_config
     except ImportError:
         raise DDError("site needs MkDocs: pip install 'ddlib[docs]', or make site") from None
+    if not (SOURCE / "mkdocs.yml").is_file():
+        raise DDError(f"site needs the source checkout of ddlib: {SOURCE} has no mkdocs.yml")
     out = Path(out or SOURCE / "site")
     if out.exists() and not (out / MARKER).is_file() and any(out.iterdir()):
         raise DDError(f"{out} holds something else than a site: choose another folder with --out")
     executed(results)
+    # At once: a site that is killed half way is still known as one by the next call.
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
     config = load_config(str(SOURCE / "mkdocs.yml"), site_dir=str(out.resolve()))
     config.extra["results"] = str(results_folder(results))
     config.plugins.on_startup(command="build", dirty=False)
     write(config)
-    (out / MARKER).touch()
     return out / "index.html"
 
 

@@ -124,8 +124,10 @@ def test_every_link_leads_somewhere_and_nothing_comes_from_elsewhere(built):
             if local and not (path.parent / target).exists() and path.name != "404.html":
                 broken.append((path.name, target))
     assert broken == []
-    method = (built / "methods" / "dm.html").read_text()
-    notebook = (built / "notebooks" / "dm.html").read_text()
+    method, notebook = (  # without the menus, which link everything
+        (built / folder / "dm.html").read_text().partition("<article")[2].partition("</article")[0]
+        for folder in ("methods", "notebooks")
+    )
     assert 'href="../notebooks/dm.html"' in method and 'href="../methods/dm.html"' in notebook
     assert "DDFORMULA" not in "".join(pages.values()) and "<math" in method
     style = "".join(path.read_text() for path in built.rglob("*.css"))
