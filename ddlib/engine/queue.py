@@ -4,7 +4,8 @@
     python -m ddlib queue --minutes 60      does it; stops cleanly, and the next call goes on
 
 A queue file is YAML, a list of rows: {method, dataset, ipc: 1 or [1, 10], seeds: 0 or [0, 1], set: {KEY: VALUE}}, each
-standing for all its combinations under one profile. Rows whose record is kept are skipped. Every run is a process of its
+standing for all its combinations under one profile. Rows whose record is kept, or that another process works on, are
+skipped, so several queues may share a folder. Every run is a process of its
 own, so that one that fails or runs out of memory ends alone.
 """
 
@@ -27,7 +28,7 @@ import yaml
 
 from ..config import Spec, resolve
 from ..core import DDError, choose
-from ..files import results_folder
+from ..files import Busy, lock, results_folder
 from .cost import Cost, predict
 
 ROWS = Path(__file__).with_name("queue.yaml")  # the papers' rows
@@ -45,7 +46,17 @@ class Row:
 
     @property
     def done(self) -> bool:
-        return self.record.is_file() and self.record.with_suffix(".safetensors").is_file()
+        """Whether its record is kept; the set may be left out, as those of larger coresets are."""
+        return self.record.is_file()
+
+    @property
+    def taken(self) -> bool:
+        """Whether another process is at work on it."""
+        try:
+            with lock(self.record, "the run", wait=False):
+                return False
+        except Busy:
+            return True
 
     def __str__(self) -> str:
         spec = self.spec
@@ -119,6 +130,9 @@ def work_through(
     for row in rows:
         if row.done:
             print(f"kept     {row}", flush=True)
+            continue
+        if row.taken:
+            print(f"taken    {row}", flush=True)
             continue
         left = end - time.monotonic()
         if left <= 0:

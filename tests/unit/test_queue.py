@@ -10,6 +10,7 @@ import ddlib as dd
 from ddlib import cli
 from ddlib.core import DDError
 from ddlib.engine import cost, queue
+from ddlib.files import lock
 
 SMOKE = {"iterations": 6, "networks": 1, "eval_epochs": 2, "evaluations": 1, "snapshots": 0}
 
@@ -131,6 +132,8 @@ def test_stopped_and_gone_on_ends_in_the_same_bytes(tmp_path, monkeypatch, capfd
     assert "stopped, to go on" in capfd.readouterr().out and not rows("parts")[0].done
     assert queue.work_through(rows("parts"), 5, "cpu", tmp_path / "parts")
     (parts,) = rows("parts")
+    with lock(parts.record, "the run"):
+        assert parts.taken and not rows("whole")[0].taken
     digests = [
         hashlib.sha256(path.with_suffix(".safetensors").read_bytes()).hexdigest()
         for path in (whole.path, parts.record)
@@ -151,3 +154,10 @@ def test_a_run_that_fails_is_said_and_the_next_one_starts(tmp_path, capfd):
     out = capfd.readouterr()
     assert "failed with 2" in out.out and "training images of class" in out.err
     assert [r.done for r in plan if r.spec.method == "random"] == [True]
+
+
+def test_a_run_that_another_process_has_is_left_to_it(tmp_path, capsys):
+    plan = queue.plan(queue.read(written(tmp_path, [row()]), "smoke"), results=tmp_path / "r")
+    with lock(plan[0].record, "the run"):
+        assert queue.work_through(plan, None, "cpu", tmp_path / "r")
+    assert capsys.readouterr().out.startswith("taken") and not plan[0].taken
