@@ -18,6 +18,7 @@ MODULES = {
     "fairness": "studies.fairness",
     "lesson": "report.lesson",
     "membership": "studies.membership",
+    "panel": "report.panel",
     "plots": "report.plots",
     "sampling": "studies.sampling",
     "search": "studies.architecture_search",

@@ -23,7 +23,7 @@ from ..core import DDError, choose, generator, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..engine.record import Run, resolve_record, side_file
-from ..files import update_json
+from ..files import SOURCE, update_json
 from ..methods import METHODS
 from ..nets.build import build, initialise
 from ..recipe import VERSION
@@ -71,6 +71,18 @@ def pick(found: dict[Key, Run], dataset: str, method: str, ipc: int, profile: st
             f"ddlib run {method} --dataset {dataset} --ipc {ipc} --profile {profile}"
         )
     return found[dataset, method, ipc]
+
+
+def kept(results: str | Path | None = None) -> dict[Key, Run]:
+    """`choices` among the kept runs that can be looked at without their data (`ddlib look`), by default the checkout's.
+
+    Raises `DDError` where there is none.
+    """
+    results = results or SOURCE / "results"
+    found = choices(run for run in tables.stored(results) if kept_look.path_of(run).is_file())
+    if not found:
+        raise DDError(f"no set in {results} has what it takes to be looked at: ddlib look FILE")
+    return found
 
 
 def steps(run: Run) -> list[int]:

@@ -244,6 +244,15 @@ def test_the_committed_looks_are_of_their_sets_and_small():
         assert (total == total[0]).all()
 
 
+def test_a_kept_cifar_set_is_shown_where_there_is_no_cifar(monkeypatch, tmp_path):
+    monkeypatch.setenv("DDLIB_DATA", str(tmp_path))
+    run = explore.kept()["folder:cifar10", "frepo", 1]
+    for view in explore.VIEWS:
+        assert explore.draw(view, run).axes, view
+    with pytest.raises(DDError, match="no set in .* has what it takes to be looked at"):
+        explore.kept(tmp_path)
+
+
 def test_the_embedding_is_the_pca_of_the_real_images(run):
     (axis,) = explore.draw("embedding", run, 2, "cpu").axes
     dots, stars = axis.collections[::2], axis.collections[1::2]
