@@ -24,6 +24,7 @@ from .recipe import PRECISIONS, VERSION, Recipe, own_augment, protocol, usual_ep
 
 PROFILES = ("smoke", "small", "paper")
 PRESETS = Path(__file__).parent / "methods"  # beside the classes
+COMMON = PRESETS / "common.yaml"
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,46 @@ def _subset(cls: type, values: dict) -> dict:
     return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
+class _Unambiguous(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is an error, where PyYAML takes the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = (key.value, key.tag), key.start_mark.line + 1
+            if name in lines and key.value != "<<":
+                raise DDError(
+                    f"key {key.value!r} stands twice in one level, in lines {lines[name]} and {line}: "
+                    "delete one of them"
+                )
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
 @cache
-def _preset(name: str) -> dict:
-    return yaml.safe_load((PRESETS / f"{name}.yaml").read_text()) or {}
+def preset(path: Path) -> dict:
+    """The levels of a preset file; one that cannot be read is a `DDError` that names file, key and lines."""
+    try:
+        found = yaml.load(path.read_text(), _Unambiguous) or {}
+    except DDError as error:
+        raise DDError(f"preset {path.name}: {error}") from None
+    except yaml.YAMLError as error:
+        raise DDError(f"preset {path.name} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise DDError(
+            f"preset {path.name} must hold levels (defaults, methods, datasets, profiles)"
+        )
+    return found
 
 
-def layers(method: str, dataset: str, ipc: int, profile: str) -> Iterator[tuple[str, tuple, dict]]:
-    """What a preset is laid from, the weakest first: (file's name, keys down to a level, the level's plain keys)."""
+def preset_files(method: str) -> list[Path]:
+    """The presets of a method, the weaker first: what all methods share, and the file beside its class."""
+    beside = METHODS.registration(method).presets
+    return [COMMON, beside] if beside else [COMMON]
+
+
+def layers(method: str, dataset: str, ipc: int, profile: str) -> Iterator[tuple[Path, tuple, dict]]:
+    """What a preset is laid from, the weakest first: (file, keys down to a level, the level's plain keys)."""
     place, own = canonical(dataset), ("methods", method)
     levels = (
         ("defaults",),
@@ -174,32 +208,32 @@ def layers(method: str, dataset: str, ipc: int, profile: str) -> Iterator[tuple[
         (*own, "profiles", profile),
     )
     for path in levels:
-        for name in ("common", METHODS[method].preset):
-            level = _preset(name)
+        for file in preset_files(method):
+            level = preset(file)
             for key in path:
                 level = (level or {}).get(key)
-            yield from _exceptions(name, path, level or {}, place, ipc)
+            yield from _exceptions(file, path, level or {}, place, ipc)
 
 
 def _exceptions(
-    name: str, path: tuple, level: dict, dataset: str, ipc: int
-) -> Iterator[tuple[str, tuple, dict]]:
+    file: Path, path: tuple, level: dict, dataset: str, ipc: int
+) -> Iterator[tuple[Path, tuple, dict]]:
     """A level's plain keys, then those of its exceptions for this IPC and for this dataset."""
     nested = ("profiles", "datasets", "ipc")
-    yield name, path, {key: value for key, value in level.items() if key not in nested}
+    yield file, path, {key: value for key, value in level.items() if key not in nested}
     if ipc in (level.get("ipc") or {}):
-        yield name, (*path, "ipc", ipc), level["ipc"][ipc] or {}
+        yield file, (*path, "ipc", ipc), level["ipc"][ipc] or {}
     if dataset in (level.get("datasets") or {}):
         deeper = (*path, "datasets", dataset)
-        yield from _exceptions(name, deeper, level["datasets"][dataset] or {}, dataset, ipc)
+        yield from _exceptions(file, deeper, level["datasets"][dataset] or {}, dataset, ipc)
 
 
 def _brought_along(protocol: str, dataset: str, ipc: int) -> dict[str, Any]:
     """What a protocol that is asked for by name changes in the paper profile: its usual epochs, and exceptions."""
     values = {"eval_epochs": usual_epochs(protocol)}
     path = ("protocols", protocol)
-    level = _preset("common")["protocols"].get(protocol, {})
-    for _, _, exception in _exceptions("common", path, level, canonical(dataset), ipc):
+    level = preset(COMMON)["protocols"].get(protocol, {})
+    for _, _, exception in _exceptions(COMMON, path, level, canonical(dataset), ipc):
         values |= exception
     return values
 
@@ -229,11 +263,12 @@ def _refuse_unpublished(method: str, dataset: str, ipc: int, overrides: dict[str
     The rows of a preset's `ipc:` and `datasets:` are what paper and code give. Beside them, a key that the rows set
     has no value of theirs, and none else in the presets counts but a plainer level's.
     """
-    preset, place = _preset(METHODS[method].preset), canonical(dataset)
+    beside, place = METHODS.registration(method).presets, canonical(dataset)
+    rows = preset(beside) if beside else {}
     given = {key for key, value in overrides.items() if value is not None}
     for _, _, level in layers(method, dataset, ipc, "paper"):
         given |= level.keys()
-    for level in (preset.get("methods", {}).get(method, {}), preset):
+    for level in (rows.get("methods", {}).get(method) or {}, rows):
         for known, keys in _tables(level, place, ipc):
             if missing := sorted(keys - given):
                 raise DDError(
@@ -272,8 +307,12 @@ def _resolved(
     ipc, seed = whole("ipc", ipc, 1), whole("seed", seed, 0)
     allowed = sorted({f.name for c in (cls.Config, RunConfig) for f in fields(c)})
     values: dict[str, Any] = {}
-    for _, _, level in layers(method, dataset, ipc, profile):
+    levels = list(layers(method, dataset, ipc, profile))
+    for _, _, level in levels:
         values |= level
+    own = METHODS.registration(method).protocol
+    if own and not any("protocol" in level for file, _, level in levels if file != COMMON):
+        values["protocol"] = own
     given = {key: value for key, value in overrides.items() if value is not None}
     values |= given
     if profile == "paper" and "protocol" in given:

@@ -140,24 +140,31 @@ def fields_from(cls: type, values: dict, what: str) -> object:
     return cls(**clean)
 
 
-_KINDS = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (list, tuple)}
+KINDS = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (list, tuple)}
+
+
+def kind_of(field: dataclasses.Field) -> str:
+    """The name of a field's type, whether its annotation is a type or, under `from __future__`, a text."""
+    return getattr(field.type, "__name__", str(field.type)).split("[")[0]
 
 
 def _field_value(field: dataclasses.Field, value: object, what: str) -> object:
-    kind, bounds, key = field.type.split("[")[0], field.metadata, field.name
+    kind, bounds, key = kind_of(field), field.metadata, field.name
     wrong = isinstance(value, bool) and kind != "bool"
-    if wrong or not isinstance(value, _KINDS[kind]):
-        raise DDError(f"{what} key {key!r} must be {field.type}, not {shown(value)}")
+    if wrong or not isinstance(value, KINDS[kind]):
+        raise DDError(f"{what} key {key!r} must be {kind}, not {shown(value)}")
     if "allowed" in bounds:
         choose(f"{what} {key}", value, bounds["allowed"])
-    if kind == "tuple":
+    if kind == "tuple" and "[" in str(field.type):
         value = tuple(map(plain, value))
-        inner = _KINDS[field.type.split("[")[1].split(",")[0]]
+        inner = KINDS[str(field.type).split("[")[1].split(",")[0]]  # of tuple[int, ...]
         if not all(isinstance(each, inner) and not isinstance(each, bool) for each in value):
             raise DDError(f"{what} key {key!r} must be {field.type}, not {shown(value)}")
     for bound, words, holds in _BOUNDS:
         if bound in bounds and not holds(value, bounds[bound]):
             raise DDError(f"{what} key {key!r} must be {words} {bounds[bound]}, not {shown(value)}")
+    if kind == "tuple":
+        return tuple(value)
     return _finite(value, f"{what} key {key!r}") if kind == "float" else value
 
 

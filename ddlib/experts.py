@@ -78,6 +78,22 @@ class Experts:
         return len(self.weights)
 
 
+@dataclass(frozen=True)
+class ExpertSet:
+    """The first `count` experts of a recipe, as a method needs them."""
+
+    recipe: ExpertRecipe
+    count: int
+
+    def make(
+        self, data: Dataset, backbone: str, *, compile: bool = False, progress: bool = True
+    ) -> list[Path]:
+        """Train those that are not there yet; their files."""
+        return train_experts(
+            data, backbone, self.recipe, self.count, compile=compile, progress=progress
+        )
+
+
 def experts_folder() -> Path:
     """Where networks trained on whole datasets live: DDLIB_EXPERTS, else `experts/` among the results."""
     return Path(os.environ.get("DDLIB_EXPERTS") or results_folder() / "experts")

@@ -18,11 +18,12 @@ from ..config import Spec, dataset_of, resolve
 from ..core import DDError, Interrupted, pick_device, whole
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
-from ..experts import ExpertsError, train_experts
+from ..experts import ExpertsError
 from ..files import Busy, CannotWrite, lock, results_folder, write_atomically, write_json
 from ..methods import METHODS
 from ..nets.build import build
 from ..train.evaluate import evaluate
+from . import contract
 from .checkpoint import Progress, Signals, guard, threads_of
 from .meter import PeakMemory, machine
 from .record import Run, fits, refuse_other_images, summary
@@ -79,7 +80,7 @@ def run(
         write_atomically(folder / f".{spec.name}.try", lambda path: None).unlink(missing_ok=True)
         data = data.to(device) if data else dataset_of(spec, device)
         _check(spec, data)
-        if teach and hasattr(spec.config, "expert_recipe"):
+        if teach:
             _teach(spec, data, progress)
         if fresh:
             checkpoint.unlink(missing_ok=True)
@@ -119,9 +120,10 @@ def _check(spec: Spec, data: Dataset) -> None:
 
 def _method(spec: Spec, data: Dataset) -> Any:
     try:
-        return METHODS[spec.method](spec.config, data, spec.ipc, spec.run.backbone, spec.seed)
+        method = METHODS[spec.method](spec.config, data, spec.ipc, spec.run.backbone, spec.seed)
     except ExpertsError as error:
         raise DDError(f"{error}: {spec.command('experts')}") from None
+    return contract.started(spec.method, method, data, spec.ipc)
 
 
 def _distil(state: Progress, data: Dataset, done: Run, progress: bool, every: int) -> None:
@@ -149,36 +151,32 @@ def prepare(
 ) -> list[Path]:
     """Train the expert trajectories that `run` with the same arguments needs, unless they are there; their files."""
     spec = resolve(method, dataset, ipc, profile, **overrides)
-    if not hasattr(spec.config, "expert_recipe"):
+    if not METHODS[method].needs(spec.config):
         raise DDError(f"{method} needs no experts; methods that do: mtt, tesla, ftd, datm")
     with threads_of(profile):
         return _teach(spec, dataset_of(spec, pick_device(device)), progress)
 
 
 def _teach(spec: Spec, data: Dataset, progress: bool) -> list[Path]:
-    return train_experts(
-        data,
-        spec.run.backbone,
-        spec.config.expert_recipe,
-        spec.config.experts,
-        compile=spec.run.compile,
-        progress=progress,
-    )
+    paths = []
+    for asset in METHODS[spec.method].needs(spec.config):
+        paths += asset.make(data, spec.run.backbone, compile=spec.run.compile, progress=progress)
+    return paths
 
 
 def _synthetic(state: Progress, data: Dataset, snapshots: bool = False) -> Synthetic:
     extra = {"snapshots": state.snapshots} if snapshots else {}
-    recipe = state.spec.recipe
-    if hasattr(state.method, "recipe") and not state.spec.run.eval_lr:
-        recipe = state.method.recipe(recipe)  # a learned step size
-    run = state.spec.run
+    run, result = state.spec.run, contract.result(state.spec.method, state.method)
+    changes = dict(result.recipe)
+    if run.eval_lr:  # a step size that was asked for stands before a learned one
+        changes.pop("lr", None)
     return Synthetic.of(
         data,
-        state.method.images,
-        state.method.labels,
-        recipe,
+        result.images,
+        result.labels,
+        state.spec.recipe.tuned(changes),
         run.eval_backbone or run.backbone,
-        factor=getattr(state.method, "factor", 1),
+        factor=result.factor,
         spec=asdict(state.spec),
         **extra,
     )
@@ -241,7 +239,7 @@ def _step(state: Progress, bar: tqdm) -> None:
         raise DDError(f"{error}; {state.kept()}") from None
     state.step += 1
     if state.step % max(1, state.total // 100) == 0 or state.step == state.total:
-        values = {name: float(value) for name, value in report.items()}
+        values = contract.numbers(state.spec.method, report)
         if not all(map(math.isfinite, values.values())):
             raise _diverged(state, str(values))
         state.history.append({"step": state.step} | values)
@@ -303,7 +301,7 @@ def _write(path: Path, state: Progress, data: Dataset) -> None:
         "accuracy": accuracy,
         "evaluations": scores,
         "history": state.history,
-        "extra": getattr(state.method, "record", {}),
+        "extra": contract.summary(state.spec.method, state.method),
         "seconds": {part: round(seconds, 3) for part, seconds in state.seconds.items()},
         "peak_bytes": peak,
         "peak_method": state.meter.method,

@@ -1,14 +1,5 @@
-"""Every method by name. A method owns its synthetic images and offers `step`, `state_dict` and `load_state_dict`."""
+"""One file per paper; `METHODS` has every method by name, `base` the contract, `registry` how to add one."""
 
-from .coreset import KINDS, Coreset
-from .dm import DM
-from .frepo import FRePo
-from .gradient import Gradient
-from .trajectory import Trajectory
+from .registry import METHODS, register
 
-METHODS = (
-    {kind: Coreset for kind in KINDS}
-    | {"dm": DM, "frepo": FRePo}
-    | dict.fromkeys(("dc", "dsa", "idc", "dream", "dream_plus"), Gradient)
-    | dict.fromkeys(("mtt", "tesla", "ftd", "datm"), Trajectory)
-)
+__all__ = ["METHODS", "register"]

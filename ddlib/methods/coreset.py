@@ -28,6 +28,8 @@ from ..files import load_tensors, save_tensors
 from ..nets.build import Backbone, build
 from ..recipe import Recipe
 from ..train.loop import accuracy, compiled, embed, train
+from .base import BaseMethod
+from .registry import register
 
 KINDS = ("random", "herding", "kcenter", "kmeans", "forgetting")
 
@@ -205,7 +207,12 @@ def train_and_count(
     return events
 
 
-class Coreset:
+@register("random")
+@register("herding", paper="Welling, ICML 2009")
+@register("kcenter", paper="Sener and Savarese, ICLR 2018")
+@register("kmeans", paper="arXiv 2207.09639")
+@register("forgetting", paper="Toneva et al., ICLR 2019")
+class Coreset(BaseMethod):
     """A coreset as a method, chosen when its images are first asked for; see the module's docstring.
 
     `seed` enters through the draw (random), the extractor, the k-means restarts and the order of ties (forgetting).
@@ -216,8 +223,8 @@ class Coreset:
     def __init__(
         self, config: CoresetConfig, data: Dataset, ipc: int, backbone: str, seed: int
     ) -> None:
-        self.config, self.data, self.ipc = config, data, ipc
-        self.backbone, self.seed = backbone, seed
+        super().__init__(config, data, ipc, seed)
+        self.backbone = backbone
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -253,12 +260,7 @@ class Coreset:
         """The chosen images, normalised, float32 [C * ipc, C, H, W]."""
         return self.data.batch("train", self.index)
 
-    @property
-    def labels(self) -> torch.Tensor:
-        return self.data.labels["train"][self.index]
-
-    @property
-    def record(self) -> dict:
+    def summary(self) -> dict:
         return {} if self.config.kind == "random" else {"extractor": self.extractor.record}
 
     def step(self) -> dict[str, float]:

@@ -34,6 +34,8 @@ from ..data.dataset import Dataset
 from ..nets.build import Backbone, build, initialise
 from ..train.krr import krr
 from ..train.loop import compiled
+from .base import BaseMethod
+from .registry import register
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Config:
     compile: bool = False  # torch.compile the networks; same numbers to about 1e-5
 
 
-class FRePo:
+@register("frepo", paper="arXiv 2206.00719")
+class FRePo(BaseMethod):
     """Feature regression of `ipc` images a class on `data`, with learned labels [n, C]; `backbone` is the pool's."""
 
     Config, version, preset = Config, 1, "frepo"
@@ -75,7 +78,8 @@ class FRePo:
             )
         from timm.optim import Lamb  # here: it takes a second to import
 
-        self.config, self.data, self.seed, self.steps, self.raised = config, data, seed, 0, 0
+        super().__init__(config, data, ipc, seed)
+        self.raised = 0
         classes, device = data.num_classes, data.device
         rows = data.sample(ipc, generator(seed, "frepo", "init")).flatten()
         self.images = data.batch("train", rows).requires_grad_()

@@ -25,7 +25,7 @@ One step is one outer iteration. Differences from the released codes:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,9 @@ from ..distilled import check_factor, decode, encode
 from ..match.gradients import DISTANCES, ENGINES, LAYERS, MATCHES, Matching, Traced
 from ..match.sampler import SAMPLINGS, Sampler, initial_rows
 from ..nets.build import build, initialise
-from ..recipe import Recipe
 from ..train.loop import compiled
+from .base import BaseMethod, Result
+from .registry import register
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,18 @@ class Config:
     )
 
 
-class Gradient:
+@register("dc", paper="arXiv 2006.05929")
+@register("dsa", paper="arXiv 2102.08259")
+@register("idc", paper="arXiv 2205.14959")
+@register("dream", paper="arXiv 2302.14416")
+@register("dream_plus", paper="arXiv 2310.15052")
+class Gradient(BaseMethod):
     """Gradient matching of `ipc` images a class on `data`; see the module's docstring for the equation."""
 
     Config, version, preset = Config, 1, "gradient"
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
-        self.config, self.data, self.ipc, self.seed, self.steps = config, data, ipc, seed, 0
+        super().__init__(config, data, ipc, seed)
         self.factor, self.each = check_factor(config.factor, data.shape), ipc * config.factor**2
         if config.pixels and data.zca:
             raise DDError(
@@ -134,7 +140,6 @@ class Gradient:
             None,
             None,
         )  # (outer iteration, epoch) and its order of the real images
-        self.labels = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
         self.raw = self._initial()
         self.velocity = torch.zeros_like(self.raw)
         m, n = config.momentum, data.num_classes if config.class_steps else 1
@@ -174,9 +179,9 @@ class Gradient:
         grey = (0.5 - self.data.mean.to(raw)) / self.data.std.to(raw)
         return decode(self.normalise(raw), self.factor, grey)
 
-    def recipe(self, recipe: Recipe) -> Recipe:
-        """The evaluation protocol with this run's CutMix, where it has any."""
-        return replace(recipe, cutmix=self.config.cutmix) if recipe.cutmix else recipe
+    def result(self) -> Result:
+        """The set with its decoder and, for a protocol that mixes, this run's share of CutMix."""
+        return Result(self.images, self.labels, self.factor, {"cutmix": self.config.cutmix})
 
     def _rng(self, *purpose: object) -> torch.Generator:
         return generator(self.seed, "gradient", *purpose)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,12 @@ from torch.nn.utils import vector_to_parameters
 from ..augment.siamese import draw
 from ..core import DDError, generator, option
 from ..data.dataset import Dataset
-from ..experts import ExpertRecipe, load_experts
+from ..experts import ExpertRecipe, ExpertSet, load_experts
 from ..match.sampler import initial_rows
 from ..match.trajectory import FlatNet, Match, Segment, match, parse_engine
 from ..nets.build import build
-from ..recipe import Recipe
+from .base import BaseMethod, Result
+from .registry import register
 
 
 @dataclass(frozen=True)
@@ -115,20 +116,18 @@ def soft_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     return F.cross_entropy(logits, labels.softmax(1))
 
 
-class Trajectory:
+@register("mtt", paper="arXiv 2203.11932")
+@register("tesla", paper="arXiv 2211.10586")
+@register("ftd", paper="arXiv 2211.11004")
+@register("datm", paper="arXiv 2310.05773")
+class Trajectory(BaseMethod):
     """Trajectory matching of `ipc` images a class on `data`; needs experts (`ddlib.experts.train_experts`)."""
 
     Config, version, preset = Config, 1, "trajectory"
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
-        self.config, self.data, self.ipc, self.seed, self.steps, self.skipped = (
-            config,
-            data,
-            ipc,
-            seed,
-            0,
-            0,
-        )
+        super().__init__(config, data, ipc, seed)
+        self.skipped = 0
         last = config.max_start - 1 + config.expert_epochs
         if config.min_start >= config.max_start:
             raise DDError(
@@ -147,7 +146,6 @@ class Trajectory:
         self.net = FlatNet(
             build(backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False)
         )
-        self.hard = torch.arange(data.num_classes, device=data.device).repeat_interleave(ipc)
         self.raw, self.logits = self._initial()
         self.average = self.raw.clone()
         self.rate = torch.tensor(config.lr_teacher, device=data.device)
@@ -165,7 +163,8 @@ class Trajectory:
         config, data, empty = self.config, self.data, torch.zeros(0, device=self.data.device)
         if config.init == "noise":
             images = torch.randn(
-                (len(self.hard), *data.shape), generator=generator(self.seed, "trajectory", "noise")
+                (len(self.labels), *data.shape),
+                generator=generator(self.seed, "trajectory", "noise"),
             )
             images = images.to(data.device)
         elif config.init == "real":
@@ -186,12 +185,12 @@ class Trajectory:
         if config.labels != "learned":
             return images, empty
         answers = torch.stack([self._logits(images, e, -1) for e in range(len(self.experts))])
-        right = (answers.argmax(2) == self.hard).float()[..., None]
+        right = (answers.argmax(2) == self.labels).float()[..., None]
         mean = (answers * right).sum(0) / right.sum(0).clamp(
             min=1
         )  # over the experts that are right ...
         one_hot = (
-            F.one_hot(self.hard, data.num_classes) * answers.abs().max()
+            F.one_hot(self.labels, data.num_classes) * answers.abs().max()
         )  # ... or the label, if none is
         return images, torch.where(right.sum(0) > 0, mean, one_hot)
 
@@ -220,20 +219,23 @@ class Trajectory:
     def images(self) -> torch.Tensor:
         return self.average if self.config.ema else self.raw
 
-    @property
-    def labels(self) -> torch.Tensor:
+    def final_labels(self) -> torch.Tensor:
+        """The classes, DATM's learned labels, or (TESLA) the mean answer of all experts to the images."""
         if self.config.labels == "learned":
             return self.logits.softmax(1)
         if self.config.labels == "hard" or self.steps == 0:
-            return self.hard
+            return self.labels
         epoch = self.config.max_start - 1 + self.config.expert_epochs
-        return torch.stack(
-            [self._logits(self.images, e, epoch).softmax(1) for e in range(len(self.experts))]
-        ).mean(0)
+        answers = [self._logits(self.images, e, epoch) for e in range(len(self.experts))]
+        return torch.stack([logits.softmax(1) for logits in answers]).mean(0)
 
-    def recipe(self, recipe: Recipe) -> Recipe:
-        """The evaluation protocol with the learned step size, which travels with the set."""
-        return replace(recipe, lr=float(self.rate))
+    def result(self) -> Result:
+        """The set with its learned step size."""
+        return Result(self.images, self.final_labels(), recipe={"lr": float(self.rate)})
+
+    @classmethod
+    def needs(cls, config: Config) -> list[ExpertSet]:
+        return [ExpertSet(config.expert_recipe, config.experts)]
 
     def _window(self) -> int:
         c = self.config
@@ -248,7 +250,7 @@ class Trajectory:
         self, rng: torch.Generator, place: tuple[int, int] | None = None
     ) -> tuple[Segment, torch.Tensor]:
         """A random segment, or that of `place` = (expert, start epoch), and the labels that its steps train on."""
-        c, n = self.config, len(self.hard)
+        c, n = self.config, len(self.labels)
         expert, start = place or (
             int(torch.randint(len(self.experts), (), generator=rng)),
             int(
@@ -263,7 +265,7 @@ class Trajectory:
             draw(c.augment, len(b), self.data.shape[1:], rng, op_every=len(b)) for b in batches
         ]
         target = self._theta(expert, start + c.expert_epochs)
-        labels = {"hard": self.hard, "learned": self.logits}.get(c.labels)
+        labels = {"hard": self.labels, "learned": self.logits}.get(c.labels)
         if labels is None:
             labels = self._logits(self.raw, expert, start + c.expert_epochs).softmax(1)
         return Segment(self._theta(expert, start), target, batches, params), labels
@@ -293,8 +295,7 @@ class Trajectory:
         ]
         return float(torch.stack(losses).mean())
 
-    @property
-    def record(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """Mean matching loss before and after, the learned step size, how many updates were skipped, and the seconds
         that the experts took, where they were timed."""
         kept, self.raw = (

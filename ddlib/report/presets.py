@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pandas as pd
 import yaml
 
-from ..config import PRESETS, layers, resolve
+from ..config import layers, resolve
 
 
 def table(method: str, dataset: str, ipc: int, profile: str = "smoke") -> pd.DataFrame:
@@ -17,8 +18,8 @@ def table(method: str, dataset: str, ipc: int, profile: str = "smoke") -> pd.Dat
     """
     values = resolve(method, dataset, ipc, profile).values
     origins = {}
-    for name, path, level in layers(method, dataset, ipc, profile):
-        origins |= {key: (name, path) for key in level}
+    for file, path, level in layers(method, dataset, ipc, profile):
+        origins |= {key: (file, path) for key in level}
     rows = []
     for key in sorted(values, key=lambda key: (key not in origins, key)):
         source, remark = _place(*origins[key], key) if key in origins else ("default", "")
@@ -33,19 +34,19 @@ def _value(value: object) -> str:
 
 
 @cache
-def _source(name: str) -> tuple[yaml.Node, list[str]]:
-    text = (PRESETS / f"{name}.yaml").read_text()
+def _source(file: Path) -> tuple[yaml.Node, list[str]]:
+    text = file.read_text()
     return yaml.compose(text), text.splitlines()
 
 
-def _place(name: str, path: tuple, key: str) -> tuple[str, str]:
+def _place(file: Path, path: tuple, key: str) -> tuple[str, str]:
     """("dm.yaml:14, profiles small ipc 1", the remark on the key's line, else on its level's)."""
-    node, lines = _source(name)
+    node, lines = _source(file)
     line = remark = None
     for step in (*path, key):
         line, node = _entry(node, str(step))
         remark = _remark(lines[line]) or (remark if step == key else "")
-    return f"{name}.yaml:{line + 1}, {' '.join(map(str, path))}", remark
+    return f"{file.name}:{line + 1}, {' '.join(map(str, path))}", remark
 
 
 def _entry(mapping: yaml.MappingNode, key: str) -> tuple[int, yaml.Node] | None:

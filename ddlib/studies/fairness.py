@@ -37,6 +37,7 @@ from ..distilled import Synthetic
 from ..engine.record import Run, resolve_record
 from ..engine.run import run as distil
 from ..files import results_folder
+from ..methods import METHODS
 from ..nets.build import build
 from ..train.evaluate import evaluate
 from ..train.loop import accuracy, train_on
@@ -141,7 +142,7 @@ def storage(syn: Synthetic) -> dict[str, int]:
 
 def cost(run: Run) -> dict[str, float]:
     """Seconds of distillation, of all the experts that the run drew from, and of both; NaN where nobody measured."""
-    needed = hasattr(resolve_record(run.record).config, "expert_recipe")
+    needed = METHODS[run.record["method"]].needs(resolve_record(run.record).config)
     experts = run.record["extra"].get("expert seconds", math.nan) if needed else 0.0
     distillation = run.record["seconds"]["distill"]
     return {"distillation": distillation, "experts": experts, "total": distillation + experts}

@@ -137,7 +137,7 @@ def test_coreset_applies_the_rule_to_each_class(data, kind, rule, monkeypatch):
     assert chosen.index.tolist() == wanted
     assert chosen.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert chosen.images.equal(data.batch("train", torch.tensor(wanted)))
-    assert chosen.record == {"extractor": {"epochs": 0}} and chosen.step() == {}
+    assert chosen.summary() == {"extractor": {"epochs": 0}} and chosen.step() == {}
 
 
 def test_coreset_state_is_the_selection(data):
@@ -194,7 +194,7 @@ def test_all_rules_share_one_kept_extractor(data, results, monkeypatch):
     monkeypatch.setattr("ddlib.methods.coreset.train", None)  # nothing is trained again
     other = CoresetConfig("forgetting", extractor_epochs=3)
     again = Coreset(other, data, 2, "convnet:width=4,depth=1", 0)
-    assert again.record == first.record and len(set(again.index.tolist())) == 6
+    assert again.summary() == first.summary() and len(set(again.index.tolist())) == 6
     second = Coreset(config, data, 2, "convnet:width=4,depth=1", 0)
     assert second.index.equal(picked)
     with pytest.raises(TypeError):  # another seed has an extractor of its own
@@ -205,7 +205,7 @@ def test_coreset_trains_its_own_extractor(data, results):
     config = CoresetConfig("herding", extractor_epochs=12, extractor_lr=0.02)
     chosen, again = (Coreset(config, data, 2, "convnet:width=4,depth=1", 0) for _ in range(2))
     assert chosen.index.equal(again.index)
-    record = chosen.record["extractor"]
+    record = chosen.summary()["extractor"]
     assert record["epochs"] == 12 and record["lr"] == 0.02 and record["momentum"] == 0.9
     assert (
         record["weight_decay"] == 5e-4

@@ -86,7 +86,7 @@ def test_batchnorm_takes_the_joint_branch():
 def test_chunks_of_classes_leave_the_result_alone(chunk):
     data = double(arrays())
     whole, parts = dm(data, chunk=1000), dm(data, chunk=chunk)
-    assert len(whole.parts(BATCH)) == 1 and len(parts.parts(BATCH)) > 1
+    assert len(whole.chunks(BATCH)) == 1 and len(parts.chunks(BATCH)) > 1
     torch.testing.assert_close(after(parts, 3), after(whole, 3), rtol=0, atol=1e-12)
 
 
@@ -153,7 +153,9 @@ def test_the_average_is_the_result_and_leaves_the_path_alone():
         method.step(), without.step()
         expected = 0.75 * expected + 0.25 * without.images
         torch.testing.assert_close(method.images, expected, rtol=0, atol=1e-12)
-    assert torch.equal(method.raw, without.images) and not torch.equal(method.images, method.raw)
+    assert torch.equal(method.trained, without.images) and not torch.equal(
+        method.images, method.trained
+    )
     other = dm(data, ema=0.75, lr_img=0.7)
     other.load_state_dict({key: value.clone() for key, value in method.state_dict().items()})
     assert torch.equal(after(other, 2), after(method, 2))

@@ -744,7 +744,7 @@ def named_in_presets() -> list[tuple[str, str, int]]:
     cells = set()
     for path in PRESETS.glob("*.yaml"):
         preset = yaml.safe_load(path.read_text())
-        for method in (m for m in METHODS if METHODS[m].preset == path.stem):
+        for method in (m for m in METHODS if METHODS.registration(m).presets == path):
             levels = [
                 preset,
                 preset.get("methods", {}).get(method) or {},
@@ -775,10 +775,8 @@ def test_every_preset_resolves(profile):
 
 
 def test_every_preset_file_belongs_to_a_method_and_names_only_what_exists():
-    assert {path.stem for path in PRESETS.glob("*.yaml")} == {
-        "common",
-        *(m.preset for m in METHODS.values()),
-    }
+    beside = {METHODS.registration(method).presets for method in METHODS}
+    assert set(PRESETS.glob("*.yaml")) == {PRESETS / "common.yaml", *beside}
     for path in PRESETS.glob("*.yaml"):
         preset = yaml.safe_load(path.read_text())
         assert set(preset) <= {
@@ -789,7 +787,7 @@ def test_every_preset_file_belongs_to_a_method_and_names_only_what_exists():
             "profiles",
         }, path
         assert set(preset.get("methods", {})) <= {
-            m for m in METHODS if METHODS[m].preset == path.stem
+            m for m in METHODS if METHODS.registration(m).presets == path
         }, path
         assert set(preset.get("profiles", {})) <= set(PROFILES), path
 

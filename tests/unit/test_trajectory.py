@@ -143,7 +143,9 @@ def test_a_restored_state_goes_on_to_the_same_bytes(data, tmp_path, changes):
     for _ in range(3):
         second.step()
     assert same(whole.state_dict(), second.state_dict()) and second.steps == 6
-    assert torch.equal(whole.images, second.images) and torch.equal(whole.labels, second.labels)
+    assert torch.equal(whole.images, second.images) and torch.equal(
+        whole.result().labels, second.result().labels
+    )
 
 
 def test_seeds_differ_and_repeat(data):
@@ -313,7 +315,7 @@ def test_label_logits_are_the_mean_over_the_experts_that_are_right(monkeypatch):
         [[4.0, -0.5, 0.5]] * 2 + [[0.0, 4.0, 2.0]] * 2 + [[0.0, 0.0, 5.0]] * 2
     )  # class 2: none is right
     torch.testing.assert_close(method.logits, torch.tensor(wanted))
-    torch.testing.assert_close(method.labels, torch.tensor(wanted).softmax(1))
+    torch.testing.assert_close(method.result().labels, torch.tensor(wanted).softmax(1))
 
 
 def test_correct_images_are_those_that_the_expert_gets_right(data):
@@ -344,7 +346,7 @@ def test_the_recorded_loss_is_that_of_the_result(data):
     for _ in range(5):
         method.step()
     before, plain = tensors(method), method.mean_loss()
-    record = method.record
+    record = method.summary()
     assert same(before, tensors(method)) and record["mean loss after"] != plain
     method.raw = method.average
     assert record["mean loss after"] == method.mean_loss()
@@ -366,7 +368,7 @@ def test_radius_and_weight_make_no_other_run_of_plain_experts():
 
 def test_tesla_labels_come_from_the_segments_target(data):
     method = work(data, labels="assigned", gradient="tesla")
-    assert torch.equal(method.labels, torch.arange(10))  # before the first step
+    assert torch.equal(method.result().labels, torch.arange(10))  # before the first step
     method.step()
     for k in range(4):
         segment, labels = method.segment(generator(k, "labels"))
@@ -375,7 +377,7 @@ def test_tesla_labels_come_from_the_segments_target(data):
         [method.net(weights[3], method.raw).softmax(1) for weights in method.experts.weights]
     )
     torch.testing.assert_close(
-        method.labels, last.mean(0)
+        method.result().labels, last.mean(0)
     )  # epoch max_start - 1 + expert_epochs = 3
 
 
