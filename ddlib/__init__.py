@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 MODULES = {
     "claims": "report.claims",
     "continual": "studies.continual",
+    "cross": "studies.cross",
     "explore": "report.explore",
     "fairness": "studies.fairness",
     "lesson": "report.lesson",
@@ -21,6 +22,7 @@ MODULES = {
     "panel": "report.panel",
     "plots": "report.plots",
     "sampling": "studies.sampling",
+    "scorecard": "report.scorecard",
     "search": "studies.architecture_search",
     "tables": "report.tables",
     "trajectories": "studies.trajectories",

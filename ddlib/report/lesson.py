@@ -11,19 +11,22 @@ import html
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
+from PIL import Image
 
-from ..config import dataset_of, resolve
-from ..core import DDError, pick_device
-from ..data.dataset import Dataset, canonical
+from ..config import PROFILES, dataset_of, resolve
+from ..core import DDError, choose, pick_device
+from ..data.dataset import Dataset, canonical, load
 from ..engine import meter
 from ..engine.record import Run, resolve_record
+from ..engine.run import run
 from ..files import SOURCE
 from ..methods import METHODS
-from . import plots, size, tables
+from . import claims, plots, size, tables
 from .claims import KEPT
 
 # What random images need to be evaluated as a method's own sets are, by protocol.
@@ -183,11 +186,14 @@ def _cut(name: str, most: int = 44) -> str:
 
 
 def published(methods: Iterable[str], datasets: Iterable[str]) -> Page:
-    """The papers' own table, folded: at most five methods, so that it stays seven columns wide."""
-    table = tables.printed(methods, datasets)
-    table["dataset"] = [plots.short(name) for name in table.dataset]
+    """The papers' own table, folded, five methods at a time, so that it stays seven columns wide."""
+    methods, datasets, parts = list(methods), list(datasets), []
     note = "Test accuracy (%); full: the whole training set. * from memory, ~ read off a plot"
-    return fold("The table as published", tables.titled(table, note))
+    for first in range(0, len(methods), 5):
+        table = tables.printed(methods[first : first + 5], datasets)
+        table["dataset"] = [plots.short(name) for name in table.dataset]
+        parts.append(tables.titled(table, note))
+    return fold("The table as published", *parts)
 
 
 def cost(table: pd.DataFrame) -> Page:
@@ -249,15 +255,15 @@ def across(
     """
     backbones = list(backbones)
     scores = [
-        {"method": name, "backbone": run.synthetic.backbone, **run.record["accuracy"]["last"]}
-        for name, run in runs.items()
+        {"method": name, "backbone": one.synthetic.backbone, **one.record["accuracy"]["last"]}
+        for name, one in runs.items()
     ]
     for backbone in backbones:
-        for name, run in runs.items():
-            score = run.transfer(backbone, networks=networks, device=device)
+        for name, one in runs.items():
+            score = one.transfer(backbone, networks=networks, device=device)
             scores.append({"method": name, **score})
-    for name, run in runs.items() if hard else ():
-        score = run.transfer(hard, protocol="dsa", hard=True, device=device)
+    for name, one in runs.items() if hard else ():
+        score = one.transfer(hard, protocol="dsa", hard=True, device=device)
         scores.append({"method": name, **score, "backbone": "DSA protocol, hard labels"})
     return tables.across(scores)
 
@@ -349,3 +355,117 @@ def imagenet(predict: Callable[..., dict], known: pd.DataFrame) -> Styler:
     shown = table[["engine", "predicted (GiB)", "unroll / this", "measured (GiB)"]]
     caption = f"ImageNet-1K, 64 x 64: one gradient, batch {v['batch_syn']}, N = {v['syn_steps']}"
     return tables.titled(shown, caption).format({"predicted (GiB)": "{:.2f}"}, precision=1)
+
+
+SHORT = ("mtt", "tesla", "ftd", "datm")  # what takes 30 iterations in the smoke profile
+
+
+def wanted(word: str, profile: str) -> bool:
+    """Whether what no record holds is to be computed: "yes" or "no"; "" is yes in the smoke profile alone."""
+    word = word or ("yes" if choose("profile", profile, PROFILES) == "smoke" else "no")
+    return choose("missing", word, ("yes", "no")) == "yes"
+
+
+def chosen(methods: str, profile: str) -> list[str]:
+    """Methods named with commas, "all" of them, or for "" seven in the smoke profile and else all."""
+    few = "random,kmeans,dm,mtt,ftd,frepo,dream" if profile == "smoke" else "all"
+    names = methods or few
+    return list(METHODS) if names == "all" else checked(names)
+
+
+def checked(methods: str) -> list[str]:
+    """Methods named with commas; a wrong one is a `DDError`."""
+    return [choose("method", name, METHODS) for name in methods.split(",")]
+
+
+def made(
+    methods: Iterable[str],
+    dataset: str,
+    ipcs: Iterable[int],
+    seeds: Iterable[int],
+    profile: str,
+    *,
+    train: bool,
+    **options: Any,
+) -> list[Run]:
+    """The runs of every method, IPC and seed; without `train` those that are kept, the nearest to each preset."""
+    methods, ipcs = list(methods), list(ipcs)
+    if train:
+        seeds, found = list(seeds), []
+        for method in methods:
+            few = {"iterations": 30} if method in SHORT and profile == "smoke" else {}
+            values = {"profile": profile, "teach": True, **options, **few}
+            found += [
+                run(method, dataset, ipc=ipc, seed=seed, **values) for ipc in ipcs for seed in seeds
+            ]
+        return found
+    found = tables.stored(profile=profile)
+    rows = tables.runs(found)
+    if rows.empty:
+        return []
+    rows = tables.headline(rows)
+    rows = rows[(rows.dataset == dataset) & rows.ipc.isin(ipcs) & rows.method.isin(methods)]
+    return [one for one in found if one.record["name"] in set(rows.name)]
+
+
+def absent(methods: Iterable[str], found: Iterable[Run]) -> str:
+    """A sentence on the methods without a run."""
+    there = {one.record["method"] for one in found}
+    return f"without a record: {', '.join(m for m in methods if m not in there) or 'none'}"
+
+
+def compared(table: pd.DataFrame) -> Page:
+    """The main table of any runs, in seven columns, with the rest folded; a sentence where there are none."""
+    if table.empty:
+        return page("no record")
+    rows, details = tables.compare(table), tables.details(table)
+    caption = "Test accuracy (%), last step, mean ± spread over all networks of all seeds"
+    shown = page(tables.titled(_main(rows, details.method == "random"), caption))
+    folded = fold("Seeds, spreads, cost and every setting that differs", details)
+    return Page(shown.html + folded.html, f"{shown.text}\n\n{folded.text}")
+
+
+def share_closed(table: pd.DataFrame, top: float) -> pd.DataFrame:
+    """By method and IPC, the share of the way from random images (0) to `top`, the whole training set (1)."""
+    mean = tables.summary(table, by=("method", "ipc"))
+    mean = mean.pivot(index="method", columns="ipc", values="accuracy")
+    if "random" not in mean.index:
+        return pd.DataFrame()
+    share = (mean - mean.loc["random"]) / (top - mean.loc["random"])
+    order = [m for m in plots.COLOURS if m in share.index and m != "random"]
+    return share.loc[order].add_prefix("IPC ").rename_axis(columns=None).reset_index()
+
+
+def on_file(column: str, start: str) -> Page:
+    """The papers' claims whose `column` starts with `start`, folded: what is printed, and how it was read."""
+    known = claims.load()
+    known = known[known[column].fillna("").str.startswith(start)].astype({"ipc": "Int64"})
+    shown = known[["paper", "method", "dataset", "ipc", "quantity", "printed", "evidence"]]
+    return fold("As published; RECALLED: from memory, not yet checked", shown)
+
+
+def module_notes(module: Any) -> Page:
+    """The formulas and differences that a study's docstring states, folded."""
+    return fold(f"The study as coded: ddlib/{_path(module.__name__)}", module.__doc__ or "")
+
+
+def datasets(names: str) -> list[str]:
+    """Datasets named with commas, each one that a paper has figures for; a wrong one is a `DDError`."""
+    known = sorted(set(tables.published().dataset))
+    return [choose("dataset", name, known) for name in names.split(",")]
+
+
+def counts(data: Dataset) -> pd.DataFrame:
+    """Images of each class by split."""
+    sizes = {split: data.class_sizes(split).tolist() for split in data.labels}
+    return pd.DataFrame(sizes, index=data.classes).rename_axis("class").reset_index()
+
+
+def digits_folder(place: Path, count: int = 1000) -> Path:
+    """`count` of the embedded digits as PNG files, one folder a class: something to try a folder with."""
+    data = load("digits", device="cpu")
+    for k in range(count):
+        path = place / f"class {int(data.labels['train'][k])}" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.images["train"][k, 0].numpy()).save(path)
+    return place

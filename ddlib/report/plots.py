@@ -575,7 +575,9 @@ def intervals(
 ) -> Figure:
     """`y` with its interval (columns low and high) by `x`, the values of `by` side by side; `level` is a dashed line."""
     places, names = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[by]))
-    figure, axis = plt.subplots(figsize=(max(5.2, 1.3 * len(places)), 3.6), layout="constrained")
+    figure, axis = plt.subplots(
+        figsize=(max(5.2, 1.3 * len(places)) + 1.6, 3.6), layout="constrained"
+    )
     for k, name in enumerate(names):
         rows = table[table[by] == name]
         at = [places.index(value) + 0.7 * ((k + 0.5) / len(names) - 0.5) for value in rows[x]]
@@ -594,7 +596,7 @@ def intervals(
     axis.set(ylabel=ylabel, xlabel=xlabel or x)
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # points fill the axes
     return figure
 
 

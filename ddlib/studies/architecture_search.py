@@ -209,3 +209,55 @@ def choices(rows: pd.DataFrame) -> pd.DataFrame:
         accuracy=whole[best.network].to_numpy(),
         regret=whole.max() - whole[best.network].to_numpy(),
     ).reset_index()
+
+
+SETTINGS = {
+    "smoke": {"ipc": 10, "epochs": 50, "whole_epochs": 20},
+    "small": {"ipc": 10, "epochs": 200, "whole_epochs": 10},
+    "paper": {"ipc": 50},
+}
+
+
+def setting(profile: str) -> dict[str, int]:
+    """What `study` takes in a profile."""
+    return dict(SETTINGS[choose("profile", profile, SETTINGS)])
+
+
+def sample(
+    shape: tuple[int, int, int], profile: str, count: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """Every network that fits images of `shape`, and `count` of them, of width 32 outside the paper profile."""
+    narrow = {} if profile == "paper" else {"width": (32,)}
+    return space(shape), space(shape, count=count, seed=seed, **narrow)
+
+
+def described(everything: Sequence[str], names: Sequence[str], shape: tuple, seed: int) -> str:
+    """The space and the sample in a sentence."""
+    axes = " x ".join(f"{len(values)} {axis}" for axis, values in AXES.items())
+    return (
+        f"{axes}; {len(everything)} fit images of {shape}; "
+        f"{len(names)} are trained, drawn by seed {seed}"
+    )
+
+
+def studies(
+    proxies: Iterable[str], dataset: str, names: Sequence[str], **options: Any
+) -> pd.DataFrame:
+    """`study` of every proxy, one row a training."""
+    parts = [study(name, dataset, names, **options) for name in proxies]
+    return pd.concat(parts, ignore_index=True)
+
+
+def by_top(table: pd.DataFrame) -> pd.DataFrame:
+    """`correlations` as text, a row a proxy and a column a number of best networks."""
+    cells = [f"{r.spearman:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in table.itertuples()]
+    wide = table.assign(cell=cells).pivot(index="proxy", columns="top", values="cell")
+    wide = wide[list(table.top.unique())].loc[list(table.proxy.unique())]
+    return wide.add_prefix("top ").rename_axis(columns=None).reset_index()
+
+
+def against_whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """The proxies' rows with `whole`, the test accuracy of the same network after the whole training set."""
+    whole = rows[rows.proxy == "whole"].set_index("network").test
+    points = rows[rows.proxy != "whole"]
+    return points.assign(whole=whole[points.network].to_numpy())

@@ -21,7 +21,7 @@ Differences from the released codes:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from ..core import DDError, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..train.evaluate import evaluate
-from .parts import distil, part
+from .parts import distil, evaluated_as, part
 from .store import cached
 
 VERSION = 1  # raise it when a change here changes the rows
@@ -168,3 +168,62 @@ def final(rows: pd.DataFrame) -> pd.DataFrame:
         orders=("order", "nunique"),
         networks=("networks", "size"),
     ).reset_index()
+
+
+def splits(steps: Iterable[int], classes: int) -> list[int]:
+    """Of some numbers of tasks those that cut `classes` evenly into two or more a task; all where none does."""
+    steps = list(steps)
+    return [n for n in steps if classes % n == 0 and classes >= 2 * n] or steps
+
+
+def settings(methods: Iterable[str], dataset: str, ipc: int, profile: str) -> pd.DataFrame:
+    """How the networks of each method's setting are trained: protocol, network, epochs, step size, loss."""
+    rows = []
+    for name in methods:
+        recipe = resolve(name, dataset, ipc, profile).recipe
+        same = evaluated_as(name, dataset, ipc, profile)
+        facts = {key: same[key] for key in ("protocol", "eval_epochs", "eval_lr")}
+        facts |= {"optimiser": recipe.optimiser, "loss": recipe.loss}
+        rows.append({"setting": name, **facts, "augmentation": recipe.augment})
+    return pd.DataFrame(rows)
+
+
+def studies(
+    methods: Iterable[str],
+    baselines: Iterable[str],
+    dataset: str,
+    *,
+    steps: Iterable[int],
+    orders: Iterable[int],
+    ipc: int,
+    profile: str,
+    **options: Any,
+) -> pd.DataFrame:
+    """`study` of each method and of every baseline in that method's setting, for all numbers of tasks and orders."""
+    steps, orders, baselines, parts = list(steps), list(orders), list(baselines), []
+    for setting in methods:
+        same = evaluated_as(setting, dataset, ipc, profile)
+        for name in (*baselines, setting):
+            for n in steps:
+                for order in orders:
+                    values = {"steps": n, "order": order, "ipc": ipc, "profile": profile}
+                    rows = study(name, dataset, **values, **options, **same)
+                    parts.append(rows.assign(setting=setting))
+    return pd.concat(parts, ignore_index=True)
+
+
+def by_network(rows: pd.DataFrame, setting: str, steps: int) -> pd.DataFrame:
+    """The rows of one setting and number of tasks, one a network."""
+    rows = rows[(rows.setting == setting) & (rows.steps == steps)]
+    return rows.explode("networks").astype({"networks": float})
+
+
+def over_random(rows: pd.DataFrame) -> pd.DataFrame:
+    """`final` of every setting, with the gain over the random memory of the same setting and number of tasks."""
+    groups = rows.groupby("setting", sort=False)
+    parts = [final(part).assign(setting=name) for name, part in groups]
+    last = pd.concat(parts, ignore_index=True)
+    base = last[last.method == "random"].set_index(["setting", "steps"]).accuracy
+    keys = pd.MultiIndex.from_frame(last[["setting", "steps"]])
+    last["over random"] = last.accuracy - base.reindex(keys).to_numpy()
+    return last[["setting", "method", "steps", "accuracy", "std", "over random", "networks"]]

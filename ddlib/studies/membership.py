@@ -16,8 +16,9 @@ Differences from the released code:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -237,3 +238,98 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
     )
     half = 1.96 * variance**0.5
     return found.assign(low=(found.auc - half).clip(0), high=(found.auc + half).clip(upper=1))
+
+
+SETTINGS = {
+    "smoke": {
+        "ipc": 1,
+        "per_class": 20,
+        "steps": (100, 200, 400),
+        "augment": "none",
+        "lr": 1e-3,
+        "backbone": "convnet:width=16,norm=none,grow=2,init=lecun",
+    },
+    "small": {
+        "ipc": 10,
+        "per_class": 200,
+        "steps": (250, 1000, 4000),
+        "lr": 1e-3,
+        "backbone": "convnet:width=32,norm=none,grow=2,init=lecun",
+    },
+    "paper": {"ipc": 50, "per_class": 800},
+}
+
+
+def setting(profile: str) -> dict[str, Any]:
+    """What `study` takes in a profile."""
+    return SETTINGS[choose("profile", profile, SETTINGS)]
+
+
+def studies(
+    methods: Sequence[str], dataset: str, *, number: int, profile: str, device: str = "auto"
+) -> pd.DataFrame:
+    """`study` of the members, of random images and of each method, on `number` disjoint chunks.
+
+    The random images are the very ones that the last method's distillation started from.
+    """
+    start, options = f"{methods[-1]} start", {"profile": profile, "device": device}
+    parts = [
+        study(arm, dataset, number=chunk, **options, **setting(profile))
+        for arm in ("members", start, *methods)
+        for chunk in range(number)
+    ]
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.assign(arm=rows.arm.replace({start: "random"}))
+
+
+def works(last: pd.DataFrame) -> str:
+    """Whether each attack tells the members of a network that was trained on them."""
+    lines = []
+    for row in last[last.arm == "members"].itertuples():
+        told = "it works" if row.low > 0.5 else "it fails here, and says nothing below"
+        lines.append(f"{row.attack:10s} AUC {row.auc:.3f} [{row.low:.3f}, {row.high:.3f}]: {told}")
+    return "\n".join(lines)
+
+
+def by_arm(last: pd.DataFrame) -> pd.DataFrame:
+    """AUC with its interval by arm (rows) and attack (columns), and the accuracy that the arm keeps."""
+    cells = [f"{r.auc:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in last.itertuples()]
+    wide = last.assign(cell=cells).pivot(index="arm", columns="attack", values="cell")
+    wide = wide.loc[list(last.arm.unique()), list(ATTACKS)]
+    wide["accuracy (%)"] = last.groupby("arm").accuracy.first()
+    return wide.rename_axis(columns=None).reset_index()
+
+
+def by_step(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Rows for `plots.lines` against training steps, the arms in their order, and the panels' labels."""
+    keys = ["arm", "chunk", "steps", "accuracy"]
+    wide = rows.pivot(index=keys, columns="attack", values="auc").reset_index()
+    order = wide.arm.map(list(rows.arm.unique()).index)
+    wide = wide.assign(order=order).sort_values("order", kind="stable")
+    panels = {name: f"AUC of {name}" for name in ATTACKS}
+    return wide, panels | {"accuracy": "test accuracy (%)"}
+
+
+def finding(last: pd.DataFrame) -> str:
+    """Each arm against the network of the members, in a sentence made from the rows."""
+    real, lines = last[last.arm == "members"].set_index("attack"), []
+    for arm in (name for name in last.arm.unique() if name != "members"):
+        mine = last[last.arm == arm].set_index("attack")
+        safe = [name for name in mine.index if mine.low[name] <= 0.5]
+        gap = real.auc["threshold"] - mine.auc["threshold"]
+        lines.append(
+            f"{arm}: no better than guessing in {len(safe)} of {len(mine)} attacks "
+            f"({', '.join(safe)}); threshold AUC {gap:.2f} below the members'; accuracy "
+            f"{mine.accuracy.iloc[0]:.1f} % against {real.accuracy.iloc[0]:.1f} %"
+        )
+    return "\n".join(lines)
+
+
+def victim_set(
+    method: str, dataset: str, profile: str, *, device: str = "auto"
+) -> tuple[Synthetic, Dataset]:
+    """What `method` made of the first chunk, and that chunk."""
+    facts = setting(profile)
+    spec = resolve(method, dataset, facts["ipc"], profile)
+    victim = chunk(dataset_of(spec, pick_device(device)), 0, facts["per_class"])
+    return distil(spec, victim, snapshots=1), victim

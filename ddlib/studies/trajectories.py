@@ -325,3 +325,106 @@ def one_step(spec: Spec, data: Dataset) -> Callable[[], object]:
     return lambda: match(
         net, Segment(start, target, batches, params), images, labels, rates, config.gradient
     )
+
+
+PANELS = {
+    "memory (MiB)": "peak graph + weight vectors (MiB)",
+    "seconds": "seconds per gradient",
+    "cosine": "cosine to the exact gradient",
+    "norm ratio": "norm / exact norm",
+    "rate ratio": "step-size gradient / exact",
+}
+
+
+def with_memory(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `unrolling` with "memory (MiB)": the graph and, beside it, the stored weights where it lacks them."""
+    vectors = table["vectors bytes"].where(table.engine.isin(["tesla", "adjoint"]), 0)
+    return table.assign(**{"memory (MiB)": (table["graph bytes"] + vectors) / 2**20})
+
+
+def growth(table: pd.DataFrame) -> str:
+    """What `with_memory` shows in three sentences: growth with N, TESLA's fidelity, the adjoint's time."""
+    few, many = table.steps.min(), table.steps.max()
+    first, last = (table[table.steps == n].set_index("engine") for n in (few, many))
+    ratio = (last["memory (MiB)"] / first["memory (MiB)"]).drop("checkpoint", errors="ignore")
+    grows = ", ".join(f"{value:.1f}x for {name}" for name, value in ratio.items())
+    tesla, adjoint = last.loc["tesla"], last.loc["adjoint"]
+    return (
+        f"From N = {few} to {many} the memory grows {grows}.\n"
+        f"At N = {many} TESLA's gradient is {tesla['norm ratio']:.2f}x as long as the exact one, at a "
+        f"cosine of {tesla.cosine:.2f}; its step-size gradient is {tesla['rate ratio']:.2f}x.\n"
+        f"There the adjoint takes {adjoint.seconds / tesla.seconds:.2f}x TESLA's time (medians of "
+        "three; read them on an idle machine)."
+    )
+
+
+def predicted(
+    backbone: str,
+    shape: tuple[int, int, int],
+    *,
+    batches: Iterable[int] = (),
+    classes: Iterable[int] = (),
+    steps: int = 10,
+) -> pd.DataFrame:
+    """Predicted GiB of graph and weight vectors by engine, for ten classes and several batch sizes, or for several
+    numbers of classes with an image of each in every step.
+
+    All but `unroll` hold the graph of one step whatever N, so two steps are traced and the vectors counted for `steps`.
+    """
+    sizes = [("images per step", 10, batch) for batch in batches]
+    sizes += [("classes", many, many) for many in classes]
+    rows = []
+    for name, many, batch in sizes:
+        for engine in ("unroll", "tesla", "adjoint"):
+            traced = steps if engine == "unroll" else 2
+            row = predicted_memory(backbone, shape, many, batch, traced, engine)
+            held = row["graph bytes"] + row["vectors bytes"] * steps / traced
+            rows.append({name: batch, "engine": engine, "GiB": held / 2**30})
+    return pd.DataFrame(rows)
+
+
+def outcomes(found: Iterable[Run]) -> pd.DataFrame:
+    """One row a run: gradient, lr_img, seed, accuracy, mean matching loss of the last quarter, last step size beta."""
+    rows = []
+    for run in found:
+        values, history = run.record["values"], run.record["history"]
+        late = pd.DataFrame(history[-max(1, len(history) // 4) :])
+        rows.append(
+            {
+                "gradient": values["gradient"],
+                "lr_img": values["lr_img"],
+                "seed": run.record["seed"],
+                "accuracy": run.accuracy,
+                "matching loss": late.loss.mean(),
+                "beta": late.beta.iloc[-1],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def paired(scores: pd.DataFrame) -> str:
+    """The exact gradient against TESLA's, same seed and step size: difference, its spread, how often it is better."""
+    wide = scores.pivot(index=["lr_img", "seed"], columns="gradient")
+    lines = []
+    for key, better in (("accuracy", 1), ("matching loss", -1)):
+        gap = wide[key].adjoint - wide[key].tesla
+        ahead = (better * gap > 0).sum()
+        size = "more" if abs(gap.mean()) > gap.std(ddof=0) else "less"
+        lines.append(
+            f"{key}, adjoint - tesla: {gap.mean():+.3g} ± {gap.std(ddof=0):.2g}, {size} than its "
+            f"spread; adjoint is better in {ahead} of {len(gap)}"
+        )
+    return "\n".join(lines)
+
+
+def by_gradient(scores: pd.DataFrame) -> pd.DataFrame:
+    """`outcomes`, mean over seeds, with the spread of the accuracy."""
+    groups = scores.groupby(["gradient", "lr_img"], sort=False)
+    found = groups.agg(
+        accuracy=("accuracy", "mean"),
+        spread=("accuracy", lambda values: values.std(ddof=0)),
+        loss=("matching loss", "mean"),
+        beta=("beta", "mean"),
+        seeds=("seed", "size"),
+    )
+    return found.reset_index()

@@ -7,10 +7,12 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import ddlib as dd
-from ddlib.report import lesson, site
+from ddlib.report import lesson, site, tables
+from ddlib.studies import cross
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -65,7 +67,7 @@ def test_a_paper_notebook_explains_its_loss_and_says_what_to_look_at(path):
     assert any(site.MATH.search(text) for text in texts)
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_are_short_and_internals_stay_behind_verbs(path):
     for text in cells(path, "code"):
         lines = text.splitlines()
@@ -101,3 +103,40 @@ def test_a_kept_run_is_the_presets_own_and_a_missing_one_is_named():
     assert lesson.kept_run("dm", "cifar10", 1, init="real").record["values"]["init"] == "real"
     with pytest.raises(dd.DDError, match="no run of dm on cifar10 at IPC 3 is kept"):
         lesson.kept_run("dm", "cifar10", 3)
+
+
+def test_what_is_missing_is_computed_in_the_smoke_profile_alone():
+    assert lesson.wanted("", "smoke") and not lesson.wanted("", "small")
+    assert lesson.wanted("yes", "paper") and not lesson.wanted("no", "smoke")
+    with pytest.raises(dd.DDError, match="missing 'perhaps'"):
+        lesson.wanted("perhaps", "smoke")
+    assert "dm" in lesson.chosen("", "smoke") and lesson.chosen("all", "paper") == list(dd.METHODS)
+
+
+def test_a_grid_holds_each_network_against_random_images():
+    scores = pd.DataFrame(
+        [("random", "a", 40.0, 3.0), ("dm", "a", 50.0, 4.0), ("random", "b", 40.0, 0.6)]
+        + [("dm", "b", 38.0, 0.8)],
+        columns=["method", "backbone", "mean", "std"],
+    )
+    grid = cross.Grid(
+        scores.pivot(index="method", columns="backbone", values="mean"),
+        scores.pivot(index="method", columns="backbone", values="std"),
+        {"random": "a", "dm": "a"},
+    )
+    assert grid.gain.loc["dm"].tolist() == [10, -2] and grid.noise.loc["dm", "a"] == 5
+    fall = grid.fall().set_index("method")
+    assert fall.loc["dm", "unseen"] == 38 and fall.loc["dm", "below random"] == "1 of 2"
+
+
+def test_a_folder_of_digits_has_a_folder_per_class(tmp_path):
+    lesson.digits_folder(tmp_path, 30)
+    files = list(tmp_path.rglob("*.png"))
+    assert len(files) == 30 and {path.parent.parent for path in files} == {tmp_path}
+
+
+def test_the_share_of_the_gap_is_0_at_random_images_and_1_at_the_whole_set():
+    runs = lesson.kept(["random", "dm"])
+    top = tables.summary(runs, by=("method", "ipc")).set_index(["method", "ipc"])
+    share = lesson.share_closed(runs[runs.ipc == 10], top.accuracy["dm", 10])
+    assert share.to_dict("records") == [{"method": "dm", "IPC 10": 1.0}]
