@@ -1,6 +1,7 @@
 """Tables from hand-made records: spreads worked out by hand, the rule of the verdict, stale records left out."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pandas as pd
@@ -42,7 +43,9 @@ def record(
         "seed": seed,
         "values": spec.values,
         "backbone": spec.run.backbone,
+        "recipe": asdict(spec.recipe),
         "accuracy": {"last": last, "best": last},
+        "evaluations": [last],
         "seconds": {"distill": 20.0, "evaluate": 5.0},
         "peak_bytes": 3 * 2**20,
         "peak_method": "counted",
