@@ -22,12 +22,12 @@ from statistics import fmean, median, stdev
 import torch
 import torch.nn.functional as F
 
-from ddlib.core import generator, pick_device
+from ddlib.core import checksum, generator, pick_device
 from ddlib.data.dataset import Dataset
 from ddlib.distilled import Synthetic
 from ddlib.engine.meter import machine
 from ddlib.engine.record import dataset_of, resolve_record
-from ddlib.files import checksum, write_atomically
+from ddlib.files import write_atomically
 from ddlib.nets.build import build
 from ddlib.train.evaluate import evaluate
 from ddlib.train.loop import PRECISIONS, compiled, lowered

@@ -106,6 +106,13 @@ def checksum(*tensors: torch.Tensor) -> str:
     return sha.hexdigest()
 
 
+def upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`, by a copy that does not wait for a GPU: it goes through pinned memory."""
+    if device.type == "cuda":
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
+
+
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """`auto` is CUDA where there is one, else the CPU; anything else must be a device torch can use here."""
     if device == "auto":

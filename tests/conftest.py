@@ -26,6 +26,15 @@ def results(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _device(request, monkeypatch):
+    """Without the marker `gpu` a test means the CPU by "auto"; with it, the CPU's float32 and not TF32 is the measure."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -30,7 +30,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..core import DDError, choose
+from ..core import DDError, choose, upload
 from .operations import DC, DSA, FREPO, Table
 
 OPS = tuple(DSA.apply)
@@ -163,7 +163,7 @@ def _to_device(table: Tensor, x: Tensor) -> Tensor:
     """One transfer that does not wait for the device; parameters in at least float32, whatever x is."""
     if table.is_floating_point() and x.dtype != torch.float64:
         table = table.float()
-    return table.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else table.to(x.device)
+    return upload(table, x.device)
 
 
 def cutmix(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import DDError, checksum, choose, generator, pick_device
+from ..core import DDError, checksum, choose, generator, pick_device, upload
 from . import cache as decoding
 from .folders import SUBSETS, carve, find_folder, tree
 from .zca import KINDS, ZCA
@@ -136,7 +136,8 @@ class Dataset:
             )
         keys = torch.rand(rows.shape, generator=generator)
         keys.masked_fill_(torch.arange(rows.shape[1]) >= sizes[:, None], 2)
-        return rows.gather(1, keys.topk(n, dim=1, largest=False).indices).to(self.device)
+        chosen = rows.gather(1, keys.topk(n, dim=1, largest=False).indices)
+        return upload(chosen, self.device)
 
     @cached_property
     def _by_class(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -142,9 +143,12 @@ def machine(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The git commit of the checkout, with -dirty where the code differs from it; None where there is none."""
-    if not (SOURCE / ".git").exists():  # installed into another project's environment
-        return None
+    """The git commit of the checkout, with -dirty where the code differs from it; None where there is none.
+
+    A copy without `.git` is told by the environment variable DDLIB_COMMIT which commit it is of.
+    """
+    if not (SOURCE / ".git").exists():  # a copy, or installed into another project's environment
+        return os.environ.get("DDLIB_COMMIT") or None
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import DDError
+from ..core import DDError, upload
 
 ITERATIONS, WHOLE = 15, 2  # all, and the last ones, which see every column
 SKETCH = 256  # columns of the sketch
@@ -46,12 +46,14 @@ def kmeans(
         )
     padding = torch.arange(rows) >= sizes[:, None]
     keys = torch.rand(classes, rows, generator=generator).masked_fill_(padding, 2)
-    seeds = keys.topk(k, dim=1, largest=False).indices.to(x.device)
-    signs = 2 * torch.randint(2, (columns,), generator=generator).to(x) - 1
-    padding, coarse = padding.to(x.device), ITERATIONS - WHOLE if columns >= 4 * SKETCH else 0
-    found = []
-    for part in torch.arange(classes).split(max(1, LIMIT // (rows * k))):
-        here, pad, begin = x[part[0] : part[-1] + 1], padding[part], seeds[part]
+    seeds = upload(keys.topk(k, dim=1, largest=False).indices, x.device)
+    signs = 2 * torch.randint(2, (columns,), generator=generator) - 1
+    signs, padding = upload(signs.to(x.dtype), x.device), upload(padding, x.device)
+    coarse = ITERATIONS - WHOLE if columns >= 4 * SKETCH else 0
+    found, size = [], max(1, LIMIT // (rows * k))
+    for start in range(0, classes, size):
+        part = slice(start, start + size)
+        here, pad, begin = x[part], padding[part], seeds[part]
         centres = _take(here, begin)
         if coarse:
             small = _sketched(here, signs)
@@ -77,13 +79,12 @@ def nearest(
             f"cannot pick {k * each} samples of the {int(sizes.min())} of class {int(sizes.argmin())}; "
             f"allowed: 1 to {int(sizes.min())}"
         )
-    taken = (
-        torch.zeros(classes, rows)
-        .masked_fill_(torch.arange(rows) >= sizes[:, None], torch.inf)
-        .to(x)
-    )
-    picked = []
-    for part in torch.arange(k).split(max(1, LIMIT // (rows * classes))):
+    taken = torch.zeros(classes, rows, dtype=x.dtype)
+    taken.masked_fill_(torch.arange(rows) >= sizes[:, None], torch.inf)
+    taken = upload(taken, x.device)
+    picked, size = [], max(1, LIMIT // (rows * classes))
+    for start in range(0, k, size):
+        part = slice(start, start + size)
         distance = _square(x)[:, None].baddbmm(
             centres[:, part], x.mT, alpha=-2
         )  # less |c|^2, the same for all rows

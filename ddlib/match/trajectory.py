@@ -179,15 +179,12 @@ def _through_graph(
 
 def _pieces(images: Tensor, labels: Tensor, index: Tensor, params: DSAParams | None, micro: int):
     """(rows, images, labels, augmentation, share of the batch) of a step's batch, in pieces of `micro` images."""
-    for rows in torch.arange(len(index)).split(micro or len(index)):
-        at = index[rows.to(index.device)]
-        yield (
-            at,
-            images[at],
-            labels[at],
-            None if params is None else params.select(rows),
-            len(rows) / len(index),
-        )
+    size = micro or len(index)
+    for start in range(0, len(index), size):
+        rows = slice(start, start + size)
+        at = index[rows]
+        chosen = None if params is None else params.select(rows)
+        yield at, images[at], labels[at], chosen, len(at) / len(index)
 
 
 def _adjoint(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..augment.siamese import augment, cutmix, draw
-from ..core import DDError, choose, generator
+from ..core import DDError, choose, generator, upload
 from ..data.dataset import Dataset
 from ..nets.build import Backbone
 from ..recipe import PRECISIONS, Recipe
@@ -138,7 +138,8 @@ def train(
             optimiser.param_groups[0]["lr"] = lr
             if recipe.reset:
                 optimiser = _optimiser(net, recipe, lr)
-        for index in torch.randperm(n, generator=rng).to(labels.device).split(recipe.batch):
+        order = upload(torch.randperm(n, generator=rng), labels.device)
+        for index in order.split(recipe.batch):
             x, y = fetch(index), labels[index]
             x = augment(x, draw(recipe.augment, len(x), tuple(x.shape[-2:]), rng, op_every=len(x)))
             if recipe.cutmix:

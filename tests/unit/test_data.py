@@ -154,7 +154,7 @@ def test_images_too_large_for_the_device_stay_and_batches_move(monkeypatch):
     assert data._place(d.images, torch.device("cuda"))["train"] is d.images["train"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cuda_gives_the_same_draws_and_pixels(monkeypatch):
     d = load("digits")
     for free in (10**12, 1):

@@ -518,6 +518,14 @@ def test_a_machine_without_git(monkeypatch):
     assert meter.commit() is None
 
 
+def test_a_copy_without_git_is_told_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(meter, "SOURCE", tmp_path)
+    monkeypatch.delenv("DDLIB_COMMIT", raising=False)
+    assert meter.commit() is None
+    monkeypatch.setenv("DDLIB_COMMIT", "c0ffee")
+    assert meter.commit() == "c0ffee"
+
+
 # Wrong words
 
 
