@@ -26,15 +26,16 @@ def _key_values(pairs: list[str]) -> dict[str, object]:
     """`--set key=value` as a dict; values are YAML, and 1e-3, a word to YAML 1.1, is the number that it is."""
     import yaml
 
-    from .core import DDError
+    from .core import DDError, shown
 
     values = {}
     for pair in pairs:
         key, _, text = pair.partition("=")
-        with suppress(yaml.YAMLError):
+        # Beside its own errors YAML lets through those of dates, numbers and depth.
+        with suppress(yaml.YAMLError, ValueError, TypeError, RecursionError):
             values[key] = yaml.safe_load(text)
         if values.get(key) is None:
-            raise DDError(f"--set takes KEY=VALUE, not {pair!r}")
+            raise DDError(f"--set takes KEY=VALUE, not {shown(pair)}")
         if isinstance(values[key], str):
             with suppress(ValueError):
                 values[key] = float(text)

@@ -115,6 +115,8 @@ def upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """`auto` is CUDA where there is one, else the CPU; anything else must be a device torch can use here."""
+    if not isinstance(device, (str, torch.device)):
+        raise DDError(f"device must be auto, cpu, cuda or a torch.device, not {shown(device)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -65,7 +65,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise CannotWrite(f"cannot write {path}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder went read-only meanwhile
+            temporary.unlink(missing_ok=True)
     _sweep(path)
     return path
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import DDError, checksum, choose, generator, pick_device, upload
+from ..core import DDError, checksum, choose, generator, pick_device, shown, upload
 from . import cache as decoding
 from .folders import SUBSETS, carve, find_folder, tree
 from .zca import KINDS, ZCA
@@ -247,6 +247,8 @@ def load(
 
 
 def _data_root(root: str | Path | None = None) -> Path:
+    if not isinstance(root, (str, Path, type(None))):
+        raise DDError(f"root must be a folder's path, not {shown(root)}")
     root = root or os.environ.get("DDLIB_DATA") or "~/.cache/ddlib/data"
     return Path(root).expanduser().absolute()
 
@@ -295,12 +297,13 @@ def from_arrays(
     classes: names; default "0", "1", ... up to the largest train label. The arrays are copied.
     Raises DDError for shapes that do not fit, other types, NaN, values outside [0,1] and labels out of range.
     """
+    if not isinstance(name, str):
+        raise DDError(f"name must be a text, not {shown(name)}")
+    if classes is not None and not isinstance(classes, (list, tuple, range, np.ndarray)):
+        raise DDError(f"classes must be a list of names, not {shown(classes)}")
     splits = {}
     for split, *pair in (("train", train_images, train_labels), ("test", test_images, test_labels)):
-        x, y = (
-            v.detach().cpu() if isinstance(v, Tensor) else torch.as_tensor(np.ascontiguousarray(v))
-            for v in pair
-        )
+        x, y = (_as_tensor(f"{split} {what}", v) for what, v in zip(_PARTS, pair, strict=True))
         x = _as_pixels(f"{split} images", x)
         if (
             y.shape != x.shape[:1]
@@ -337,6 +340,23 @@ def from_arrays(
             f"{', ...' if len(absent) > 1 else ''}"
         )
     return _assemble(name, classes, splits, pick_device(device))
+
+
+_PARTS = ("images", "labels")
+
+
+def _as_tensor(what: str, value: np.ndarray | Tensor) -> Tensor:
+    """On the CPU; what is no array of numbers is a `DDError`."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
+        return value.detach().cpu()
+    try:
+        array = np.ascontiguousarray(value)
+        # NumPy's other byte order is no type of torch's.
+        return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise DDError(
+            f"{what} must be an array or a dense tensor of numbers, not {shown(value)}"
+        ) from None
 
 
 def _digits() -> tuple[Sequence[str], Splits]:

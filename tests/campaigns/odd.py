@@ -1,0 +1,202 @@
+"""Damaged files, crafted sets and odd arguments: each is refused in one sentence, or harmless."""
+
+import dataclasses
+import json
+import math
+import random
+import tempfile
+from collections import Counter
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import ddlib as dd
+from ddlib import cli, experts, files
+from ddlib.core import DDError
+from ddlib.data import cache
+from ddlib.engine import record
+
+from .faults import run
+from .server import Hang, alarm, case
+
+SECONDS = 20  # one call may take
+BATCH = 100  # cases a child
+
+
+def tensors(path: Path) -> list:
+    values, header = files.load_tensors(path, "file", "delete it")
+    return [header, {name: files.checksum(value) for name, value in values.items()}]
+
+
+def synthetic(path: Path) -> list:
+    syn = dd.Synthetic.load(path)
+    return [files.checksum(syn.images, syn.labels, syn.mean, syn.std), repr(syn.recipe), syn.spec]
+
+
+READERS = {
+    "set": synthetic,
+    "checkpoint or expert": tensors,
+    "record": lambda path: dd.Run(path).record,
+    "side file": record.side_file,
+    "study": lambda path: files.read_json(path, "study", "delete it"),
+    "timing": experts._timing,
+    "cache note": lambda path: cache._note(path.with_suffix(".npy")),
+}
+
+
+def originals(folder: str) -> dict[str, str]:
+    """A whole file of each kind."""
+    done = run("dm", folder)
+    done.transfer("mlp", networks=1)
+    place, rows = Path(folder), [{"steps": 3, "seconds": 0.25}]
+    note = {"sha256": "0" * 64, "sampled": "1" * 64, "labels": [0, 1], "files": ["a", "b"]}
+    state = files.save_tensors(place / "state.safetensors", {"raw": torch.ones(3)}, {"step": 3})
+    study = files.write_json(place / "study.json", {"study": "flatness", "rows": rows})
+    noted = files.write_json(place / "note.json", note)
+    timing = files.write_json(place / "expert.json", {"seconds": 1.5})
+    paths = {
+        "set": done.path.with_suffix(".safetensors"),
+        "checkpoint or expert": state,
+        "record": done.path,
+        "side file": done.path.with_suffix(".transfer.json"),
+        "study": study,
+        "timing": timing.with_suffix(".safetensors"),
+        "cache note": noted,
+    }
+    return {kind: str(path) for kind, path in paths.items()}
+
+
+def harmed(data: bytes, draw: random.Random) -> bytes:
+    at, size = draw.randrange(len(data)), draw.choice((1, 2, 8, 64))
+    return draw.choice(
+        (
+            lambda: data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :],
+            lambda: data[:at],
+            lambda: data[:at] + bytes(size) + data[at + size :],
+            lambda: data[:at] + draw.randbytes(size) + data[at + size :],
+            lambda: data[:at] + draw.choice(b"0123456789").to_bytes() + data[at + 1 :],
+            lambda: data[:at] + data[at + size :],
+        )
+    )()
+
+
+def same(value: object, whole: object) -> bool:
+    """Whether all of `whole` is still there; a timing that is lost says so."""
+    if isinstance(whole, dict):
+        return isinstance(value, dict) and {**value, **whole} == value
+    return value == whole or (isinstance(value, float) and math.isnan(value))
+
+
+def damage(paths: dict[str, str], seed: int) -> Counter:
+    """One child's cases of damaged files."""
+    draw, counts = random.Random(seed), Counter()
+    for _ in range(BATCH):
+        kind = draw.choice(list(READERS))
+        path = Path(paths[kind])
+        source = path.with_suffix(".json") if kind == "timing" else path
+        data, whole = source.read_bytes(), READERS[kind](path)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / source.name
+            copy.write_bytes(harmed(data, draw))
+            copy = copy.with_name(path.name)
+            value = _outcome(counts, f"{kind} {seed}", READERS[kind], copy)
+            counts["wrong"] += value is not _REFUSED and not same(value, whole)
+    return counts
+
+
+_REFUSED = object()
+
+
+def _outcome(counts: Counter, what: str, function, *arguments, **options) -> object:
+    counts["tried"] += 1
+    try:
+        with alarm(SECONDS):
+            return function(*arguments, **options)
+    except DDError as error:
+        counts["refused"] += 1
+        counts["more than one line"] += "\n" in str(error)
+    except Hang:
+        counts["hung"] += 1
+        counts[f"hung: {what}"] += 1
+    except Exception as error:  # noqa: BLE001  whatever comes is counted
+        counts["traceback"] += 1
+        counts[f"traceback: {what.split(' ')[0]} {type(error).__name__} {str(error)[:60]}"] += 1
+    return _REFUSED
+
+
+VALUES = (
+    None, True, 0, -1, 2, 10**12, 10**400, 0.5, -0.0, math.nan, math.inf, "", "x", "1", "digits", "\0", "é" * 300,
+    [], [1], [[]], {}, {"a": 1}, (), (1, 2), b"x", np.int64(3), np.float32(0.5), np.nan, np.zeros(3), np.array("a"),
+    np.array([None]), torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16), object(), int, Path("x"), 1j,
+)  # fmt: skip
+
+
+def crafted(paths: dict[str, str], seed: int) -> Counter:
+    """One child's cases of sets with a right checksum and wrong contents."""
+    draw, counts = random.Random(seed), Counter()
+    values, header = files.load_tensors(Path(paths["set"]), "set", "")
+    for _ in range(BATCH):
+        tensors_, facts = dict(values), json.loads(json.dumps(header))
+        if draw.random() < 0.5:
+            name = draw.choice(list(tensors_))
+            shape = draw.choice(((), (0,), (3,), (10, 1, 8, 8), (10, 10), (10,), (1, 1, 1)))
+            kind = draw.choice((torch.float32, torch.int64, torch.bfloat16, torch.bool))
+            tensors_[draw.choice((name, "images@x", "more"))] = torch.zeros(shape).to(kind)
+        else:
+            part = facts if draw.random() < 0.5 else facts["recipe"]
+            key = draw.choice([*part, "more"])
+            part[key] = draw.choice((None, -1, 10**9, "x", "2", [], {}, math.nan, 1.5, True, [1]))
+        with tempfile.TemporaryDirectory() as folder:
+            path = files.save_tensors(Path(folder) / "a.safetensors", tensors_, facts)
+            _outcome(counts, f"crafted {seed}", dd.Synthetic.load, path)
+    return counts
+
+
+def arguments(paths: dict[str, str], seed: int) -> Counter:
+    """One child's cases of calls with odd arguments."""
+    draw, counts = random.Random(seed), Counter()
+    syn = dd.Synthetic.load(paths["set"])
+    odd = lambda: draw.choice(VALUES)
+    fields = [field.name for field in dataclasses.fields(dd.Synthetic)]
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
+    keys = list(dd.resolve("dm", "digits", 1).values)
+    for _ in range(BATCH):
+        arrays = [images, labels, images, labels]
+        arrays[draw.randrange(4)] = odd()
+        text = draw.choice(
+            ("2001-02-30", "0x_", "-0b_", "9" * 5000, "!!float x", "[" * 3000, "&a [*a]", "{", "1e400", "nul\0")
+        )  # fmt: skip
+        changed = dataclasses.replace(syn, **{draw.choice(fields): odd()})
+        name, function, values, options = draw.choice(
+            (
+                ("from_arrays", dd.from_arrays, arrays, {}),
+                ("from_arrays", dd.from_arrays, (images, labels) * 2, {draw.choice(("classes", "name", "device")): odd()}),
+                ("resolve", dd.resolve, ("dm", "digits", 1), {draw.choice(keys): odd()}),
+                ("resolve", dd.resolve, draw.choice(((odd(), "digits", 1), ("dm", odd(), 1), ("dm", "digits", odd()))), {}),
+                ("load", dd.load, (odd(),), {"device": "cpu"}),
+                ("load", dd.load, ("digits",), {draw.choice(("device", "resolution", "zca", "root")): odd()}),
+                ("Synthetic.load", dd.Synthetic.load, (odd(),), {}),
+                ("validate", changed.validate, (), {}),
+                ("--set", cli._key_values, ([f"iterations={text}"],), {}),
+            )
+        )  # fmt: skip
+        with redirect_stderr(StringIO()):
+            _outcome(counts, f"{name} {seed}", function, *values, **options)
+    return counts
+
+
+def campaign(kind, draw: random.Random, end) -> Counter:
+    """Batches of cases, each in a child of its own, until `end()`."""
+    counts = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        what, paths = case(originals, folder)
+        assert what == "done", paths
+        while not end():
+            what, found = case(kind, paths, draw.getrandbits(32))
+            counts.update(found if what == "done" else {what: 1, "tried": 1})
+            if what != "done":
+                print(kind.__name__, what, found)
+    return counts

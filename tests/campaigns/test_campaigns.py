@@ -1,0 +1,37 @@
+"""The campaigns in short: a few cases of each, in a process that has imported torch and computed nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import random
+from itertools import count
+from tests.campaigns import faults, odd
+
+def times(number):
+    left = count(number, -1)
+    return lambda: next(left) < 0
+
+bad = ("lost", "wrong", "traceback", "hung", "computed twice", "more than one line")
+found = {
+    "kills": faults.campaign(random.Random(0), times(4), methods=["dm"]),
+    "disk": faults.campaign(random.Random(1), times(2), disk=True, methods=["dm"]),
+    "meetings": faults.meetings(random.Random(2), times(1), many=3, methods=["dm"]),
+    "damage": odd.campaign(odd.damage, random.Random(3), times(1)),
+    "crafted": odd.campaign(odd.crafted, random.Random(4), times(1)),
+    "arguments": odd.campaign(odd.arguments, random.Random(5), times(1)),
+}
+for name, counts in found.items():
+    assert counts["tried"] and not any(counts[key] for key in bad), (name, counts)
+"""
+
+
+def test_a_few_cases_of_every_campaign(tmp_path):
+    root = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "DDLIB_RESULTS": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, env=env, cwd=root, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
