@@ -77,6 +77,7 @@ class Config:
         0.05, least=0
     )  # largest relative change of beta an iteration; 0 is off
     micro: int = option(0, least=0)  # images in one graph; 0 is the whole inner batch
+    keep: int = option(1, least=1)  # last steps whose graphs wait in memory; no matter otherwise
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA, one operation an inner step
     experts: int = option(100, least=1)  # trajectories to draw from
     expert_total: int = option(50, least=1)  # epochs each expert was trained
@@ -281,6 +282,7 @@ class Trajectory(BaseMethod):
             self.rate.expand(len(segment.batches)),
             gradient or self.config.gradient,
             micro=self.config.micro,
+            keep=self.config.keep,
             criterion=criterion,
         )
 

@@ -45,6 +45,7 @@ NEUTRAL = (
     "compile",
     "chunk",
     "micro",
+    "keep",
     "engine",
     "threads",
     "evaluations",
