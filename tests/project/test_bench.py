@@ -1,7 +1,9 @@
 """The benchmark's rows at tiny sizes, and its plain loop as DM's oracle at the benchmark's own shapes."""
 
+import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from ddlib.methods import dm
 from ddlib.train import evaluate as evaluation
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +135,13 @@ def test_the_rule_of_neutral_precision():
     assert wide["standard error"] == pytest.approx(0.6) and wide["verdict"] == "neutral"
     assert precision.verdict([0.0, 6.0])["verdict"] == "inconclusive"
     assert precision.verdict([0.1])["verdict"] == "too few pairs"
+
+
+def test_the_kept_pairs_of_precisions_are_as_neutral_as_the_page_says():
+    kept = json.loads((ROOT / "results" / "bench" / "precision_cpu.json").read_text())
+    pairs = [value for row in kept["sets"].values() for value in row["differences"]]
+    said = precision.verdict(pairs)
+    assert said["verdict"] == kept["verdict"] == "neutral" and len(pairs) == 16
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    mean, error = said["mean difference"], said["standard error"]
+    assert f"differs by {mean:.2f} points with a standard error of {error:.2f}" in page
