@@ -225,6 +225,18 @@ def _look(args: argparse.Namespace) -> None:
     print(f"wrote {path}, {path.stat().st_size / 1000:.0f} kB")
 
 
+def _list_methods(args: argparse.Namespace) -> None:
+    """Every method by name, those of installed packages too.
+
+    ddlib list-methods
+    """
+    from .methods import METHODS
+
+    for name in METHODS:
+        entry = METHODS.registration(name)
+        print(f"{name:12} {entry.cls.__module__:28} {entry.paper}".rstrip())
+
+
 def _list(args: argparse.Namespace) -> None:
     """Every record as a table: accuracy after the last step, the best on the way, what it cost.
 
@@ -397,6 +409,7 @@ COMMANDS = {
         _option("--out", help="write to this file; default: print"),
     ),
     "look": (_look, _option("file", help="a kept .safetensors file beside its record"), DEVICE),
+    "list-methods": (_list_methods,),
     "list": (
         _list,
         _option("--profile", choices=("smoke", "small", "paper")),

@@ -155,14 +155,14 @@ def embed(net: Backbone, data: Dataset, rows: Tensor, raw: bool = True) -> Tenso
     net.eval()
     # A larger piece leaves a CPU's cache; a smaller one leaves a GPU idle.
     pieces = rows.split(256 if data.device.type == "cpu" else 4096)
-    found = [
-        net.features(
-            images[piece.to(images.device)].to(data.device).float() / 255
-            if raw
-            else data.batch("train", piece)
-        ).float()
-        for piece in pieces
-    ]
+    dtype = next(net.parameters()).dtype
+    found = []
+    for piece in pieces:
+        if raw:
+            x = images[piece.to(images.device)].to(data.device).to(dtype) / 255
+        else:
+            x = data.batch("train", piece)
+        found.append(net.features(x).float())
     net.train(training)
     return torch.cat(found)
 

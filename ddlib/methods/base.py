@@ -87,6 +87,9 @@ class BaseMethod:
         self.config, self.data, self.ipc, self.seed, self.steps = config, data, ipc, seed, 0
         self.classes = torch.arange(data.num_classes, device=data.device)
         self.labels = self.classes.repeat_interleave(ipc)
+        self.dtype = data.batch(
+            "train", slice(0, 1)
+        ).dtype  # float32, unless the data are given otherwise
 
     def rng(self, *purpose: object) -> torch.Generator:
         """The random stream of a purpose, e.g. `rng("augment", step)`: a resumed run draws the same again."""
@@ -95,8 +98,7 @@ class BaseMethod:
     def network(self, backbone: str) -> Backbone:
         """A network on the data's device and in its precision (float64 data make all of it float64), untrained."""
         net = build(backbone, self.data.shape, self.data.num_classes)
-        dtype = self.data.batch("train", slice(0, 1)).dtype
-        return net.to(self.data.device, dtype).requires_grad_(False).train()
+        return net.to(self.data.device, self.dtype).requires_grad_(False).train()
 
     def result(self) -> Result:
         return Result(self.images, self.labels)
@@ -247,8 +249,9 @@ class ImageMethod(BaseMethod):
         if gradient.is_cuda or (math.isfinite(loss) and gradient.isfinite().all()):
             return
         raise DDError(
-            f"the loss is {float(loss):.3g} or its gradient is not finite at step {self.steps + 1}: lower "
-            f"lr_img ({self.config.lr_img})"
+            f"{self.stream or type(self).__name__} diverged at step {self.steps + 1}: the loss is "
+            f"{float(loss):.3g} or its gradient is not finite; lower the step size lr_img "
+            f"({self.config.lr_img})"
         )
 
     # The names of these tensors stand in checkpoints.

@@ -162,7 +162,7 @@ def extractor(data: Dataset, backbone: str, config: CoresetConfig, seed: int) ->
         augment="none",
     )
     net = build(backbone, data.shape, data.num_classes, generator(seed, "coreset", "weights"))
-    net = net.to(data.device)
+    net = net.to(data.device, data.batch("train", slice(0, 1)).dtype)
     how = {k: v for k, v in asdict(recipe).items() if k not in ("name", "drops", "drop", "tests")}
     facts = how | {"backbone": net.spec, "seed": seed, "data": data.checksum}
     facts |= {"zca": data.zca.id if data.zca else None, "compile": config.compile}

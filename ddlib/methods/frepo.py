@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import DDError, generator, option
 from ..data.dataset import Dataset
-from ..nets.build import Backbone, build, initialise
+from ..nets.build import Backbone, initialise
 from ..train.krr import krr
 from ..train.loop import compiled
 from .base import BaseMethod
@@ -83,7 +83,7 @@ class FRePo(BaseMethod):
         classes, device = data.num_classes, data.device
         rows = data.sample(ipc, generator(seed, "frepo", "init")).flatten()
         self.images = data.batch("train", rows).requires_grad_()
-        one_hot = torch.eye(classes, device=device).repeat_interleave(ipc, 0)
+        one_hot = torch.eye(classes, device=device, dtype=self.dtype).repeat_interleave(ipc, 0)
         self.labels = ((one_hot - 1 / classes) / math.sqrt(classes / 10)).requires_grad_(
             config.learn_label
         )
@@ -96,9 +96,7 @@ class FRePo(BaseMethod):
             max_grad_norm=None,
             always_adapt=True,
         )
-        self.nets = [
-            build(backbone, data.shape, classes).to(device) for _ in range(config.pool_size)
-        ]
+        self.nets = [self.network(backbone) for _ in range(config.pool_size)]
         self.adams: list[torch.optim.Adam] = [None] * config.pool_size
         for i in range(config.pool_size):
             self._renew(i)

@@ -38,7 +38,7 @@ from ..data.dataset import Dataset
 from ..distilled import check_factor, decode, encode
 from ..match.gradients import DISTANCES, ENGINES, LAYERS, MATCHES, Matching, Traced
 from ..match.sampler import SAMPLINGS, Sampler, initial_rows
-from ..nets.build import build, initialise
+from ..nets.build import initialise
 from ..train.loop import compiled
 from .base import BaseMethod, Result
 from .registry import register
@@ -116,12 +116,7 @@ class Gradient(BaseMethod):
             raise DDError(
                 "whitened images have no pixels in [0, 1]: set pixels to false, or zca to ''"
             )
-        self.net = (
-            build(backbone, data.shape, data.num_classes)
-            .to(data.device)
-            .requires_grad_(False)
-            .train()
-        )
+        self.net = self.network(backbone)
         self.matching = Matching(
             self.net, config.distance, config.layers, config.match, config.engine
         )
@@ -156,7 +151,9 @@ class Gradient(BaseMethod):
         c, data = self.config, self.data
         rng = generator(self.seed, "gradient", "init")
         if c.init == "noise":
-            x = torch.randn((len(self.labels), *data.shape), generator=rng).to(data.device)
+            x = torch.randn((len(self.labels), *data.shape), generator=rng).to(
+                data.device, self.dtype
+            )
             return (x / 4 + 0.5).clamp(0, 1) if c.pixels else x
         factor = 1 if c.init == "real" else c.factor
         if c.init == "kmeans":

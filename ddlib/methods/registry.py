@@ -53,13 +53,10 @@ def register(
     presets: str = "",
     protocol: str = "",
     colour: str = "",
-    page: str = "",
-    published: str = "",
 ) -> Callable[[type], type]:
     """A decorator that offers a class as the method `name`; see `Registration` for the rest, all of it optional.
 
-    `presets` and `published` are names of files beside the class's module; without one, NAME.yaml is read if it is
-    there, and the defaults of the Config are the method's settings if not. Raises `DDError` for a name that is taken,
+    `presets` is the name of a file beside the class's module; without one, NAME.yaml is read if it is there, and the defaults of the Config are the method's settings if not. Raises `DDError` for a name that is taken,
     and for a class that lacks a part of the contract (`ddlib.methods.base.Method`).
     """
 
@@ -75,8 +72,6 @@ def register(
                 presets=_file(folder, preset, name, required=bool(presets)),
                 protocol=protocol,
                 colour=colour,
-                page=page,
-                published=_file(folder, published, name, required=True) if published else None,
             )
         )
         return cls

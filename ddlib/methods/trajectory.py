@@ -34,7 +34,6 @@ from ..data.dataset import Dataset
 from ..experts import ExpertRecipe, ExpertSet, load_experts
 from ..match.sampler import initial_rows
 from ..match.trajectory import FlatNet, Match, Segment, match, parse_engine
-from ..nets.build import build
 from .base import BaseMethod, Result
 from .registry import register
 
@@ -144,9 +143,7 @@ class Trajectory(BaseMethod):
                 f"init_epoch {config.init_epoch} is beyond the experts' expert_total = {config.expert_total}"
             )
         self.experts = load_experts(data, backbone, config.expert_recipe, config.experts)
-        self.net = FlatNet(
-            build(backbone, data.shape, data.num_classes).to(data.device).requires_grad_(False)
-        )
+        self.net = FlatNet(self.network(backbone))
         self.raw, self.logits = self._initial()
         self.average = self.raw.clone()
         self.rate = torch.tensor(config.lr_teacher, device=data.device)
@@ -157,7 +154,7 @@ class Trajectory(BaseMethod):
         }
 
     def _theta(self, expert: int, epoch: int) -> torch.Tensor:
-        return self.experts.weights[expert][epoch].to(self.data.device)
+        return self.experts.weights[expert][epoch].to(self.data.device, self.dtype)
 
     def _initial(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [n, C, H, W] and, for learned labels, logits [n, classes] (else empty)."""
@@ -167,7 +164,7 @@ class Trajectory(BaseMethod):
                 (len(self.labels), *data.shape),
                 generator=generator(self.seed, "trajectory", "noise"),
             )
-            images = images.to(data.device)
+            images = images.to(data.device, self.dtype)
         elif config.init == "real":
             images = data.batch(
                 "train", data.sample(self.ipc, generator(self.seed, "trajectory", "init")).flatten()

@@ -293,7 +293,7 @@ def accuracy(look: Look) -> Figure:
     bars.barh(
         range(len(classes)),
         100 * p,
-        color=plots.COLOURS.get(look.run.record["method"]),
+        color=plots.colour_of(look.run.record["method"]),
         xerr=span,
         capsize=2,
         error_kw={"lw": 1},

@@ -24,6 +24,7 @@ from ..data.dataset import Dataset, canonical
 from ..distilled import Synthetic
 from ..engine.record import Run
 from ..files import SOURCE
+from ..methods import METHODS
 from . import tables
 
 COLOURS = {
@@ -72,6 +73,14 @@ TITLES = {
 SIZES = {"smoke": "quick run", "small": "shortened run", "paper": "the paper's setting"}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
 MARKERS = "os^Dvph"
+
+
+def colour_of(method: str) -> str:
+    """A method's colour: that of `COLOURS`, else the one it was registered with, else one of `LINES` by its name."""
+    if method in COLOURS:
+        return COLOURS[method]
+    registered = METHODS.registration(method).colour if method in METHODS else ""
+    return registered or LINES[sum(method.encode()) % len(LINES)]
 
 
 def grid(
@@ -247,7 +256,8 @@ def accuracy_vs_ipc(
 
 
 def _rank(methods: pd.Series) -> pd.Series:
-    return methods.map(list(COLOURS).index)
+    order = list(dict.fromkeys([*COLOURS, *sorted(set(methods))]))
+    return methods.map(order.index)
 
 
 def _ours(rows: pd.DataFrame) -> dict[str, tuple[str, pd.DataFrame]]:
@@ -290,10 +300,10 @@ def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every:
             line.pooled,
             marker="o",
             capsize=3,
-            color=COLOURS[method],
+            color=colour_of(method),
             label=f"{label}, ours",
         )
-        ends.append((x.iloc[-1], line.accuracy.iloc[-1], label, COLOURS[method], "bold"))
+        ends.append((x.iloc[-1], line.accuracy.iloc[-1], label, colour_of(method), "bold"))
     for method, known in theirs.items():
         axis.errorbar(
             known.ipc,
@@ -304,12 +314,12 @@ def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every:
             ms=5,
             alpha=0.6,
             zorder=1.5,
-            color=COLOURS[method],
+            color=colour_of(method),
             label=f"{method}, paper",
         )
         memory = known[known.mark == "*"]
         axis.plot(memory.ipc, memory.value, "ws", ms=3, label="")
-        ends.append((known.ipc.iloc[-1], known.value.iloc[-1], method, COLOURS[method], "normal"))
+        ends.append((known.ipc.iloc[-1], known.value.iloc[-1], method, colour_of(method), "normal"))
     for whose, value in tops.items():
         style = "-" if whose == "ours" else "--"
         axis.axhline(value, color="black", ls=style, lw=1, label=f"whole set, {whose}")
@@ -361,7 +371,7 @@ def _rows(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every: b
     """One IPC: a row a method, ours a disc and the paper's a square, joined by a thin line."""
     names = list(ours)
     for k, (label, (method, line)) in enumerate(ours.items()):
-        mine, colour = line.iloc[0], COLOURS[method]
+        mine, colour = line.iloc[0], colour_of(method)
         known = theirs.get(method)
         if known is not None:
             value, spread, mark = known[["value", "spread", "mark"]].iloc[0]
@@ -457,7 +467,7 @@ def training_time(table: pd.DataFrame) -> Figure:
             rows.accuracy,
             s=28,
             alpha=0.8,
-            color=COLOURS.get(method),
+            color=colour_of(method),
             marker=MARKERS[ipcs.index(ipc) % len(MARKERS)],
             label=f"{method}, IPC {ipc}",
         )

@@ -122,17 +122,6 @@ def test_noise_starts_the_set():
     assert not torch.equal(images, dm(arrays(), ipc=9, init="noise", seed=1).images)
 
 
-def test_seeds():
-    data = arrays()
-    assert torch.equal(after(dm(data), 3), after(dm(data), 3))
-    torch.manual_seed(5)  # the global state is neither read ...
-    first, state = after(dm(data), 3), torch.get_rng_state()
-    assert torch.equal(first, after(dm(data), 3)) and torch.equal(
-        state, torch.get_rng_state()
-    )  # ... nor written
-    assert not torch.equal(first, after(dm(data, seed=1), 3))
-
-
 def test_steps_differ_and_a_restored_method_goes_on_with_the_next_one():
     data = arrays()
     half, other = dm(data), dm(data, seed=0)

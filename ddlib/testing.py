@@ -1,0 +1,179 @@
+"""The contract of a method as a test, for ours and for those of other packages: `check_method("idm")`."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from .config import resolve
+from .core import DDError, pick_device
+from .data.dataset import Dataset, load
+from .engine import contract
+from .methods import METHODS
+from .methods.base import Method
+
+IPC = 2
+
+
+class Double(Dataset):
+    """The same dataset in float64."""
+
+    def batch(self, split: str, index: Any) -> Tensor:
+        return super().batch(split, index).double()
+
+
+def check_method(name: str, *, steps: int = 3, **settings: Any) -> None:
+    """Raise `AssertionError`, in one sentence, where the registered method `name` breaks the contract.
+
+    It is run on a part of the embedded digits, by its smoke preset, a network of width 8 and `settings` (keys of its
+    Config): the same seed gives the same bits, another seed others; a stop after any step and a resume end in the same
+    bytes; labels stand class by class; no global random state is read or written; images that are not finite are
+    refused; float64 data give float64 images; and the state of one device is taken on another, where there are two.
+    Takes a few seconds.
+    """
+    with tempfile.TemporaryDirectory() as scratch, _environment("DDLIB_EXPERTS", scratch):
+        spec = resolve(name, "digits", IPC, "smoke", **{"backbone": "convnet:width=8"} | settings)
+        steps = min(steps, spec.config.iterations)
+        data = load("digits", device="cpu").subset(60)
+        for asset in METHODS[name].needs(spec.config):
+            asset.make(data, spec.run.backbone, progress=False)
+
+        def make(seed: int = 0, data: Dataset = data) -> Method:
+            method = METHODS[name](spec.config, data, IPC, spec.run.backbone, seed)
+            return contract.started(name, method, data, IPC)
+
+        whole = _labels_and_seeds(name, make, steps)
+        _resume(name, make, steps, whole)
+        _global_state(name, make, steps, whole)
+        if steps:
+            _not_finite(name, make)
+        _float64(name, make, data, min(steps, 1))
+        _devices(name, make, data)
+
+
+def _fail(name: str, sentence: str) -> None:
+    raise AssertionError(f"the method {name!r} {sentence}")
+
+
+def _after(method: Method, steps: int) -> Method:
+    for _ in range(steps):
+        method.step()
+    return method
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    alike = lambda x, y: x.shape == y.shape and torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
+    return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+
+
+def _labels_and_seeds(name: str, make: Callable[..., Method], steps: int) -> dict[str, Tensor]:
+    """The state after all steps of seed 0."""
+    method = make()
+    classes = torch.arange(len(method.labels) // IPC).repeat_interleave(IPC)
+    for _ in range(steps):
+        contract.numbers(name, method.step())
+    result = contract.result(name, method)
+    labels = result.labels
+    if labels.ndim == 1 and not torch.equal(labels.cpu(), classes):
+        _fail(
+            name, "has labels that do not stand class by class: image k belongs to class k // IPC"
+        )
+    if len(labels) != len(classes) or len(result.images) != len(classes):
+        _fail(
+            name,
+            f"hands over {len(result.images)} images and {len(labels)} labels, not {len(classes)}",
+        )
+    contract.summary(name, method)
+    state = _copy(method.state_dict())
+    if not _same(state, _copy(_after(make(), steps).state_dict())):
+        _fail(
+            name, "ends in other bits when the same seed is run again: draw everything from `rng`"
+        )
+    if torch.equal(result.images, _after(make(seed=1), steps).result().images):
+        _fail(name, "has the same images under another seed")
+    return state
+
+
+def _resume(name: str, make: Callable[..., Method], steps: int, whole: dict[str, Tensor]) -> None:
+    for stop in range(steps + 1):
+        kept = _copy(_after(make(), stop).state_dict())
+        again = make()
+        again.load_state_dict(_copy(kept))
+        if not _same(kept, again.state_dict()):
+            _fail(name, f"does not take back the state that it gave after step {stop}")
+        if not _same(whole, _after(again, steps - stop).state_dict()):
+            _fail(name, f"ends in other bits when it is stopped after step {stop} and resumed")
+
+
+def _global_state(
+    name: str, make: Callable[..., Method], steps: int, whole: dict[str, Tensor]
+) -> None:
+    torch.manual_seed(5), numpy.random.seed(5), random.seed(5)
+    before = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()
+    state = _after(make(), steps).state_dict()
+    after = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()
+    if not torch.equal(before[0], after[0]) or before[1:] != after[1:]:
+        _fail(name, "draws from the global random state: draw from `rng`")
+    if not _same(whole, state):
+        _fail(name, "depends on the global random state: draw from `rng`")
+
+
+def _not_finite(name: str, make: Callable[..., Method]) -> None:
+    """Images that are NaN: an error before anything changes, or a report that the engine refuses."""
+    method = make()
+    bad = {
+        key: torch.full_like(value, torch.nan) if value.is_floating_point() else value
+        for key, value in _copy(_after(method, 1).state_dict()).items()
+    }
+    method.load_state_dict(_copy(bad))
+    try:
+        report = contract.numbers(name, method.step())
+    except DDError:
+        if not _same(bad, method.state_dict()):
+            _fail(name, "changes its state before it refuses images that are not finite")
+        return
+    if all(map(numpy.isfinite, report.values())) and method.images.isfinite().all():
+        _fail(name, "goes on silently from images that are not finite")
+
+
+def _float64(name: str, make: Callable[..., Method], data: Dataset, steps: int) -> None:
+    double = Double(**{field.name: getattr(data, field.name) for field in fields(data)})
+    images = _after(make(data=double), steps).images
+    if images.dtype != torch.float64:
+        _fail(name, f"turns float64 data into {images.dtype} images: build networks with `network`")
+
+
+def _devices(name: str, make: Callable[..., Method], data: Dataset) -> None:
+    other = pick_device("auto")
+    if other == data.device:
+        return
+    moved = make(data=data.to(other))
+    moved.load_state_dict(_copy(make().state_dict()))
+    if moved.images.device != other:
+        _fail(name, f"keeps the images on the device of the state that it is given, not on {other}")
+
+
+@contextmanager
+def _environment(key: str, value: str) -> Iterator[None]:
+    before = os.environ.get(key)
+    os.environ[key] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before

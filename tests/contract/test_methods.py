@@ -1,0 +1,216 @@
+"""Every method keeps the contract; what another package may get wrong is named in one sentence."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddlib as dd
+from ddlib.config import preset
+from ddlib.core import DDError
+from ddlib.methods import METHODS, register
+from ddlib.methods.base import ImageConfig, ImageMethod
+from ddlib.methods.registry import BUILT_IN, Methods
+from ddlib.testing import check_method
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "coreset": {"extractor_epochs": 1},
+    "gradient": {"inner": 2, "batch_real": 16, "net_images": 32},
+    "dm": {"batch_real": 16},
+    "trajectory": {"experts": 1, "expert_total": 2, "max_start": 1, "syn_steps": 3},
+    "frepo": {
+        "backbone": "convnet:width=8,norm=bn,grow=2,order=pre,init=lecun",
+        "pool_size": 2,
+        "max_age": 1,
+        "batch_real": 64,
+    },
+}
+OURS = [(name, family) for family, names in BUILT_IN.items() for name in names]
+
+
+@pytest.mark.parametrize(("name", "family"), OURS)
+def test_ours_keep_the_contract(name, family):
+    settings = SETTINGS[family]
+    if family == "trajectory":
+        settings = settings | {"expert_epochs": 1}
+    check_method(name, steps=2, **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig(ImageConfig):
+    iterations: int = 3
+    lr_img: float = 0.1
+
+
+class Toy(ImageMethod):
+    """Pulls images towards zero; without a preset, a page or a colour."""
+
+    Config = ToyConfig
+
+    def loss(self, synthetic, classes):
+        return synthetic.square().sum()
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry that forgets what a test registers."""
+    METHODS["dm"]  # ours are in
+    monkeypatch.setattr(METHODS, "_registered", dict(METHODS._registered))
+
+
+def run(name, results, **options):
+    options = {"eval_epochs": 1, "networks": 1, "snapshots": 0, "progress": False} | options
+    return dd.run(name, "digits", ipc=1, results=results, device="cpu", **options)
+
+
+def test_a_toy_of_a_few_lines_is_a_method(registry, tmp_path):
+    register("toy")(Toy)
+    register("toy")(Toy)  # a notebook's cell is run again
+    assert "toy" in dd.METHODS and "toy" not in BUILT_IN
+    check_method("toy", steps=2, batch_real=16)
+    done = run("toy", tmp_path)
+    assert done.record["method"] == "toy" and done.synthetic.images.shape == (10, 1, 8, 8)
+    with pytest.raises(DDError, match="'iterations' must be int, not 'many'"):
+        dd.resolve("toy", "digits", 1, iterations="many")
+
+
+def broken(**members):
+    return type("Broken", (Toy,), members | {"__module__": __name__})
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (broken(step=None), "'broken' .* lacks step: add it, or derive from ddlib.methods.base"),
+        (broken(Config=int), "a Config that is no dataclass"),
+        (
+            broken(Config=dataclasses.make_dataclass("C", [("lr", float, 1.0)])),
+            "no field `iterations`",
+        ),
+        (
+            broken(
+                Config=dataclasses.make_dataclass("C", [("iterations", int, 1), ("x", dict, 0)])
+            ),
+            "a dict in its Config, x; allowed: bool, int, float, str, tuple",
+        ),
+    ],
+)
+def test_a_class_that_is_no_method(registry, cls, message):
+    with pytest.raises(DDError, match=message):
+        register("broken")(cls)
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (broken(step=lambda self: None), "step of the method 'broken' returns nothing"),
+        (
+            broken(step=lambda self: {"loss": torch.zeros(3)}),
+            r"step of the method 'broken' returns a tensor \[3\] as 'loss', which is no number",
+        ),
+        (
+            broken(summary=lambda self: 1 / 0),
+            r"summary\(\) of the method 'broken' fails \(ZeroDivisionError.*goes on from the checkpoint",
+        ),
+        (
+            broken(result=lambda self: self.images),
+            r"result\(\) of the method 'broken' returns a tensor",
+        ),
+        (
+            broken(first_images=lambda self: torch.zeros(3, 1, 8, 8)),
+            r"'broken' starts with a tensor \[3, 1, 8, 8\] as its images: there must be 10 classes x 1",
+        ),
+    ],
+)
+def test_a_method_that_misbehaves(registry, tmp_path, cls, message):
+    register("broken")(cls)
+    with pytest.raises(DDError, match=message):
+        run("broken", tmp_path)
+
+
+def test_a_name_that_is_taken(registry):
+    with pytest.raises(
+        DDError, match="the method name 'dm' is taken by ddlib.methods.dm: register"
+    ):
+        register("dm")(Toy)
+
+
+def offered(monkeypatch, *points):
+    found = [EntryPoint(name, value, "ddlib.methods") for name, value in points]
+    monkeypatch.setattr("ddlib.methods.registry.entry_points", lambda group: found)
+    return Methods()
+
+
+def test_entry_points_that_cannot_be_used(monkeypatch):
+    methods = offered(monkeypatch, ("dm", "other:DM"), ("gone", "no_such_module:Gone"))
+    with pytest.warns(UserWarning, match="a method 'dm', a name that is taken: it is left out"):
+        assert list(methods)[-1] == "gone"
+    with pytest.raises(
+        DDError, match="'gone' .* cannot be imported .*mend that package, or uninstall"
+    ):
+        methods["gone"]
+
+
+def test_a_key_that_stands_twice_in_a_preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults:\n  lr_img: 1.0\n  lr_img: 2.0\n")
+    with pytest.raises(DDError, match="preset mine.yaml: key 'lr_img' stands twice.*lines 2 and 3"):
+        preset(path)
+
+
+def test_what_a_check_finds(registry):
+    def global_draw(self, synthetic, classes):
+        return (synthetic * torch.rand(())).sum()
+
+    register("broken")(broken(loss=global_draw))
+    with pytest.raises(AssertionError, match="'broken' (draws|ends in other bits|depends)"):
+        check_method("broken", steps=2, batch_real=16)
+    register("broken")(broken(load_state_dict=lambda self, state: None))
+    with pytest.raises(
+        AssertionError, match="does not take back the state that it gave after step 1"
+    ):
+        check_method("broken", steps=2, batch_real=16)
+
+
+def test_the_example_package_is_installed_listed_checked_and_run(tmp_path):
+    """Installed from its folder as pip does it, without a network, and found by its entry point alone."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "ddlib_idm.py"):
+        (source / name).write_text((ROOT / "examples" / "idm" / name).read_text())
+    quiet = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", str(tmp_path / "site")]
+    subprocess.run([*pip, str(source)], check=True, env=os.environ | {"PIP_NO_INDEX": "1"})
+    script = """if True:
+        import ddlib as dd
+        from ddlib.cli import main
+        from ddlib.testing import check_method
+        check_method("idm", steps=2, batch_real=16, train_batch=16, train_steps=1, push_every=1)
+        run = dd.run("idm", "digits", ipc=1, iterations=4, eval_epochs=5, train_steps=2, progress=False)
+        assert run.record["extra"]["accuracy of the queue"] > 0
+        assert run.synthetic.factor == 2
+        figure = dd.plots.accuracy_vs_ipc(dd.tables.runs([run]))
+        artists = [line for axis in figure.axes for line in axis.lines]
+        assert any(line.get_color() == "#AA3377" for line in artists), [l.get_color() for l in artists]
+        import sys
+        sys.argv = ["ddlib", "list-methods"]
+        main()
+    """
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path, "DDLIB_RESULTS": str(tmp_path / "results")},
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert any(
+        line.split() == ["idm", "ddlib_idm", "CVPR", "2023"] for line in done.stdout.splitlines()
+    )
