@@ -144,4 +144,4 @@ def test_the_kept_pairs_of_precisions_are_as_neutral_as_the_page_says():
     assert said["verdict"] == kept["verdict"] == "neutral" and len(pairs) == 16
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
     mean, error = said["mean difference"], said["standard error"]
-    assert f"differs by {mean:.2f} points with a standard error of {error:.2f}" in page
+    assert f"the mean difference is {mean:.2f} and its standard error {error:.2f}" in page
