@@ -73,6 +73,7 @@ TITLES = {
 SIZES = {"smoke": "quick run", "small": "shortened run", "paper": "the paper's setting"}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
 MARKERS = "os^Dvph"
+MOSAIC = "mosaic"  # a figure of pixels alone, of which an SVG would be a larger PNG
 
 
 def colour_of(method: str) -> str:
@@ -113,6 +114,7 @@ def grid(
     )
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
+    figure.set_gid(MOSAIC)
     return figure
 
 
@@ -637,7 +639,7 @@ def scatter(
 
 
 def save(figure: Figure, name: str, profile: str, folder: str | Path | None = None) -> Path:
-    """Write `figures/PROFILE/NAME.png` and `.svg`; DDLIB_FIGURES or `folder` moves the figures elsewhere."""
+    """Write `figures/PROFILE/NAME.png`, and `.svg` but for a mosaic of pixels; DDLIB_FIGURES or `folder` moves them."""
     place = Path(folder or os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / choose(
         "profile", profile, PROFILES
     )
@@ -645,7 +647,7 @@ def save(figure: Figure, name: str, profile: str, folder: str | Path | None = No
     with plt.rc_context(
         {"svg.hashsalt": "ddlib"}
     ):  # else the ids, and so the bytes, differ every time
-        for suffix in ("svg", "png"):
+        for suffix in ("png",) if figure.get_gid() == MOSAIC else ("svg", "png"):
             figure.savefig(
                 path := place / f"{name}.{suffix}",
                 dpi=150,

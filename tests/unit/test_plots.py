@@ -284,8 +284,18 @@ def test_lines_draw_the_mean_and_spread_of_equal_x_by_group():
 
 def test_save_writes_both_formats_with_the_same_bytes_again(tmp_path, monkeypatch):
     monkeypatch.setenv("DDLIB_FIGURES", str(tmp_path))
-    path = plots.save(plots.images(toy()), "set", "smoke")
-    assert path == tmp_path / "smoke" / "set.png"
+    table = pd.DataFrame({"a": [1.0]}, index=["b"])
+
+    def drawn():
+        return plots.heatmap(table, "one", label="%")
+
+    path = plots.save(drawn(), "set", "smoke")
+    assert path == tmp_path / "smoke" / "set.png" and path.is_file()
     first = path.with_suffix(".svg").read_bytes()
-    plots.save(plots.images(toy()), "set", "smoke")
+    plots.save(drawn(), "set", "smoke")
     assert path.with_suffix(".svg").read_bytes() == first
+
+
+def test_a_picture_of_pixels_is_kept_as_png_alone(tmp_path):
+    path = plots.save(plots.images(toy()), "set", "smoke", tmp_path)
+    assert [file.name for file in path.parent.iterdir()] == ["set.png"]
