@@ -104,11 +104,9 @@ def test_every_subcommand_named_exists():
 
 
 def test_the_speed_figures_are_those_of_the_bench_rows():
-    rows = [
-        row
-        for path in (ROOT / "results" / "bench").glob("*.json")
-        for row in json.loads(path.read_text())
-    ]
+    bench = ROOT / "results" / "bench"
+    parts = ("dm", "gradient", "kmeans", "trajectory")  # what has rows of seconds
+    rows = [row for part in parts for row in json.loads((bench / f"{part}_cpu.json").read_text())]
     speed = (ROOT / "docs" / "speed.md").read_text().replace("\n", " ")
     steps = [row for row in rows if row["what"] == "DM iteration" and row["classes"] == 10]
     assert [row["ipc"] for row in steps] == [1, 10, 50]
