@@ -143,9 +143,17 @@ def load_tensors(path: Path, kind: str, cure: str) -> tuple[dict[str, torch.Tens
     return tensors, header
 
 
+def is_there(path: Path) -> bool:
+    """Whether `path` is a regular file; a name that is too long for one is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _read_tensors(path: Path, kind: str, cure: str) -> tuple[dict, dict, str | None]:
     """(tensors, header, checksum) as they stand in the file."""
-    if not path.is_file():
+    if not is_there(path):
         raise DDError(f"no {kind} at {path}; {cure}")
     try:
         with safe_open(path, framework="pt") as file:
@@ -182,7 +190,7 @@ def read_json(path: Path, kind: str, cure: str) -> dict[str, Any]:
 
 
 def _read_object(path: Path, kind: str, cure: str) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_there(path):
         raise DDError(f"no {kind} at {path}; {cure}")
     try:
         value = json.loads(path.read_text())

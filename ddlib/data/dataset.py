@@ -297,10 +297,7 @@ def from_arrays(
     classes: names; default "0", "1", ... up to the largest train label. The arrays are copied.
     Raises DDError for shapes that do not fit, other types, NaN, values outside [0,1] and labels out of range.
     """
-    if not isinstance(name, str):
-        raise DDError(f"name must be a text, not {shown(name)}")
-    if classes is not None and not isinstance(classes, (list, tuple, range, np.ndarray)):
-        raise DDError(f"classes must be a list of names, not {shown(classes)}")
+    _check_names(name, classes)
     splits = {}
     for split, *pair in (("train", train_images, train_labels), ("test", test_images, test_labels)):
         x, y = (_as_tensor(f"{split} {what}", v) for what, v in zip(_PARTS, pair, strict=True))
@@ -340,6 +337,13 @@ def from_arrays(
             f"{', ...' if len(absent) > 1 else ''}"
         )
     return _assemble(name, classes, splits, pick_device(device))
+
+
+def _check_names(name: object, classes: object) -> None:
+    if not isinstance(name, str):
+        raise DDError(f"name must be a text, not {shown(name)}")
+    if classes is not None and not isinstance(classes, (list, tuple, range, np.ndarray)):
+        raise DDError(f"classes must be a list of names, not {shown(classes)}")
 
 
 _PARTS = ("images", "labels")

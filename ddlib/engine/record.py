@@ -14,7 +14,7 @@ from ..config import PROFILES, Spec, dataset_of, defaults, resolve
 from ..core import DDError, pick_device, shown
 from ..data.dataset import Dataset, derived, folder_checksum, minival_name, subset_name
 from ..distilled import Synthetic
-from ..files import lock, read_json, sealed, update_json
+from ..files import is_there, lock, read_json, sealed, update_json
 from ..recipe import VERSION, Recipe, own_augment
 from ..recipe import protocol as make_protocol
 from ..train.evaluate import Evaluation, evaluate
@@ -46,7 +46,7 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether both files of the run, record and set, are there."""
-        return self.path.is_file() and self.path.with_suffix(".safetensors").is_file()
+        return is_there(self.path) and is_there(self.path.with_suffix(".safetensors"))
 
     @property
     def sealed(self) -> bool:

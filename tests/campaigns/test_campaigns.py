@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.campaigns.page import PAGE, filled
+
 CODE = """
 import random
 from itertools import count
@@ -12,13 +14,13 @@ from tests.campaigns import faults, odd
 
 def times(number):
     left = count(number, -1)
-    return lambda: next(left) < 0
+    return lambda: next(left) <= 0
 
 bad = ("lost", "wrong", "traceback", "hung", "computed twice", "more than one line")
 found = {
-    "kills": faults.campaign(random.Random(0), times(4), methods=["dm"]),
-    "disk": faults.campaign(random.Random(1), times(2), disk=True, methods=["dm"]),
-    "meetings": faults.meetings(random.Random(2), times(1), many=3, methods=["dm"]),
+    "kills": faults.campaign(random.Random(0), times(5), methods=["dm"]),
+    "disk": faults.campaign(random.Random(1), times(3), disk=True, methods=["dm"]),
+    "meetings": faults.meetings(random.Random(2), times(2), many=3, methods=["dm"]),
     "damage": odd.campaign(odd.damage, random.Random(3), times(1)),
     "crafted": odd.campaign(odd.crafted, random.Random(4), times(1)),
     "arguments": odd.campaign(odd.arguments, random.Random(5), times(1)),
@@ -35,3 +37,7 @@ def test_a_few_cases_of_every_campaign(tmp_path):
         [sys.executable, "-c", CODE], capture_output=True, text=True, env=env, cwd=root, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_page_says_what_the_record_does():
+    assert PAGE.read_text() == filled()

@@ -6,8 +6,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from ddlib.engine import checkpoint
 from ddlib.engine import record as records
 from ddlib.experts import _timing
 from ddlib.methods.dm import DM
+from ddlib.report import reproduce
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -428,3 +432,38 @@ def test_a_damaged_side_file_is_one_sentence(kept, text):
     if text != '{"rows": 5}':
         with pytest.raises(DDError, match="the side file .* cannot be read .*; delete it and run"):
             kept.transfer("mlp", networks=1)
+
+
+def test_ctrl_c_ends_the_kernels_of_reproduce(monkeypatch):
+    started = threading.Event()
+    children = []
+
+    def execute(name: str) -> float:
+        """As a notebook does: a child in a session of its own, waited for."""
+        code = "import time; time.sleep(60)  # ipykernel"
+        children.append(subprocess.Popen([sys.executable, "-c", code], start_new_session=True))
+        started.set()
+        children[-1].wait()
+        return 0.0
+
+    def interrupted(jobs):
+        assert started.wait(20)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start = time.monotonic()
+        reproduce._all(execute, ["a"], "small", ZeroDivisionError)
+    assert children[0].returncode == -signal.SIGKILL and time.monotonic() - start < 20
+
+
+def test_a_name_that_is_too_long(results):
+    with pytest.raises(DDError, match="no distilled set at"):
+        dd.Synthetic.load("e" * 300)
+    with pytest.raises(DDError, match="cannot write .*File name too long"):
+        dd.run("dm", "mine" * 80, data=_mine("mine" * 80), **SHORT)
+
+
+def _mine(name: str) -> dd.Dataset:
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
+    return dd.from_arrays(images, labels, images, labels, name=name, device="cpu")
