@@ -282,11 +282,11 @@ class Gradient(BaseMethod):
         target = [torch.cat(layer) for layer in zip(*target, strict=True)]
         gradients, total = [], 0.0
         for part in self._parts(keep):
-            raw = self.raw.unflatten(0, (-1, self.ipc))[part].requires_grad_()
-            x = self.decoded(raw.flatten(0, 1)).unflatten(0, (c.factor**2, len(part), self.ipc))
+            raw = self.raw.unflatten(0, (-1, self.ipc))[part].detach().requires_grad_()
+            x = self.decoded(raw.flatten(0, 1)).unflatten(0, (c.factor**2, -1, self.ipc))
             x = x.transpose(0, 1).flatten(1, 2)  # [c, each, ch, H, W]
             if kept is not None:
-                x = x[torch.arange(len(part), device=x.device)[:, None], kept[part]]
+                x = x[self.classes[: len(x), None], kept[part]]
             loss, gradient = self._match(
                 x, params.select(part), part, [layer[part] for layer in target], raw
             )
@@ -294,26 +294,26 @@ class Gradient(BaseMethod):
             total = total + loss
         return total, torch.cat(gradients).flatten(0, 1)
 
-    def _parts(self, each: int) -> list[Tensor]:
-        """The classes in equal groups that go through the network together, `each` images of every class."""
+    def _parts(self, each: int) -> list[slice]:
+        """The classes in equal groups that go through the network together, `each` images of every class.
+
+        Slices, so that taking a group is a view: an index would make a GPU wait.
+        """
         count, most = self.data.num_classes, max(1, self.chunk // each)
-        return list(
-            torch.arange(count).split(
-                max(k for k in range(1, count + 1) if count % k == 0 and k <= most)
-            )
-        )
+        size = max(k for k in range(1, count + 1) if count % k == 0 and k <= most)
+        return [slice(k, k + size) for k in range(0, count, size)]
 
     def _match(
         self,
         x: Tensor,
         params: DSAParams,
-        part: Tensor,
+        part: slice,
         target: list[Tensor] | None = None,
         raw: Tensor | None = None,
     ) -> list[Tensor]:
         """Statistics of images x [c, B, ch, H, W] of the classes `part`; with a target: L, and its gradient in `raw`."""
         x = augment(x.flatten(0, 1), params.repeat(x.shape[1])).unflatten(0, x.shape[:2])
-        y = part.to(x.device)[:, None].expand(-1, x.shape[1])
+        y = self.classes[part, None].expand(-1, x.shape[1])
         if target is None:
             return self.matching(x, y)
         loss, pull = self.matching(x.detach(), y, target)

@@ -1,0 +1,52 @@
+"""The walk through the house names what exists, and imports run one way."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WALK = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def names_of(path: Path) -> set[str]:
+    """Functions, methods, classes and plain variables of a module."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_the_walk_names_what_exists():
+    stops = re.findall(r"^\d+\. (.*?)(?=^\d+\. |\n\n)", WALK, re.MULTILINE | re.DOTALL)
+    assert len(stops) == 11
+    for stop in stops:
+        words = re.findall(r"`([^`]+)`", stop)
+        files = [word for word in words if word.startswith("ddlib/")]
+        assert files and all((ROOT / file).is_file() for file in files), stop
+        known = set().union(*(names_of(ROOT / f) for f in files if f.endswith(".py")))
+        plain = {word for word in words if re.fullmatch(r"[A-Za-z_]+", word)}
+        assert plain and plain <= known, plain - known
+
+
+def test_the_walk_is_short():
+    first = {
+        re.search(r"`(ddlib/[^`]+)`", line)[1] for line in WALK.splitlines() if line[:1].isdigit()
+    }
+    assert len(first) == 11 and len(WALK.splitlines()) < 45
+
+
+def test_imports_run_one_way():
+    command = "from importlinter.cli import lint_imports_command as main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-500:]
