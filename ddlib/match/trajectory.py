@@ -118,7 +118,8 @@ def match(
 
     `micro` splits every step's batch into pieces of so many images, which changes nothing but the memory (not for
     `unroll` and `checkpoint`). `keep` graphs of the last steps wait in memory for the way back, the others are built
-    again: the same numbers to rounding, in less time (not with `micro`; a step at IPC 1 and width 128 takes 31 MiB). `criterion(logits, labels)` is the batch mean; labels are int64 [n], or float
+    again: the same numbers to rounding, in less time (not with `micro`; a step at IPC 1 and width 128 takes 31 MiB).
+    `criterion(logits, labels)` is the batch mean; labels are int64 [n], or float
     [n, classes], whose gradient is then returned. Raises `DDError` for a segment of zero length.
     """
     name, window = parse_engine(engine)

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from benchmarks import gpu, precision
 from benchmarks.__main__ import parser as bench_parser
 from ddlib.cli import _key_values, parser
 from ddlib.config import resolve
+from ddlib.engine import queue
 from ddlib.engine.run import run as distil
+from ddlib.files import SOURCE
 from ddlib.methods import dm
 from ddlib.train import evaluate as evaluation
 
@@ -145,3 +149,23 @@ def test_the_kept_pairs_of_precisions_are_as_neutral_as_the_page_says():
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
     mean, error = said["mean difference"], said["standard error"]
     assert f"the mean difference is {mean:.2f} and its standard error {error:.2f}" in page
+
+
+def test_every_row_of_the_gpu_lanes_resolves(tmp_path):
+    """The rows that tools/gpu.sh gives its queues, and what it says to a phase that is none."""
+    script = SOURCE / "tools" / "gpu.sh"
+    rows = re.findall(r"\{method: .*?\}(?=[,\]]|$)", script.read_text(), re.MULTILINE)
+    assert len(rows) >= 10
+    for number, row in enumerate(rows):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(f"[{row}]")
+        assert queue.read(file, "smoke" if "digits" in row else "paper"), row
+    words = ["bash", str(script), "begin"]
+    wrong = subprocess.run(
+        words,
+        env=os.environ | {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 2 and "start, wait or stop, not begin" in wrong.stdout
