@@ -99,23 +99,18 @@ class Config:
     )
 
 
-@register("dc", paper="arXiv 2006.05929")
-@register("dsa", paper="arXiv 2102.08259")
-@register("idc", paper="arXiv 2205.14959")
-@register("dream", paper="arXiv 2302.14416")
-@register("dream_plus", paper="arXiv 2310.15052")
 class Gradient(BaseMethod):
     """Gradient matching of `ipc` images a class on `data`; see the module's docstring for the equation."""
 
     Config, version, preset = Config, 1, "gradient"
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
-        super().__init__(config, data, ipc, seed)
-        self.factor, self.each = check_factor(config.factor, data.shape), ipc * config.factor**2
         if config.pixels and data.zca:
             raise DDError(
                 "whitened images have no pixels in [0, 1]: set pixels to false, or zca to ''"
             )
+        super().__init__(config, data, ipc, seed)
+        self.factor, self.each = check_factor(config.factor, data.shape), ipc * config.factor**2
         self.net = self.network(backbone)
         self.matching = Matching(
             self.net, config.distance, config.layers, config.match, config.engine
@@ -336,3 +331,33 @@ class Gradient(BaseMethod):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.raw, self.velocity = (state[k].to(self.raw.device) for k in ("raw", "velocity"))
         self.steps = int(state["steps"])
+
+
+# What each paper changes. Numbers, and where they come from, stand in gradient.yaml.
+
+
+@register("dc", paper="arXiv 2006.05929")
+class DC(Gradient):
+    """Zhao, Mopuri and Bilen, ICLR 2021: 1 - cosine over all weights, from noise, without augmentation; between two
+    image steps the network is trained on the synthetic images."""
+
+
+@register("dsa", paper="arXiv 2102.08259")
+class DSA(DC):
+    """Zhao and Bilen, ICML 2021: DC from real images, and one transform per class for real and synthetic ones."""
+
+
+@register("idc", paper="arXiv 2205.14959")
+class IDC(Gradient):
+    """Kim et al., ICML 2022: squares over the convolutions, `factor`^2 training images in each image, and a network that
+    is trained on real images with CutMix."""
+
+
+@register("dream", paper="arXiv 2302.14416")
+class DREAM(IDC):
+    """Liu et al., ICCV 2023: IDC that begins from, and matches, the images nearest to K-means centres."""
+
+
+@register("dream_plus", paper="arXiv 2310.15052")
+class DREAMPlus(DREAM):
+    """Liu et al., 2023: DREAM with one real epoch for each network, and the class means of features matched too."""

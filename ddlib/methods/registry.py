@@ -63,7 +63,7 @@ def register(
     def decorate(cls: type) -> type:
         _check(name, cls)
         folder = _folder(cls)
-        preset = presets or f"{vars(cls).get('preset') or name}.yaml"
+        preset = presets or f"{getattr(cls, 'preset', '') or name}.yaml"
         METHODS.add(
             Registration(
                 name,

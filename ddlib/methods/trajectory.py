@@ -116,10 +116,6 @@ def soft_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     return F.cross_entropy(logits, labels.softmax(1))
 
 
-@register("mtt", paper="arXiv 2203.11932")
-@register("tesla", paper="arXiv 2211.10586")
-@register("ftd", paper="arXiv 2211.11004")
-@register("datm", paper="arXiv 2310.05773")
 class Trajectory(BaseMethod):
     """Trajectory matching of `ipc` images a class on `data`; needs experts (`ddlib.experts.train_experts`)."""
 
@@ -297,17 +293,15 @@ class Trajectory(BaseMethod):
     def summary(self) -> dict[str, float]:
         """Mean matching loss before and after, the learned step size, how many updates were skipped, and the seconds
         that the experts took, where they were timed."""
-        kept, self.raw = (
-            (self.raw, self.logits, self.rate),
-            self.images,
-        )  # of the result, which is the EMA if there is one
-        after = self.mean_loss()
-        (self.raw, self.logits), self.rate = (
-            self._initial(),
-            torch.full_like(self.rate, self.config.lr_teacher),
-        )
-        before = self.mean_loss()
-        self.raw, self.logits, self.rate = kept
+        kept = self.raw, self.logits, self.rate
+        try:
+            self.raw = self.images  # of the result, which is the EMA if there is one
+            after = self.mean_loss()
+            self.raw, self.logits = self._initial()
+            self.rate = torch.full_like(self.rate, self.config.lr_teacher)
+            before = self.mean_loss()
+        finally:
+            self.raw, self.logits, self.rate = kept
         timed = (
             {}
             if math.isnan(self.experts.seconds)
@@ -401,3 +395,28 @@ class Trajectory(BaseMethod):
         self.velocity = {key: state.pop(f"velocity_{key}") for key in self.velocity}
         for key, value in state.items():
             setattr(self, key, value)
+
+
+# What each paper changes. Numbers, and where they come from, stand in trajectory.yaml.
+
+
+@register("mtt", paper="arXiv 2203.11932")
+class MTT(Trajectory):
+    """Cazenavette et al., CVPR 2022: hard labels, plain experts, start epochs below one bound, beta learned."""
+
+
+@register("tesla", paper="arXiv 2211.10586")
+class TESLA(Trajectory):
+    """Cui et al., ICML 2023: the gradient as a sum over steps that treats inner weights as constants (`gradient`), and
+    on ImageNet-1K labels that a teacher assigns (`labels`)."""
+
+
+@register("ftd", paper="arXiv 2211.11004")
+class FTD(Trajectory):
+    """Du et al., CVPR 2023: experts trained to be flat (`flat`), and the images' moving average as the result (`ema`)."""
+
+
+@register("datm", paper="arXiv 2310.05773")
+class DATM(Trajectory):
+    """Guo et al., ICLR 2024: start epochs from a window that grows (`grow_from`, `grow_until`), soft labels that are
+    learned (`labels`), and images to begin with that an expert gets right (`init`)."""
