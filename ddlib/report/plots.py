@@ -158,6 +158,8 @@ def short(dataset: str) -> str:
 
     Any other folder loses the path before its name: "folder:/home/me/pets" -> "folder:pets".
     """
+    if not isinstance(dataset, str):
+        raise DDError(f"a dataset is named by a word such as digits or cifar10, not {dataset!r}")
     known = canonical(dataset)
     if not dataset.startswith("folder:"):
         return TITLES.get(known, known)
