@@ -146,7 +146,8 @@ def run_all(browser, address: str) -> None:
     """Open a notebook, choose Run > Run All Cells from the menu and wait until the last cell has its number."""
     browser.get(address)
     menu = "//div[contains(@class, 'lm-MenuBar-itemLabel') and text()='Run']"
-    ready = "//*[contains(@class, 'jp-StatusBar-TextItem') and contains(text(), '| Idle')]"  # else it asks for a kernel
+    # Before the kernel is there, the menu asks for one.
+    ready = "//*[contains(@class, 'jp-Notebook-ExecutionIndicator') and @data-status='idle']"
     until(browser, lambda: browser.find_elements("xpath", ready), 120)
     until(browser, lambda: browser.find_elements("xpath", menu))[0].click()
     until(
