@@ -155,7 +155,7 @@ def embed(net: Backbone, data: Dataset, rows: Tensor, raw: bool = True) -> Tenso
     net.eval()
     # A larger piece leaves a CPU's cache; a smaller one leaves a GPU idle.
     pieces = rows.split(256 if data.device.type == "cpu" else 4096)
-    dtype = next(net.parameters()).dtype
+    dtype = next((p.dtype for p in net.parameters()), torch.float32)
     found = []
     for piece in pieces:
         if raw:

@@ -102,6 +102,14 @@ def _share(recipe: Recipe, step: int, total: int) -> float:
     )
 
 
+def _schedule(
+    optimiser: torch.optim.Optimizer, recipe: Recipe, lr: float, step: int, total: int
+) -> None:
+    """Set the step size of `step` of `total`, where the recipe warms up or ends in a cosine."""
+    if recipe.warmup or recipe.cosine != 1:
+        optimiser.param_groups[0]["lr"] = lr * _share(recipe, step, total)
+
+
 def train(
     net: Backbone,
     images: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
@@ -146,8 +154,7 @@ def train(
                 x, y = cutmix(x, y, rng, recipe.cutmix, classes)
             if targets:
                 y = targets(x, y)
-            if recipe.warmup or recipe.cosine != 1:
-                optimiser.param_groups[0]["lr"] = lr * _share(recipe, step, total)
+            _schedule(optimiser, recipe, lr, step, total)
             step += 1
             closure = partial(_loss, forward, x, y, recipe.loss)
             optimiser.zero_grad(set_to_none=True)
