@@ -51,8 +51,9 @@ lab: env ## JupyterLab, opened on the first notebook
 bench: env ## speed and memory against the plain loops
 	$(VENV) -m benchmarks
 
-gpu: env ## MINUTES=30 on a CUDA GPU: its tests, speed, memory, and the paper's rows, cheapest first; goes on where it stopped
-	$(VENV) -m benchmarks.gpu --minutes $(or $(MINUTES),30)
+gpu: env ## MINUTES=30 on a CUDA GPU: its tests, then the papers' rows, cheapest first; goes on where it stopped
+	$(VENV) -m pytest -q -m gpu tests/unit
+	$(VENV) -m ddlib queue --device cuda --minutes $(or $(MINUTES),30)
 
 clean: ## remove caches, site/ and smoke outputs; .venv and the kept results stay
 	rm -rf site results/smoke results/notebooks/smoke figures/smoke .pytest_cache .ruff_cache build dist *.egg-info

@@ -287,14 +287,17 @@ def _queue(args: argparse.Namespace) -> int:
     ddlib queue --minutes 60
     ddlib queue my_rows.yaml --profile small
     """
+    import signal
+
     from .core import pick_device
     from .engine import queue
 
-    specs = queue.read(args.file, args.profile)
+    specs = queue.read(args.file, args.profile, args.cifar10)
     rows = queue.plan(specs, str(pick_device(args.device)), args.results)
     print(queue.table(rows), flush=True)
     if args.plan:
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run is stopped first
     return 0 if queue.work_through(rows, args.minutes, args.device, args.results) else 1
 
 
@@ -437,6 +440,7 @@ COMMANDS = {
         _queue,
         _option("file", nargs="?", help="rows as YAML (default: the papers' rows)"),
         _option("--profile", default="paper", choices=("smoke", "small", "paper")),
+        _option("--cifar10", default="cifar10", help="where CIFAR-10 is, e.g. folder:cifar10"),
         _option("--minutes", type=float, help="stop cleanly after so many (default: never)"),
         _option("--plan", action="store_true", help="say what each row costs here, and stop"),
         DEVICE,

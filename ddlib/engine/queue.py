@@ -12,6 +12,7 @@ own, so that one that fails or runs out of memory ends alone.
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -29,6 +30,7 @@ import yaml
 from ..config import Spec, resolve
 from ..core import DDError, choose
 from ..files import Busy, lock, results_folder
+from ..methods import METHODS
 from .cost import Cost, predict
 
 ROWS = Path(__file__).with_name("queue.yaml")  # the papers' rows
@@ -64,8 +66,13 @@ class Row:
         return f"{spec.method} {spec.dataset} IPC {spec.ipc} seed {spec.seed}{changes}"
 
 
-def read(path: str | Path | None = None, profile: str = "paper") -> list[Spec]:
-    """The runs that a queue file stands for, every row resolved; what is wrong is named with its row."""
+def read(
+    path: str | Path | None = None, profile: str = "paper", cifar10: str = "cifar10"
+) -> list[Spec]:
+    """The runs that a queue file stands for, every row resolved; what is wrong is named with its row.
+
+    cifar10: where CIFAR-10 is, if not in torchvision's files, e.g. folder:PATH.
+    """
     path = Path(path or ROWS)
     try:
         rows = yaml.safe_load(path.read_text())
@@ -78,13 +85,13 @@ def read(path: str | Path | None = None, profile: str = "paper") -> list[Spec]:
     specs: list[Spec] = []
     for number, row in enumerate(rows, start=1):
         try:
-            specs += _combinations(row, profile)
+            specs += _combinations(row, profile, cifar10)
         except DDError as error:
             raise DDError(f"row {number} of the queue {path}: {error}") from None
     return specs
 
 
-def _combinations(row: dict[str, Any], profile: str) -> list[Spec]:
+def _combinations(row: dict[str, Any], profile: str, cifar10: str) -> list[Spec]:
     for key in row:
         choose("key", key, KEYS)
     for key in ("method", "dataset", "ipc"):
@@ -96,7 +103,7 @@ def _combinations(row: dict[str, Any], profile: str) -> list[Spec]:
     values = (row["method"], row["dataset"], row["ipc"], row.get("seeds", 0))
     several = [value if isinstance(value, list) else [value] for value in values]
     return [
-        resolve(method, dataset, ipc, profile, seed, **changes)
+        resolve(method, cifar10 if dataset == "cifar10" else dataset, ipc, profile, seed, **changes)
         for method, dataset, ipc, seed in product(*several)
     ]
 
@@ -134,26 +141,37 @@ def work_through(
         if row.taken:
             print(f"taken    {row}", flush=True)
             continue
-        left = end - time.monotonic()
-        if left <= 0:
+        if time.monotonic() >= end:
             print(f"later    {row}", flush=True)
             continue
         print(f"running  {row}, about {_minutes(row.cost.seconds)}", flush=True)
         start = time.monotonic()
-        code = _process(row, left, device, results)
+        code = _run(row, end, device, results)
         said = {0: "done", None: "stopped, to go on"}.get(code, f"failed with {code}")
         print(f"{said:8} {row}, {_minutes(time.monotonic() - start)}", flush=True)
         well &= code in (0, None)
     return well
 
 
-def _process(row: Row, left: float, device: str, results: str | Path | None) -> int | None:
-    """The exit status of one run, experts first; None where the time ended it."""
-    words = shlex.split(row.spec.command())[1:] + ["--seed", str(row.spec.seed)]
-    words += ["--device", device, "--results", str(results_folder(results).resolve())]
-    process = subprocess.Popen([sys.executable, *words])
+def _run(row: Row, end: float, device: str, results: str | Path | None) -> int | None:
+    """The exit status of one run, after that of the experts that it needs; None where the time ended it."""
+    spec = row.spec
+    commands = [spec.command("run") + f" --seed {spec.seed}"]
+    if METHODS[spec.method].needs(spec.config):
+        commands.insert(0, spec.command("experts"))
+    for command in commands:
+        code = _process([*shlex.split(command)[1:], "--device", device], end, results)
+        if code != 0:
+            break
+    return code
+
+
+def _process(words: list[str], end: float, results: str | Path | None) -> int | None:
+    """The exit status of a ddlib command; None where it was stopped at the time `end`, its checkpoint written."""
+    folder = {"DDLIB_RESULTS": str(results_folder(results).resolve())}
+    process = subprocess.Popen([sys.executable, *words], env=os.environ | folder)
     try:
-        return process.wait(None if left == math.inf else left)
+        return process.wait(None if end == math.inf else max(0.0, end - time.monotonic()))
     except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

@@ -11,10 +11,7 @@ import pytest
 import torch
 
 import benchmarks.dm as bench
-from benchmarks import gpu, precision
-from benchmarks.__main__ import parser as bench_parser
-from ddlib.cli import _key_values, parser
-from ddlib.config import resolve
+from benchmarks import precision
 from ddlib.engine import queue
 from ddlib.engine.run import run as distil
 from ddlib.files import SOURCE
@@ -81,29 +78,6 @@ def test_the_plain_loop_is_dms_gradient():
         torch.testing.assert_close(
             method.velocity - 0.5 * before, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max())
         )
-
-
-def test_every_part_of_the_gpu_run_is_a_command_that_resolves(tmp_path, monkeypatch):
-    monkeypatch.setenv("DDLIB_RESULTS", str(tmp_path))
-    parts = gpu.commands("cifar10", "cuda")
-    assert len(parts) > len(gpu.ROWS) and ["-m", "pytest"] == parts[0][:2]
-    for part in parts[1:]:
-        if part[0] == "-c":
-            compile(part[1], "study", "exec")
-            continue
-        if part[1] == "benchmarks":
-            assert bench_parser().parse_args(part[2:]).only
-        else:
-            args = parser().parse_args(part[2:])
-            spec = resolve(
-                args.method, args.dataset, args.ipc, args.profile, **_key_values(args.set)
-            )
-            assert spec.profile == "paper" and spec.run.backbone
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "dm_cuda.json").write_text("[]")
-    assert (
-        len(gpu.commands("cifar10", "cuda")) == len(parts) - 1
-    )  # what is measured is not measured again
 
 
 def test_precisions_are_compared_pair_by_pair(tmp_path, monkeypatch, capsys):

@@ -79,7 +79,7 @@ def test_the_papers_rows_are_resolved_and_cheapest_first(monkeypatch):
 def test_coresets_are_scored_under_the_columns_own_epochs():
     specs = [s for s in queue.read() if s.run.protocol == "dc" and s.method == "random"]
     epochs = {s.dataset: s.run.eval_epochs for s in specs}
-    assert epochs == {"mnist": 1000, "folder:cifar10": 300}
+    assert epochs == {"mnist": 1000, "cifar10": 300}
     asked = dd.resolve("random", "mnist", 1, "paper", protocol="dc", eval_epochs=7)
     assert asked.run.eval_epochs == 7 and asked.run.eval_augment == "dc:crop_scale_rotate"
 
@@ -161,3 +161,15 @@ def test_a_run_that_another_process_has_is_left_to_it(tmp_path, capsys):
     with lock(plan[0].record, "the run"):
         assert queue.work_through(plan, None, "cpu", tmp_path / "r")
     assert capsys.readouterr().out.startswith("taken") and not plan[0].taken
+
+
+def test_experts_are_trained_before_the_run_that_needs_them(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(queue, "_process", lambda words, *rest: called.append(words) or 0)
+    rows = [row(method=["mtt", "dm"], dataset="cifar10", seeds=3, set={})]
+    specs = queue.read(written(tmp_path, rows), "small", "folder:tree/cifar10")
+    plan = [queue.Row(spec, None, tmp_path / "none.json") for spec in specs]
+    codes = [queue._run(each, math.inf, "cpu", tmp_path) for each in plan]
+    assert codes == [0, 0] and [words[2] for words in called] == ["experts", "run", "run"]
+    assert all("folder:tree/cifar10" in words for words in called)
+    assert called[1][-4:] == ["--seed", "3", "--device", "cpu"]
