@@ -416,11 +416,11 @@ def test_the_tables_of_the_pages_are_what_the_records_say():
 
 
 def logged(path: Path) -> set[str]:
-    """The keys of the dicts that `step` and `record` of a method's file return."""
+    """The keys of the dicts that `step` and `summary` of a method's file return."""
     found = [
         node
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.name in ("step", "record")
+        if isinstance(node, ast.FunctionDef) and node.name in ("step", "summary")
     ]
     values = [
         node.value
@@ -451,6 +451,8 @@ def logged(path: Path) -> set[str]:
 def test_every_logged_metric_is_explained(file, pages):
     path = ROOT / "ddlib" / "methods" / f"{file}.py"
     keys = logged(path)
+    if "(ImageMethod)" in path.read_text():  # whose step is the base's
+        keys |= logged(path.with_name("base.py"))
     assert keys
     for page in pages:
         text = PAGES[page].split("## Logged")[1].split("\n## ")[0]
