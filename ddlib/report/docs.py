@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..files import SOURCE
 from . import answers, claims, tables
+from .plots import short
 from .verdict import COUNTED, VERDICTS
 
 BLOCK = re.compile(
@@ -63,6 +64,10 @@ def _headline(_: list[str], results: str | Path | None) -> str:
     words = ", ".join(f"{numbers[word]} {word}" for word in VERDICTS if word in numbers)
     runs = [run for profile in answers.KEPT for run in tables.stored(results, profile)]
     front = tables.front_page(tables.runs(runs))
+    if len(front):
+        words_alone = front.verdict.str.partition(",")[0]  # the long table has its marks
+        front = front.assign(dataset=front.dataset.map(short), verdict=words_alone)
+        front = front.drop(columns="Δ").rename(columns={"dataset": "data set", "ipc": "IPC"})
     stand = numbers.reindex(COUNTED).sum()
     line = f"Of {len(judged)} claims of the five papers {stand:.0f} stand: {words}."
     return f"{line}\n\n{tables.as_markdown(front) if len(front) else 'No record yet.'}"
