@@ -10,11 +10,11 @@ SUM   := { pwd; cat pyproject.toml constraints.txt; } | cksum
 NEW   := 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce site test campaign lab bench gpu clean
+.PHONY: help env reproduce site test campaign compat lab bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo "  variables: PROFILE=smoke|small|paper, ONLY=<part of reproduce>, PYTHON=<the interpreter for .venv>"
+	@echo "  variables: PROFILE=smoke|small|paper, ONLY=<part of reproduce>, PYTHON=<the interpreter for .venv>, LOCKED=yes (hashes; Linux)"
 
 env: ## .venv with the pinned versions (PYTHON=python3); does nothing when it is up to date
 	@[ -x $(VENV) ] && [ "$$($(SUM))" = "$$(cat $(STAMP) 2>/dev/null)" ] && exit 0; \
@@ -27,7 +27,12 @@ env: ## .venv with the pinned versions (PYTHON=python3); does nothing when it is
 		"$(PYTHON)" -m venv --clear .venv || exit 1; \
 	fi; \
 	rm -f $(STAMP); echo "Installing into .venv (the first time: some minutes, about 6 GB with CUDA)"; \
-	$(VENV) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs,lab,test]' && $(SUM) > $(STAMP)
+	if [ -n "$(LOCKED)" ]; then \
+		$(VENV) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock && \
+		$(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && $(SUM) > $(STAMP); \
+	else \
+		$(VENV) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs,lab,test]' && $(SUM) > $(STAMP); \
+	fi
 
 reproduce: env ## the tables and figures of PROFILE (smoke), or only a part of them: ONLY=...
 	$(VENV) -m ddlib reproduce --profile $(PROFILE) $(if $(ONLY),--only $(ONLY))
@@ -45,6 +50,9 @@ test: env ## the tests, and every notebook from top to bottom
 campaign: env ## MINUTES=30 of kills, full disks, processes that meet, damaged files and odd arguments; counts in results/campaigns
 	$(VENV) -m tests.campaigns --minutes $(or $(MINUTES),30)
 
+compat: ## oldest and newest torch on Python 3.11 to 3.13, each in an environment of its own; says which are missing
+	"$(PYTHON)" tools/compat.py
+
 lab: env ## JupyterLab, opened on the first notebook
 	$(VENV) -m jupyterlab notebooks/start_here.ipynb
 
@@ -52,7 +60,7 @@ bench: env ## speed and memory against the plain loops
 	$(VENV) -m benchmarks
 
 gpu: env ## MINUTES=30 on a CUDA GPU: its tests, then the papers' rows, cheapest first; goes on where it stopped
-	$(VENV) -m pytest -q -m gpu tests/unit
+	$(VENV) -m pytest -q -m gpu tests/unit tests/contract
 	$(VENV) -m ddlib queue --device cuda --minutes $(or $(MINUTES),30)
 
 clean: ## remove caches, site/ and smoke outputs; .venv and the kept results stay

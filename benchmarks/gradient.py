@@ -23,7 +23,7 @@ from ddlib.core import generator
 from ddlib.distilled import decode
 from ddlib.engine.meter import PeakMemory, machine, seconds
 from ddlib.match.gradients import ENGINES
-from ddlib.methods.gradient import Config, Gradient
+from ddlib.methods.gradient import IDC, Config, Gradient
 
 from .dm import shapes
 
@@ -128,7 +128,7 @@ def image_step(
         factor=factor, batch_real=batch, augment_match="color+crop+cutout", compile=compile
     )
     fast, slow = (
-        Gradient(replace(config, compile=flag), data, ipc, backbone, 0) for flag in (compile, False)
+        IDC(replace(config, compile=flag), data, ipc, backbone, 0) for flag in (compile, False)
     )
     times = turns(
         {"fast": lambda: fast.move(0, 0), "plain": lambda: plain(slow, 1)}, repeats, device
@@ -157,8 +157,7 @@ def engines(device: torch.device, repeats: int, backbone: str = "convnet") -> di
     """The engines of `ddlib.match.gradients` without a compiler, at 10 classes: which of them "auto" should be."""
     data, config = shapes(10, 64, device), Config(augment_match="color+crop+cutout")
     methods = {
-        engine: Gradient(replace(config, engine=engine), data, 10, backbone, 0)
-        for engine in ENGINES[1:]
+        engine: IDC(replace(config, engine=engine), data, 10, backbone, 0) for engine in ENGINES[1:]
     }
     times = turns({name: lambda m=m: m.move(0, 0) for name, m in methods.items()}, repeats, device)
     return {"what": f"IDC image step by engine, {backbone}, uncompiled"} | {

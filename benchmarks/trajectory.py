@@ -1,8 +1,9 @@
 """One outer step of trajectory matching by each engine: time and the memory of its graphs, `make bench`.
 
 `unroll` is what MTT's released code does; `tesla` leaves out the Hessian products, so it is what the exact adjoint is
-held against. The setting is CIFAR-10 at IPC 1 with N = 20 steps; images and weights are random, which changes no work.
-The engines take turns, so that a busy machine slows all of them alike, and a ratio is the median over the turns.
+held against. `kept` holds the graphs of all steps, as `unroll` does. The setting is CIFAR-10 at IPC 1 with N = 20
+steps; images and weights are random, which changes no work. The engines take turns, so that a busy machine slows all of
+them alike, and a ratio is the median over the turns.
 """
 
 from __future__ import annotations
@@ -12,14 +13,25 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 
 from ddlib.augment.siamese import draw
 from ddlib.core import generator
 from ddlib.engine.meter import SavedTensors, machine, seconds
-from ddlib.match.trajectory import FlatNet, Segment, match
+from ddlib.match.inner import CompiledStep
+from ddlib.match.trajectory import FlatNet, Match, Segment, match
 from ddlib.nets.build import build
 
-ENGINES = ("tesla", "adjoint", "unroll", "checkpoint")
+# name: (engine, whether compiled, whether the graphs of all steps wait in memory)
+ENGINES = {
+    "tesla": ("tesla", False, False),
+    "adjoint": ("adjoint", False, False),
+    "adjoint, kept": ("adjoint", False, True),
+    "adjoint, compiled": ("adjoint", True, False),
+    "adjoint, compiled, kept": ("adjoint", True, True),
+    "unroll": ("unroll", False, False),
+    "checkpoint": ("checkpoint", False, False),
+}
 
 
 def problem(steps: int, ipc: int, device: torch.device, backbone: str = "convnet") -> tuple:
@@ -43,11 +55,19 @@ def problem(steps: int, ipc: int, device: torch.device, backbone: str = "convnet
 def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list[dict]:
     """A row for each engine: median seconds, that over tesla's and unroll's, graph and stored vectors in MiB."""
     arguments = problem(steps, ipc, device)
+    inner = CompiledStep(arguments[0], F.cross_entropy)
+
+    def run(name: str) -> Match:
+        engine, compiled, kept = ENGINES[name]
+        return match(
+            *arguments, engine, keep=steps if kept else 1, inner=inner if compiled else None
+        )
+
     times: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     for turn in range(repeats + 1):
         for engine in ENGINES:
             taken = seconds(
-                lambda engine=engine: match(*arguments, engine),
+                lambda engine=engine: run(engine),
                 repeats=1,
                 warm=turn == 0,
                 device=device,
@@ -60,8 +80,8 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
     rows = []
     for engine in ENGINES:
         with SavedTensors() as saved:
-            match(*arguments, engine)
-        stored = steps * arguments[0].size * 4 if engine in ("tesla", "adjoint") else 0
+            run(engine)
+        stored = steps * arguments[0].size * 4 if engine.startswith(("tesla", "adjoint")) else 0
         rows.append(
             {
                 "what": f"outer step, {engine}",
@@ -71,7 +91,7 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
                 "over tesla": over(engine, "tesla"),
                 "over unroll": over(engine, "unroll"),
                 "graph MiB": None
-                if engine == "checkpoint"
+                if engine == "checkpoint" or "compiled" in engine
                 else round(saved.peak / 2**20, 1),  # unseen by hooks
                 "stored MiB": round(stored / 2**20, 1),
             }

@@ -54,6 +54,11 @@ def _overrides(args: argparse.Namespace) -> dict[str, object]:
     return {"backbone": args.backbone} | values
 
 
+def _given(args: argparse.Namespace, *names: str) -> dict[str, object]:
+    """What was given under these names, for a function that has the same."""
+    return {name: getattr(args, name) for name in names}
+
+
 def _run(args: argparse.Namespace) -> None:
     """Distil one set, evaluate it and write its record; a stopped run goes on where it stopped.
 
@@ -63,19 +68,9 @@ def _run(args: argparse.Namespace) -> None:
     """
     from .engine.run import run
 
-    done = run(
-        args.method,
-        args.dataset,
-        ipc=args.ipc,
-        profile=args.profile,
-        seed=args.seed,
-        device=args.device,
-        results=args.results,
-        fresh=args.fresh,
-        any_threads=args.any_threads,
-        checkpoint_every=args.checkpoint_every,
-        **_overrides(args),
-    )
+    case = _given(args, "method", "dataset", "ipc", "profile", "seed", "device", "results")
+    ways = _given(args, "fresh", "any_threads", "checkpoint_every")
+    done = run(**case, **ways, **_overrides(args))
     record = done.record
     seconds, peak = record["seconds"], record["peak_bytes"] / 2**20
     print(f"{done!r}\nrecord {done.path}\nset    {done.path.with_suffix('.safetensors')}")
@@ -93,14 +88,8 @@ def _experts(args: argparse.Namespace) -> None:
     """
     from .engine.run import prepare
 
-    paths = prepare(
-        args.method,
-        args.dataset,
-        ipc=args.ipc,
-        profile=args.profile,
-        device=args.device,
-        **_overrides(args),
-    )
+    case = _given(args, "method", "dataset", "ipc", "profile", "device")
+    paths = prepare(**case, **_overrides(args))
     print(f"{len(paths)} experts in {paths[0].parent}")
 
 
@@ -178,16 +167,8 @@ def _import(args: argparse.Namespace) -> None:
     """
     from .exchange.inward import import_set
 
-    syn = import_set(
-        args.path,
-        args.dataset,
-        method=args.method,
-        experiment=args.experiment,
-        factor=args.factor,
-        lr=args.lr,
-        device=args.device,
-        **_key_values(args.set),
-    )
+    facts = _given(args, "method", "experiment", "factor", "lr", "device")
+    syn = import_set(args.path, args.dataset, **facts, **_key_values(args.set))
     path = syn.save(args.out)
     print(
         f"{len(syn.images)} images, {syn.ipc} per class, {syn.recipe.name} protocol on {syn.backbone}\n"
@@ -246,7 +227,7 @@ def _list(args: argparse.Namespace) -> None:
     from .core import choose
     from .files import results_folder
     from .methods import METHODS
-    from .report import tables, terminal
+    from .report import docs, tables, terminal
 
     found = tables.stored(args.results, args.profile)
     if args.method:
@@ -256,7 +237,7 @@ def _list(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(json.loads(table.to_json(orient="records")), indent=1))
     elif args.markdown:
-        print(tables.markdown(table))
+        print(docs.markdown(table))
     elif table.empty:
         which = f" of {args.method}" if args.method else ""
         print(
@@ -273,11 +254,14 @@ def _reproduce(args: argparse.Namespace) -> None:
     ddlib reproduce                              the embedded digits, some minutes
     ddlib reproduce --only dm frepo
     ddlib reproduce --profile paper --dataset cifar10 --only dm --set ipcs=1,10
+    ddlib reproduce --profile small --again      what lies there executed, from the records of today
     """
     from .report.reproduce import reproduce
 
-    parameters = _key_values(args.set)
-    reproduce(args.profile, args.only, args.dataset, args.device, parameters, args.results)
+    parameters, where = _key_values(args.set), args.results
+    reproduce(
+        args.profile, args.only, args.dataset, args.device, parameters, where, again=args.again
+    )
 
 
 def _queue(args: argparse.Namespace) -> int:
@@ -286,19 +270,29 @@ def _queue(args: argparse.Namespace) -> int:
     ddlib queue --plan
     ddlib queue --minutes 60
     ddlib queue my_rows.yaml --profile small
+    ddlib queue --engine ray --address auto
     """
     import signal
 
     from .core import pick_device
-    from .engine import queue
+    from .engine import cluster, queue
 
     specs = queue.read(args.file, args.profile, args.cifar10)
     rows = queue.plan(specs, str(pick_device(args.device)), args.results)
     print(queue.table(rows), flush=True)
     if args.plan:
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run is stopped first
-    return 0 if queue.work_through(rows, args.minutes, args.device, args.results) else 1
+    rest = (args.minutes, args.device, args.results)
+    # As Ctrl-C: the run is stopped first.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if args.engine == "ray":
+            well = cluster.work_through(rows, args.address, *rest, args.threads)
+        else:
+            well = queue.work_through(rows, *rest)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0 if well else 1
 
 
 def _site(args: argparse.Namespace) -> None:
@@ -317,14 +311,17 @@ def _docs(args: argparse.Namespace) -> None:
 
     ddlib docs
     """
-    from .report import docs
+    from .report import docs, site
 
     changed = docs.write(args.results)
     print("\n".join(map(str, changed)) or "the tables of README and docs are up to date")
+    for command in site.stale(args.results):
+        print(f"an executed notebook is older than its text: {command}")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())  # on one line, whatever was typed
         self.exit(2, f"ddlib: {message}; see {self.prog} --help\n")
 
 
@@ -427,6 +424,11 @@ COMMANDS = {
         _option("--dataset", help="default: digits for smoke, else cifar10"),
         _option("--only", nargs="+", default=[], metavar="NOTEBOOK", help="by name, e.g. dm"),
         _option(
+            "--again",
+            action="store_true",
+            help="what is executed already, each notebook with its parameters",
+        ),
+        _option(
             "--set",
             action="append",
             default=[],
@@ -443,6 +445,11 @@ COMMANDS = {
         _option("--cifar10", default="cifar10", help="where CIFAR-10 is, e.g. folder:cifar10"),
         _option("--minutes", type=float, help="stop cleanly after so many (default: never)"),
         _option("--plan", action="store_true", help="say what each row costs here, and stop"),
+        _option(
+            "--engine", default="local", choices=("local", "ray"), help="ray: several machines"
+        ),
+        _option("--address", help="of a Ray cluster, HOST:PORT or auto (default: a new one, here)"),
+        _option("--threads", type=int, default=1, help="CPU cores that a run on Ray takes (1)"),
         DEVICE,
         RESULTS,
     ),
@@ -456,7 +463,7 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     top = _Parser(
         prog="ddlib",
-        description="Dataset distillation, reproduced.",
+        description="Dataset distillation, to run and to check.",
         epilog=TOUR,
         formatter_class=raw,
     )

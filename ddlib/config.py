@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from .augment.siamese import check_strategy
-from .core import DDError, choose, fields_from, option, shown, whole
+from .core import DDError, check_only, choose, fields_from, option, shown, whole
 from .data.dataset import Dataset, canonical, load
 from .data.zca import KINDS
 from .methods import METHODS
@@ -32,42 +32,32 @@ class RunConfig:
     """What every run has beside its method's own configuration."""
 
     backbone: str = "convnet"  # network of distillation and evaluation, e.g. convnet:width=32
-    eval_backbone: str = (
-        ""  # another network for the evaluation, e.g. FRePo's without norm; "" is the same
-    )
+    # Another network for the evaluation, e.g. FRePo's without norm; "" is the same
+    eval_backbone: str = ""
     protocol: str = "dsa"  # of the evaluation, a name of `recipe.PROTOCOLS`
-    eval_epochs: int = option(
-        1000, least=1
-    )  # E of the protocol, which makes E + 1 passes in the DC family
-    augment: str = (
-        "color_crop_cutout_flip_scale_rotate"  # of distillation, and of evaluation in the DC family
-    )
-    eval_augment: str = (
-        ""  # of evaluation; "" is `augment` in the DC family, else the protocol's own
-    )
+    # E of the protocol, which makes E + 1 passes in the DC family
+    eval_epochs: int = option(1000, least=1)
+    # Of distillation, and of evaluation in the DC family
+    augment: str = "color_crop_cutout_flip_scale_rotate"
+    # Of evaluation; "" is `augment` in the DC family, else the protocol's own
+    eval_augment: str = ""
     mirror: bool = True  # a mirrored image keeps its class; False takes the flip out of a protocol's own augmentation
     networks: int = option(5, least=1)  # fresh networks an evaluation
-    eval_lr: float = option(
-        0.0, least=0
-    )  # step size of the evaluation; 0 is the protocol's, or the learned one
-    evaluations: int = option(
-        1, least=1
-    )  # evenly spaced over the run; the last one is after the last step
-    snapshots: int = option(
-        0, least=0, most=10_000
-    )  # copies of the images kept on the way, to look at
+    # Step size of the evaluation; 0 is the protocol's, or the learned one
+    eval_lr: float = option(0.0, least=0)
+    # Evenly spaced over the run; the last one is after the last step
+    evaluations: int = option(1, least=1)
+    # Copies of the images kept on the way, to look at
+    snapshots: int = option(0, least=0, most=10_000)
     zca: str = option("", allowed=("", *KINDS))  # whitening in place of mean and standard deviation
     resolution: int = option(0, least=0)  # pixels a side; 0 is the dataset's own
-    minival: float = option(
-        0.0, least=0, below=1
-    )  # share of train kept from distillation, to select a checkpoint on; 0 is off
-    subset: int = option(
-        0, least=0
-    )  # training images a class to use, drawn once by seed 0; 0 is all of them
+    # Share of train kept from distillation, to select a checkpoint on; 0 is off
+    minival: float = option(0.0, least=0, below=1)
+    # Training images a class to use, drawn once by seed 0; 0 is all of them
+    subset: int = option(0, least=0)
     compile: bool = False  # torch.compile networks where there is a compiler
-    eval_precision: str = option(
-        "float32", allowed=PRECISIONS
-    )  # of the evaluation networks' passes; bf16 is autocast, weights and loss stay float32
+    # Of the evaluation networks' passes; bf16 is autocast, weights and loss stay float32
+    eval_precision: str = option("float32", allowed=PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -80,6 +70,12 @@ class Spec:
     profile: str
     seed: int
     values: dict[str, Any]  # every key of the method's Config and of RunConfig
+
+    @property
+    def case(self) -> dict[str, Any]:
+        """All but its values, by the names of `resolve` and `run`."""
+        names = ("method", "dataset", "ipc", "profile", "seed")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def run(self) -> RunConfig:
@@ -324,6 +320,7 @@ def _resolved(
             f"kind {given['kind']!r} is another method: ask for that one, not for {method}"
         )
     configs = [fields_from(c, _subset(c, values), "preset") for c in (cls.Config, RunConfig)]
+    check_only(method, METHODS.registration(method).only, configs[0])
     spec = Spec(method, dataset, ipc, profile, seed, asdict(configs[0]) | asdict(configs[1]))
     spec.recipe  # noqa: B018  an impossible protocol is an error here, not after the distillation
     check_strategy(spec.run.augment)

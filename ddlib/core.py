@@ -7,19 +7,33 @@ import difflib
 import hashlib
 import math
 import numbers as abstract
+import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
+_REPR.maxlevel = 3  # lists of lists of lists: each level may hold the one below a dozen times
 _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 12
+_LONGEST = 400  # characters of a value in a sentence
 
 
 class DDError(ValueError):
     """The one error that a user sees: one sentence that names what is wrong and what is allowed."""
+
+    def __str__(self) -> str:
+        """On one line, whatever a file of the user's is called: what cannot be printed is written as Python does."""
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(
+            sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+        )
 
     def _render_traceback_(self) -> list[str]:
         """What IPython, and so a notebook, shows in place of the traceback; the cell still fails, and papermill too."""
@@ -40,12 +54,23 @@ def choose(what: str, value: object, allowed: Iterable[object]) -> object:
     )
 
 
+def check_only(method: str, only: Mapping[str, tuple], config: object) -> None:
+    """Raise `DDError` where a setting that is the method's own has another value than those of `only`."""
+    for key, allowed in only.items():
+        if (value := getattr(config, key)) not in allowed:
+            words = " or ".join(shown(choice) for choice in allowed)
+            raise DDError(
+                f"{key} {shown(value)} makes another method of {method}: allowed with it: {words}"
+            )
+
+
 def shown(value: object) -> str:
     """`repr(value)` for an error's sentence, shortened: a user may give a value of any size and depth."""
     try:
-        return _REPR.repr(value)
+        text = _REPR.repr(value)
     except Exception:  # noqa: BLE001  whatever another library's repr does
         return f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def plain(value: object) -> object:
@@ -69,14 +94,43 @@ def whole(what: str, value: object, least: int, most: int | None = None) -> int:
     raise DDError(f"{what} must be an integer {span}, not {shown(value)}")
 
 
+def instance(what: str, value: object, *kinds: type | None) -> Any:
+    """`value` if it is of one of `kinds`, where None stands for itself, else a `DDError` that names `what`."""
+    classes = tuple(type(None) if kind is None else kind for kind in kinds)
+    if isinstance(value, classes):
+        return value
+    names = " or ".join("None" if kind is None else kind.__name__ for kind in kinds)
+    raise DDError(f"{what} must be of type {names}, not {shown(value)}")
+
+
+def listed(what: str, values: object) -> list:
+    """The elements of `values`, if they can be counted one by one, else a `DDError` that names `what`."""
+    with suppress(TypeError):
+        if not isinstance(values, (str, bytes)):
+            return list(values)
+    raise DDError(f"{what} must be a list, not {shown(values)}")
+
+
+def path_of(what: str, value: object) -> Path:
+    """`value` as a path, else a `DDError` that names `what`."""
+    path = Path(instance(what, value, str, os.PathLike))
+    with suppress(UnicodeEncodeError):
+        if b"\0" not in os.fsencode(path):
+            return path
+    raise DDError(f"{what} must be a name that a file can have, not {shown(value)}")
+
+
 def numbers(text: object, kind: type = int, least: float | None = None) -> list:
     """A notebook's scalar parameter as the list it means: "1,10" -> [1, 10], 1 -> [1]; `kind` is int or float."""
+    if kind is not int and kind is not float:
+        raise DDError(f"the kind of numbers must be int or float, not {shown(kind)}")
+    instance("the least of numbers", least, int, float, None)
     with suppress(ValueError):
         found = [kind(part) for part in str(text).split(",")]
         if least is None or all(number >= least for number in found):
             return found
     what = f"{'whole ' * (kind is int)}numbers{'' if least is None else f' of at least {least}'}"
-    raise DDError(f"{text!r} is no list of {what}; write them with commas, as in '1,10'")
+    raise DDError(f"{shown(text)} is no list of {what}; write them with commas, as in '1,10'")
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
@@ -187,9 +241,9 @@ _BOUNDS = (
 def _finite(value: float, what: str) -> float:
     with suppress(OverflowError):  # an int of 400 digits
         value = float(value)
-        if math.isfinite(value):
+        if math.isfinite(value) and abs(value) <= 1e30:  # float32 ends at 3.4e38
             return value
-    raise DDError(f"{what} must be a finite number, not {shown(value)}")
+    raise DDError(f"{what} must be a finite number of at most 1e30, not {shown(value)}")
 
 
 def option(default: object, **bounds: object) -> object:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .augment.siamese import check_strategy
-from .core import DDError, choose, fields_from, shown, whole
+from .core import DDError, choose, fields_from, instance, path_of, pick_device, shown, whole
 from .data.dataset import Dataset
 from .files import load_tensors, save_tensors
 from .recipe import Recipe
@@ -146,13 +146,18 @@ class Synthetic:
         return replace(self, labels=classes.repeat_interleave(self.ipc))
 
     def to(self, device: torch.device | str) -> Synthetic:
+        device = pick_device(device)
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def pixels(
         self, data: Dataset | None = None, images: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`images` (default: the set's) as float32 in [0, 1]; a ZCA-whitened set needs its dataset to undo it."""
-        images = self.images if images is None else images
+        instance("data", data, Dataset, None)
+        if images is None:
+            images = self.images
+        elif not (isinstance(images, torch.Tensor) and images.is_floating_point()):
+            raise DDError(f"images must be a tensor of floats, not {shown(images)}")
         if self.zca:
             if data is None:
                 raise DDError(
@@ -242,16 +247,13 @@ class Synthetic:
             "factor": self.factor,
             "spec": self.spec,
         }
-        return save_tensors(Path(path), tensors, header)
+        return save_tensors(path_of("the path of a set", path), tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Synthetic:
         """Read a set that `save` wrote; a damaged or foreign file is a `DDError`."""
         cure = "delete it and run again, or name a .safetensors file that a run wrote"
-        try:
-            path = Path(path)
-        except TypeError:
-            raise DDError(f"a set's path must be a text or a Path, not {shown(path)}") from None
+        path = path_of("the path of a set", path)
         tensors, header = load_tensors(path, "distilled set", cure)
         try:
             snapshots = {

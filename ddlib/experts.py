@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from tqdm.auto import tqdm
 from .core import DDError, generator
 from .data.dataset import Dataset
 from .files import load_tensors, lock, read_json, results_folder, save_tensors, write_json
+from .match.sampler import expert_batches
 from .match.trajectory import FlatNet
 from .nets.build import Backbone, build, initialise
 from .recipe import Recipe
@@ -46,9 +48,8 @@ class ExpertsError(DDError):
 class ExpertRecipe:
     """How every expert of a set was trained; the defaults are MTT's and TESLA's released ones."""
 
-    epochs: int = (
-        50  # the weights after each are kept, so train only what the start epochs can reach
-    )
+    # The weights after each are kept, so train only what the start epochs can reach
+    epochs: int = 50
     lr: float = 0.01
     batch: int = 256
     augment: str = "color_crop_cutout_flip_scale_rotate"
@@ -85,13 +86,13 @@ class ExpertSet:
     recipe: ExpertRecipe
     count: int
 
-    def make(
-        self, data: Dataset, backbone: str, *, compile: bool = False, progress: bool = True
-    ) -> list[Path]:
-        """Train those that are not there yet; their files."""
-        return train_experts(
-            data, backbone, self.recipe, self.count, compile=compile, progress=progress
-        )
+    def make(self, data: Dataset, backbone: str, **options: Any) -> list[Path]:
+        """Train those that are not there yet; their files. `options` are those of `train_experts`."""
+        return train_experts(data, backbone, self.recipe, self.count, **options)
+
+    def paths(self, data: Dataset, backbone: str) -> list[Path]:
+        """Where their files are, or will be."""
+        return expert_paths(folder(data, backbone, self.recipe), self.count)
 
 
 def experts_folder() -> Path:
@@ -105,6 +106,10 @@ def folder(data: Dataset, backbone: str, recipe: ExpertRecipe) -> Path:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
     name = f"{data.name}-{backbone}-{recipe.flat}-{digest}"
     return experts_folder() / "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+
+
+def expert_paths(place: Path, count: int) -> list[Path]:
+    return [place / f"expert-{seed:03d}.safetensors" for seed in range(count)]
 
 
 def _header(data: Dataset, net: Backbone, recipe: ExpertRecipe) -> dict:
@@ -158,8 +163,12 @@ def train_experts(
     *,
     compile: bool = False,
     progress: bool = True,
+    only: int | None = None,
 ) -> list[Path]:
-    """Train experts 0..count-1 that are not there yet and return their files; a stopped call goes on where it was."""
+    """Train experts 0..count-1, or number `only` alone, that are not there yet and return their files.
+
+    A stopped call goes on where it was. Expert k depends on the recipe and k alone, so several machines may share them.
+    """
     if count < 1 or recipe.epochs < 1:
         raise DDError(
             f"experts and their epochs must be at least 1, not {count} and {recipe.epochs}"
@@ -175,7 +184,8 @@ def train_experts(
         if recipe.flat == "plain"
         else lambda closure: flatten_gradient(list(net.parameters()), closure, recipe)
     )
-    paths = [place / f"expert-{seed:03d}.safetensors" for seed in range(count)]
+    paths = list(enumerate(expert_paths(place, count)))
+    paths = paths if only is None else [paths[only]]
 
     def make(seed: int, path: Path) -> None:
         start = time.perf_counter()
@@ -187,8 +197,6 @@ def train_experts(
 
         fetch = lambda index: data.batch("train", index)
         if recipe.sampling == "dream":
-            from .match.sampler import expert_batches  # a method, and methods import this file
-
             fetch = expert_batches(
                 data, net, recipe.batch, generator(seed, "expert", "representatives")
             )
@@ -212,13 +220,13 @@ def train_experts(
         write_json(path.with_suffix(".json"), {"seconds": round(time.perf_counter() - start, 3)})
 
     rows = tqdm(paths, desc=f"experts, {data.name}", disable=not progress, leave=False)
-    for seed, path in enumerate(rows):
+    for seed, path in rows:
         if path.is_file():
             continue
         with lock(path, f"{path.stem} of {place.name}"):
             if not path.is_file():
                 make(seed, path)
-    return paths
+    return [path for _, path in paths]
 
 
 def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int) -> Experts:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .core import DDError, checksum
+from .core import DDError, checksum, instance, shown
 
 SOURCE = Path(__file__).resolve().parents[1]  # the checkout, when ddlib is installed from one
 _STALE = 3600  # seconds after which a temporary file is nobody's any more
@@ -39,9 +39,18 @@ class Busy(DDError):
 
 
 def results_folder(results: str | Path | None = None) -> Path:
-    """Where records live: the argument, else DDLIB_RESULTS, else `results/` of the checkout or working directory."""
+    """Where records live: the argument, else DDLIB_RESULTS, else `results/` of the checkout or working directory.
+
+    Raises `DDError` for a name that no folder can have.
+    """
+    instance("results", results, str, Path, None)
     root = SOURCE if (SOURCE / "pyproject.toml").is_file() else Path.cwd()
-    return Path(results or os.environ.get("DDLIB_RESULTS") or root / "results")
+    folder = Path(results or os.environ.get("DDLIB_RESULTS") or root / "results")
+    try:
+        folder.is_dir()
+    except OSError as error:
+        raise DDError(f"no results can be in {shown(str(folder))}: {error.strerror}") from None
+    return folder
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
@@ -49,11 +58,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
 
     Temporary files of `path` that a killed process left more than an hour ago are removed. Raises `CannotWrite`.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or no name
         raise _no_folder(path, error) from error
     try:
         # What the umask gives; safetensors would leave the owner alone with it.
@@ -175,8 +184,12 @@ def _read_tensors(path: Path, kind: str, cure: str) -> tuple[dict, dict, str | N
 
 
 def write_json(path: Path, value: dict[str, Any]) -> Path:
-    """Write a JSON object with `seal`, the checksum of its canonical form, as its last key."""
-    text = json.dumps({**value, "seal": _seal(value)}, indent=1)
+    """Write a JSON object with `seal`, the checksum of its canonical form, as its first key.
+
+    First, where no text stands before it: a few lost bytes that join a text to the next key, the seal's, leave an
+    object that is valid and has no seal, which would pass for an older file.
+    """
+    text = json.dumps({"seal": _seal(value), **value}, indent=1)
     return write_atomically(path, lambda temporary: temporary.write_text(text))
 
 

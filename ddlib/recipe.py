@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from .augment.siamese import check_strategy
-from .core import DDError, choose
+from .core import DDError, choose, instance, plain, whole
 
 # Of the evaluation: raise it when a change here or in ddlib/train changes results, and old records are made anew.
 VERSION = 1
@@ -133,12 +133,11 @@ def protocol(
     """The recipe of a protocol; `epochs` shortens or lengthens it (E means E + 1 passes in the DC family), `augment`
     replaces its augmentation, where it has one, and without `mirror` the protocol's own has no flip (digits)."""
     found = PROTOCOLS[choose("protocol", name, PROTOCOLS)]
-    if epochs is not None and epochs < 1:
-        raise DDError(f"eval_epochs must be at least 1, not {epochs}")
+    epochs = None if epochs is None else whole("eval_epochs", epochs, 1)
     recipe = found.make(name, epochs or found.epochs)
-    if not mirror:
+    if not instance("mirror", plain(mirror), bool):
         recipe = replace(recipe, augment=re.sub(r"flip[_+]", "", recipe.augment))
-    if augment and recipe.augment != "none":
+    if instance("augment", augment, str, None) and recipe.augment != "none":
         check_strategy(augment)
         recipe = replace(recipe, augment=augment)
     return recipe

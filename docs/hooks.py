@@ -24,6 +24,8 @@ def on_page_markdown(markdown, page, config, files):
     known = {file.src_uri for file in files}
     text = site.filled(markdown, page.file.src_uri, config.extra.get("results"), known)
     page.meta["formulas"] = []
+    if site.is_wide(page.file.src_uri):
+        page.meta["hide"] = ["toc"]
     return site.with_tokens(text, page.meta["formulas"])
 
 

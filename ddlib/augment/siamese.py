@@ -30,28 +30,26 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..core import DDError, choose, upload
+from ..core import DDError, choose, instance, upload
 from .operations import DC, DSA, FREPO, Table
 
 OPS = tuple(DSA.apply)
 TABLES = {"dsa": DSA, "frepo": FREPO, "dc": DC}
-MODES = ("S", "M")
 
 
 @dataclass(frozen=True)
 class DSAParams:
     """What `draw` drew for N entries and S stages, on the CPU.
 
-    op: int64 [S, N], index into the table's ops; unused in mode M.
+    op: int64 [S, N], index into the table's ops.
     values: float64 [S, rows, N], the parameters of every op of the table (see the tables of operations.py).
-    stages: the strategy, the ops of each stage; size: (H, W) of the images; mode: S or M.
+    stages: the strategy, the ops of each stage; size: (H, W) of the images.
     """
 
     op: Tensor
     values: Tensor
     stages: tuple[tuple[str, ...], ...]
     size: tuple[int, int]
-    mode: str
     table: Table
 
     def __len__(self) -> int:
@@ -83,7 +81,7 @@ def _parse(strategy: str) -> tuple[Table, tuple[tuple[str, ...], ...]]:
 
 def check_strategy(strategy: str) -> None:
     """Raise DDError when `draw` would not know an op or the table of `strategy`."""
-    _parse(strategy)
+    _parse(instance("augment", strategy, str))
 
 
 def draw(
@@ -93,16 +91,13 @@ def draw(
     generator: torch.Generator,
     *,
     op_every: int = 1,
-    mode: str = "S",
 ) -> DSAParams:
     """Draw transforms for n entries of images of `size` (H, W) from the CPU `generator`.
 
     strategy: ops joined by "_", stages by "+"; "" or "none" is no augmentation (and draws nothing).
-    mode "S" (the papers' default) gives each run of `op_every` consecutive entries one op a stage, uniform over the
-    stage; mode "M" applies all ops in the strategy's order. Parameters are independent per entry and stage in both.
-    Raises DDError for an unknown op or mode, and for op_every < 1.
+    Each run of `op_every` consecutive entries has one op a stage, uniform over the stage (the papers' mode S);
+    parameters are independent per entry and stage. Raises DDError for an unknown op, and for op_every < 1.
     """
-    choose("DSA mode", mode, MODES)
     if op_every < 1:
         raise DDError(f"op_every is {op_every}; it must be at least 1")
     table, stages = _parse(strategy)
@@ -114,7 +109,7 @@ def draw(
     for stage, coin, row in zip(stages, u[:, -1, ::op_every], op, strict=True):
         allowed = torch.tensor([names.index(name) for name in stage])
         row.copy_(allowed[(coin * len(stage)).long()].repeat_interleave(op_every)[:n])
-    return DSAParams(op, table.parameters(u[:, :-1], tuple(size)), stages, tuple(size), mode, table)
+    return DSAParams(op, table.parameters(u[:, :-1], tuple(size)), stages, tuple(size), table)
 
 
 def augment(x: Tensor, params: DSAParams) -> Tensor:
@@ -129,13 +124,8 @@ def augment(x: Tensor, params: DSAParams) -> Tensor:
         )
     if not len(x):
         return x
-    for ops, op, values in zip(params.stages, params.op, params.values, strict=True):
-        if params.mode == "M":
-            values = _to_device(values, x)
-            for name in ops:
-                x = params.table.apply[name](x, values[params.table.rows[name]])
-        else:
-            x = _one_each(x, params.table, op, values)
+    for op, values in zip(params.op, params.values, strict=True):
+        x = _one_each(x, params.table, op, values)
     return x
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from stat import S_ISREG
 
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..core import DDError, checksum
 from ..files import CannotWrite, lock, read_json, write_atomically, write_json
-from .folders import Tree
+from .folders import LABELS, Tree
 
 VERIFY_ALL_BELOW = 2 * 10**9  # bytes: of a larger split only 64 blocks of 1 MiB are verified
 _BATCH = 1024  # images in memory beside the map: 12 MB at 3x64x64
@@ -59,19 +60,70 @@ def read(tree: Tree, resolution: int | None, grey: bool = False) -> dict[str, tu
     raise AssertionError("unreachable: three channels take any image")
 
 
+States = dict[str, list[tuple[int, int]]]  # split -> size and time of change (ns) of each image
+
+
+def states(tree: Tree) -> States:
+    """What tells that a file was changed; one that cannot be read or is no regular file is a `DDError`."""
+    root, _, splits = tree
+    return {
+        split: _states(root, [file for file, _ in samples]) for split, samples in splits.items()
+    }
+
+
 def known_checksums(
-    tree: Tree, resolution: int | None, grey: bool = False
+    tree: Tree, found: States, resolution: int | None, grey: bool = False
 ) -> dict[str, str] | None:
     """Split -> checksum of its images as the cache's notes have it for these files; None where one has no note."""
     root, _, splits = tree
     for shape in _shapes(tree, resolution, grey)[1]:
         paths = {
-            split: _cache_path(root, split, [file for file, _ in samples], resolution, shape)
+            split: _cache_path(root, split, samples, found[split], resolution, shape)
             for split, samples in splits.items()
         }
         with suppress(DDError, KeyError):
             return {split: _noted_checksum(path) for split, path in paths.items()}
     return None
+
+
+class Watch:
+    """A folder of which every file was looked at: whether it has changed since, in a few hundredths of a second.
+
+    A file that comes, goes, is renamed or replaced changes the time of its directory; all directories are asked each
+    time. One that is written over does not: of the files about `EACH_TIME`, spread evenly, are asked each time, in turn.
+    """
+
+    EACH_TIME = 4096
+    QUIET = 2 * 10**9  # ns without a change, so that none can hide behind a clock's coarse step
+
+    def __init__(self, tree: Tree, found: States, started: int):
+        """`started`: `time.time_ns()` before the folder was listed."""
+        self.root, _, splits = tree
+        self.files = [file for samples in splits.values() for file, _ in samples]
+        self.states = [state for split in splits for state in found[split]]
+        folders = {file.rpartition("/")[0] for file in self.files}
+        above = {str(parent) for folder in folders for parent in Path(folder).parents}
+        lists = {f"{split}/{LABELS}" for split in ("test", "val")}
+        self.places = folders | above | {name for name in lists if (self.root / name).is_file()}
+        self.times = self._times()
+        latest = max(max(self.times), max(time for _, time in self.states))
+        self.useful = latest < started - self.QUIET
+        self.turn, self.turns = 0, math.ceil(len(self.files) / self.EACH_TIME)
+
+    def changed(self) -> bool:
+        """Whether a directory or one of the files whose turn it is differs from what it was."""
+        part = slice(self.turn, None, self.turns)
+        self.turn = (self.turn + 1) % self.turns
+        with suppress(DDError):
+            now = _states(self.root, self.files[part])
+            return self._times() != self.times or now != self.states[part]
+        return True
+
+    def _times(self) -> list[int]:
+        try:
+            return [os.stat(self.root / place).st_mtime_ns for place in self.places]
+        except OSError as error:
+            raise DDError(f"{self.root} changes while it is read: {error.strerror}") from error
 
 
 def _shapes(
@@ -138,7 +190,8 @@ def _decoded(
 ) -> tuple[Tensor, str]:
     root, classes, splits = tree
     files, labels = ([sample[i] for sample in splits[split]] for i in (0, 1))
-    path, whole = _cache_path(root, split, files, resolution, shape), (len(files), *shape)
+    path = _cache_path(root, split, splits[split], _states(root, files), resolution, shape)
+    whole = (len(files), *shape)
     cached = _from_cache(path, whole)
     if cached:
         return cached
@@ -249,20 +302,49 @@ def _note(path: Path) -> dict:
 
 
 def _cache_path(
-    root: Path, split: str, files: Sequence[str], resolution: int | None, shape: tuple
+    root: Path,
+    split: str,
+    samples: Sequence[tuple[str, int]],
+    found: Sequence[tuple[int, int]],
+    resolution: int | None,
+    shape: tuple,
 ) -> Path:
     key = hashlib.sha256(repr((_VERSION, str(root.resolve()), resolution, shape)).encode())
-    for file in files:
-        try:
-            stat = os.stat(root / file)
-        except OSError as error:
-            raise DDError(
-                f"{root} lists the image {file}, which cannot be read: {error.strerror}"
-            ) from error
-        if not S_ISREG(stat.st_mode):
-            raise DDError(f"the image {root / file} is not a regular file; replace or remove it")
-        key.update(f"{file}\0{(stat.st_size, stat.st_mtime_ns)}\0".encode(errors="surrogateescape"))
+    for (file, _), state in zip(samples, found, strict=True):
+        key.update(f"{file}\0{state}\0".encode(errors="surrogateescape"))
     return cache_folder() / f"{root.name}-{split}-{key.hexdigest()[:16]}.npy"
+
+
+def _states(root: Path, files: Sequence[str]) -> list[tuple[int, int]]:
+    """Size and time of change (ns) of each file, in their order.
+
+    Each is asked for in its folder, held open: by its path from the root of the disk it takes twice as long.
+    """
+    found = []
+    for folder, group in groupby(files, lambda file: file.rpartition("/")[0]):
+        try:
+            handle = os.open(root / folder, os.O_RDONLY)
+        except OSError as error:
+            raise _unreadable(root, folder, error) from error
+        try:
+            found += [_state(root, file, handle) for file in group]
+        finally:
+            os.close(handle)
+    return found
+
+
+def _state(root: Path, file: str, folder: int) -> tuple[int, int]:
+    try:
+        stat = os.stat(file.rpartition("/")[2], dir_fd=folder)
+    except OSError as error:
+        raise _unreadable(root, file, error) from error
+    if not S_ISREG(stat.st_mode):
+        raise DDError(f"the image {root / file} is not a regular file; replace or remove it")
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _unreadable(root: Path, name: str, error: OSError) -> DDError:
+    return DDError(f"{root} lists the image {name}, which cannot be read: {error.strerror}")
 
 
 def _from_cache(

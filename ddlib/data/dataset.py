@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -130,9 +131,10 @@ class Dataset:
                     f"classes must lie in 0..{self.num_classes - 1}, not {which.tolist()[:10]}"
                 )
             rows, sizes = rows[which], sizes[which]
-        if n < 0 or (len(sizes) and n > sizes.min()):
+        most = int(sizes.min()) if len(sizes) else n
+        if not 0 <= n <= most:
             raise DDError(
-                f"cannot sample {n} images of each class: 0 to {int(sizes.min())} is possible in {split}"
+                f"cannot sample {n} images of each class: 0 to {most} is possible in {split}"
             )
         keys = torch.rand(rows.shape, generator=generator)
         keys.masked_fill_(torch.arange(rows.shape[1]) >= sizes[:, None], 2)
@@ -268,17 +270,35 @@ def _digest(sums: dict[str, str], labels: dict[str, Tensor]) -> str:
 def folder_checksum(name: str, resolution: int | None = None) -> str | None:
     """The checksum that `load("folder:PATH")` would give now; None where there is no such folder at hand.
 
-    Files whose names, sizes and times are those of the decode cache are not read again; others are decoded.
+    Files whose names, sizes and times are those of the decode cache are not read again; others are decoded. A process
+    asks every file once, and later only what `Watch` does.
     """
     root = _data_root()
-    if find_folder(name, root) is None:
+    folder = find_folder(name, root)
+    if folder is None:
         return None
+    key = (folder.resolve(), resolution)
+    if key in _WATCHED:
+        watch, found = _WATCHED[key]
+        if not watch.changed():
+            return found
+        del _WATCHED[key]
+    started = time.time_ns()
     files = tree(name, root)
-    known = decoding.known_checksums(files, resolution, grey=True)
+    states = decoding.states(files)
+    watch = decoding.Watch(files, states, started)
+    known = decoding.known_checksums(files, states, resolution, grey=True)
     if known is None:
-        return load(name, device="cpu", resolution=resolution).checksum
-    labels = {split: _labels(samples) for split, samples in files[2].items()}
-    return _digest(known, labels)
+        found = load(name, device="cpu", resolution=resolution).checksum
+    else:
+        found = _digest(known, {split: _labels(samples) for split, samples in files[2].items()})
+    if watch.useful:
+        _WATCHED[key] = watch, found
+    return found
+
+
+# (folder, resolution) -> what was seen of it, and the checksum of its images then
+_WATCHED: dict[tuple[Path, int | None], tuple[decoding.Watch, str]] = {}
 
 
 def from_arrays(
@@ -342,7 +362,8 @@ def from_arrays(
 def _check_names(name: object, classes: object) -> None:
     if not isinstance(name, str):
         raise DDError(f"name must be a text, not {shown(name)}")
-    if classes is not None and not isinstance(classes, (list, tuple, range, np.ndarray)):
+    names = isinstance(classes, (list, tuple, range, type(None)))
+    if not names and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
         raise DDError(f"classes must be a list of names, not {shown(classes)}")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core import DDError, generator, shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+LABELS = "val_annotations.txt"  # Tiny ImageNet's: a line an image, FILE<tab>WNID<tab>...
 _WANTED = (
     "wanted is PATH/train/CLASS/*.jpg with PATH/test/CLASS/*.jpg (or val/), or PATH/CLASS/*.jpg"
 )
@@ -122,7 +123,7 @@ def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tre
     classes = _subfolders(root / "train", want)
     if not classes or (subset and len(classes) != 1000):
         raise DDError(f"{want}, and {root / 'train'} holds {len(classes)}")
-    notes = root / test / "val_annotations.txt"  # a line an image: FILE<tab>WNID<tab>...
+    notes = root / test / LABELS
     lines = _lines(notes) if notes.is_file() else []
     rows = [[*line.split("\t"), ""][:2] for line in lines if line.strip()]
     outside = [file for file, _ in rows if os.path.basename(file) != file]
@@ -156,9 +157,7 @@ def _samples(root: Path, split: str, classes: Sequence[str]) -> list[tuple[str, 
     for label, name in enumerate(classes):
         folder = root / split / name
         folder = folder / "images" if (folder / "images").is_dir() else folder
-        images = [
-            e.path for e in _entries(folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS
-        ]
+        images = [e.path for e in _entries(folder) if e.name.lower().endswith(EXTENSIONS)]
         if not images:
             raise DDError(
                 f"the class folder {folder} holds no image; remove it or add some ({' '.join(EXTENSIONS)})"

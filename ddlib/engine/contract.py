@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core import DDError
 from ..data.dataset import Dataset
 from ..methods.base import Method, Result
+
+
+class StepError(DDError):
+    """A step failed on the way: what it has changed is not to be kept."""
 
 
 def started(name: str, method: Method, data: Dataset, ipc: int) -> Method:
@@ -26,6 +33,30 @@ def started(name: str, method: Method, data: Dataset, ipc: int) -> Method:
                 f"{data.num_classes} classes x {ipc} of them, class by class"
             )
     return method
+
+
+def step(name: str, method: Method) -> Mapping[str, Any]:
+    """What a step reports; whatever it raises, but for what the engine itself can say more of, is one sentence.
+
+    The error that it raised is the cause of ours, with its traceback.
+    """
+    try:
+        return method.step()
+    except (DDError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        raise StepError(
+            f"the step of the method {name!r} fails ({type(error).__name__}: {error}, {_line(error)}): "
+            "mend it and give the same command again"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    """The innermost line that is no installed package's, e.g. "idm.py:41"."""
+    frames = extract_tb(error.__traceback__)
+    mine = [frame for frame in frames if "site-packages" not in frame.filename]
+    frame = (mine or frames)[-1]  # all are a package's where ddlib is installed
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def numbers(name: str, report: Mapping[str, Any]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache, singledispatch
 from typing import Any
@@ -29,8 +30,9 @@ from ..nets.build import Backbone, build, count_flops
 from .meter import SavedTensors
 
 COMPILED = 0.6  # seconds of a compiled step over those of a plain one, on a CPU: benchmarks/dm.py
+BF16 = 0.55  # seconds of a compiled step in bf16 over float32, on a CPU: benchmarks/precision.py
 BATCH = 256  # images of 32 x 32 that go through a network together on a CPU
-FEW, MANY = 8, 64  # images of the two timed batches
+FEW, MANY = 8, 32  # images of the two timed batches
 PROCESS = 1.2 * 2**30  # bytes that Python, torch and a compiler's cache hold before any image
 
 
@@ -80,49 +82,6 @@ def sizes_of(dataset: str) -> Sizes:
         ) from None
 
 
-@singledispatch
-def distillation(config: Any, net: Backbone, sizes: Sizes, ipc: int) -> float:
-    """FLOPs of a whole distillation; NaN for a method that says nothing about its work."""
-    return math.nan
-
-
-@distillation.register
-def _(config: CoresetConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
-    if config.kind == "random":
-        return 0.0
-    passes = 3 * config.extractor_epochs + 1
-    return count_flops(net, sizes.shape) * sizes.train * passes
-
-
-@distillation.register
-def _(config: DMConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
-    real = min(config.batch_real, min(sizes.by_class))
-    images = sizes.classes * (real + 3 * ipc)
-    return config.iterations * count_flops(net, sizes.shape) * images
-
-
-@distillation.register
-def _(config: GradientConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
-    parts = work(config, net, sizes.shape, sizes.by_class, ipc)
-    return config.iterations * sum(parts.values())
-
-
-@distillation.register
-def _(config: TrajectoryConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
-    images = ipc * sizes.classes
-    batch = min(config.batch_syn or images, images)
-    steps = config.iterations * config.segments * config.syn_steps
-    passes = 1 if config.flat == "plain" else 2
-    experts = config.experts * config.expert_total * sizes.train * 3 * passes
-    return count_flops(net, sizes.shape) * (10 * steps * batch + experts)
-
-
-@distillation.register
-def _(config: FRePoConfig, net: Backbone, sizes: Sizes, ipc: int) -> float:
-    images = config.batch_real + 7 * ipc * sizes.classes
-    return config.iterations * count_flops(net, sizes.shape) * images
-
-
 @dataclass(frozen=True)
 class Network:
     """What a network costs on images of one shape.
@@ -138,12 +97,73 @@ class Network:
     each: float
 
 
+@singledispatch
+def distillation(config: Any, own: Network, sizes: Sizes, ipc: int) -> float:
+    """FLOPs of a whole distillation; NaN for a method that says nothing about its work."""
+    return math.nan
+
+
+@distillation.register
+def _(config: CoresetConfig, own: Network, sizes: Sizes, ipc: int) -> float:
+    return 0.0 if config.kind == "random" else own.forward * sizes.train
+
+
+@distillation.register
+def _(config: DMConfig, own: Network, sizes: Sizes, ipc: int) -> float:
+    real = min(config.batch_real, min(sizes.by_class))
+    images = sizes.classes * (real + 3 * ipc)
+    return config.iterations * own.forward * images
+
+
+@distillation.register
+def _(config: GradientConfig, own: Network, sizes: Sizes, ipc: int) -> float:
+    parts = work(config, own.net, sizes.shape, sizes.by_class, ipc)
+    return config.iterations * sum(parts.values())
+
+
+@distillation.register
+def _(config: TrajectoryConfig, own: Network, sizes: Sizes, ipc: int) -> float:
+    images = ipc * sizes.classes
+    batch = min(config.batch_syn or images, images)
+    steps = config.iterations * config.segments * config.syn_steps
+    return own.forward * 10 * steps * batch
+
+
+@distillation.register
+def _(config: FRePoConfig, own: Network, sizes: Sizes, ipc: int) -> float:
+    images = config.batch_real + 7 * ipc * sizes.classes
+    return config.iterations * own.forward * images
+
+
+@singledispatch
+def preparation(config: Any) -> tuple[float, Hashable]:
+    """(Passes of a network's training over the whole set before distillation, what runs must have in common to share
+    that network or those networks); (0, None) where there is nothing to prepare."""
+    return 0, None
+
+
+@preparation.register
+def _(config: CoresetConfig) -> tuple[float, Hashable]:
+    if config.kind == "random":
+        return 0, None
+    common = (config.extractor_epochs, config.extractor_lr, config.extractor_precision)
+    return config.extractor_epochs, ("extractor", *common)
+
+
+@preparation.register
+def _(config: TrajectoryConfig) -> tuple[float, Hashable]:
+    twice = 1 if config.flat == "plain" else 2
+    epochs = twice * config.experts * config.expert_total
+    return epochs, ("experts", config.expert_recipe, config.experts)
+
+
 @cache
 def network(backbone: str, shape: tuple[int, int, int], classes: int, device: str) -> Network:
     """The network's FLOPs, its memory, and its speed from two timed batches."""
     net = build(backbone, shape, classes, generator(0, "cost")).to(device)
     with SavedTensors() as saved:
         F.cross_entropy(net(torch.zeros((2, *shape), device=device)), _labels(2, classes, device))
+    _timed_step(net, shape, classes, FEW, device)  # warms up
     few, many = (_timed_step(net, shape, classes, batch, device) for batch in (FEW, MANY))
     each = max((many - few) / (MANY - FEW), many / MANY / 10)
     start = max(0.0, few - FEW * each)
@@ -157,28 +177,50 @@ def _labels(count: int, classes: int, device: str) -> torch.Tensor:
 def _timed_step(net: Backbone, shape: tuple, classes: int, batch: int, device: str) -> float:
     x = torch.randn((batch, *shape), generator=generator(0, "cost", batch)).to(device)
     y, seconds = _labels(batch, classes, device), []
-    for _ in range(3):  # the first one warms up
+    for _ in range(2):
         start = time.perf_counter()
         F.cross_entropy(net(x), y).backward()
         if x.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    return min(seconds)
 
 
-def predict(spec: Spec, device: str = "cpu") -> Cost:
-    """The cost of a run, experts and extractor included; raises `DDError` for a dataset of unknown size."""
+def predict(spec: Spec, device: str = "cpu", prepared: bool = False) -> Cost:
+    """The cost of a run; raises `DDError` for a dataset of unknown size.
+
+    Experts and extractor are included, but where another run has `prepared` them before.
+    """
     run, sizes = spec.run, sizes_of(spec.dataset)
     own = network(run.backbone, sizes.shape, sizes.classes, device)
-    distil = distillation(spec.config, own.net, sizes, spec.ipc)
-    scored, scored_seconds = _evaluation(spec, sizes, device)
+    distil = distillation(spec.config, own, sizes, spec.ipc)
+    epochs, _ = (0, None) if prepared else preparation(spec.config)
+    prepare = 3 * own.forward * epochs * sizes.train
+    low = getattr(spec.config, "extractor_precision", "float32")
     tested = run.networks * (run.evaluations if spec.config.iterations else 1)
-    seconds = distil / (3 * own.forward) * own.each + tested * scored_seconds
+    scored, scored_seconds = _evaluation(spec, sizes, device)
+    seconds = (distil + prepare * _share(low)) / (3 * own.forward) * own.each
+    seconds += tested * scored_seconds * _share(run.eval_precision)
     return Cost(
-        (distil + tested * scored) / 1e12,
+        (distil + prepare + tested * scored) / 1e12,
         seconds * (COMPILED if run.compile else 1.0),
         _peak(spec, sizes, own),
     )
+
+
+def shared_key(spec: Spec) -> Hashable:
+    """What two runs have in common when one's experts or extractor serve the other; None where there are none."""
+    _, key = preparation(spec.config)
+    if key is None:
+        return None
+    seed = spec.seed if key[0] == "extractor" else 0  # experts of all seeds are the same
+    return (spec.dataset, spec.run.backbone, spec.run.zca, seed, key)
+
+
+def _share(precision: str) -> float:
+    """Seconds of a step in `precision` over those in float32; bf16 is no faster where the CPU has no such product."""
+    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return BF16 if precision == "bf16" and fast else 1.0
 
 
 def _evaluation(spec: Spec, sizes: Sizes, device: str) -> tuple[float, float]:

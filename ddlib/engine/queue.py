@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
@@ -28,10 +28,10 @@ from typing import Any
 import yaml
 
 from ..config import Spec, resolve
-from ..core import DDError, choose
+from ..core import DDError, choose, path_of
 from ..files import Busy, lock, results_folder
 from ..methods import METHODS
-from .cost import Cost, predict
+from .cost import Cost, predict, shared_key
 
 ROWS = Path(__file__).with_name("queue.yaml")  # the papers' rows
 KEYS = ("method", "dataset", "ipc", "seeds", "set")
@@ -73,7 +73,7 @@ def read(
 
     cifar10: where CIFAR-10 is, if not in torchvision's files, e.g. folder:PATH.
     """
-    path = Path(path or ROWS)
+    path = path_of("the path of a queue", path or ROWS)
     try:
         rows = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -111,13 +111,36 @@ def _combinations(row: dict[str, Any], profile: str, cifar10: str) -> list[Spec]
 def plan(
     specs: Iterable[Spec], device: str = "cpu", results: str | Path | None = None
 ) -> list[Row]:
-    """The rows in the order in which they will be worked through: cheapest first, those of unknown cost last."""
+    """The rows in the order in which they will be worked through: cheapest first, those of unknown cost last.
+
+    The first that needs an extractor or experts pays for them; those that share them cost less from then on.
+    """
     folder = results_folder(results)
-    rows = [
-        Row(spec, predict(spec, device), folder / spec.profile / f"{spec.name}.json")
-        for spec in specs
-    ]
-    return sorted(rows, key=lambda row: (math.isnan(row.cost.seconds), row.cost.seconds))
+    left = [(spec, predict(spec, device), predict(spec, device, prepared=True)) for spec in specs]
+    rows: list[Row] = []
+    paid: set[Hashable] = set()
+    while left:
+        choices = [own if shared_key(spec) in paid else whole for spec, whole, own in left]
+        next_one = min(range(len(left)), key=lambda k: _order(choices[k]))
+        spec, _, _ = left.pop(next_one)
+        paid.add(shared_key(spec))
+        rows.append(Row(spec, choices[next_one], _record(spec, folder)))
+    return rows
+
+
+def unpriced(specs: Iterable[Spec], results: str | Path | None = None) -> list[Row]:
+    """The rows in the order given, their cost unknown."""
+    folder = results_folder(results)
+    unknown = Cost(math.nan, math.nan, math.nan)
+    return [Row(spec, unknown, _record(spec, folder)) for spec in specs]
+
+
+def _record(spec: Spec, folder: Path) -> Path:
+    return folder / spec.profile / f"{spec.name}.json"
+
+
+def _order(cost: Cost) -> tuple[bool, float]:
+    return math.isnan(cost.seconds), cost.seconds
 
 
 def work_through(

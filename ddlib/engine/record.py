@@ -11,7 +11,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from ..config import PROFILES, Spec, dataset_of, defaults, resolve
-from ..core import DDError, pick_device, shown
+from ..core import DDError, instance, path_of, pick_device, plain, shown, whole
 from ..data.dataset import Dataset, derived, folder_checksum, minival_name, subset_name
 from ..distilled import Synthetic
 from ..files import is_there, lock, read_json, sealed, update_json
@@ -29,6 +29,9 @@ class Run:
     """A finished run: its record (a dict, see `record`) and, when asked for, its distilled set."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", path_of("the path of a run", self.path))
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -79,6 +82,13 @@ class Run:
 
         Kept beside the record in NAME.transfer.json, so a second call trains nothing and needs no data.
         """
+        instance("backbone", backbone, str, None)
+        instance("data", data, Dataset, None)
+        for name, value in (("protocol", protocol), ("augment", augment)):
+            instance(name, value, str, None)
+        networks = whole("networks", networks, 1)
+        epochs = None if epochs is None else whole("epochs", epochs, 1)
+        hard = instance("hard", plain(hard), bool)
         path = self.path.with_suffix(".transfer.json")
         changes = {"protocol": protocol, "epochs": epochs, "augment": augment, "hard": hard or None}
         changes = {name: value for name, value in changes.items() if value is not None}
@@ -88,7 +98,7 @@ class Run:
         rows = side_file(path)
         if key in rows:
             return rows[key]
-        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+        digest = hashlib.sha256(key.encode(errors="backslashreplace")).hexdigest()[:8]
         with lock(path.with_suffix(f".{digest}"), f"{key} of {self.path.stem}"):
             rows = side_file(path)
             if key not in rows:
@@ -168,7 +178,8 @@ def _check(record: dict[str, Any]) -> None:
         float(record["seconds"][part])
     if not record["evaluations"]:
         raise ValueError("evaluations are none")
-    for score in (*record["accuracy"].values(), *record["evaluations"]):
+    last = record["accuracy"]["last"]
+    for score in (last, *record["accuracy"].values(), *record["evaluations"]):
         _check_score(score)
     for row in record["history"]:
         row["step"] + 0

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..config import Spec, dataset_of, resolve
-from ..core import DDError, Interrupted, pick_device, whole
+from ..core import DDError, Interrupted, instance, pick_device, plain, whole
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..experts import ExpertsError
@@ -64,6 +64,10 @@ def run(
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
     folder = results_folder(results) / profile
     done = Run(folder / f"{spec.name}.json")
+    instance("data", data, Dataset, None)
+    flags = {"fresh": fresh, "progress": progress, "teach": teach, "wait": wait}
+    for name, value in (flags | {"any_threads": any_threads}).items():
+        instance(name, plain(value), bool)
     data = data if data and fits(data, spec) else None
     checkpoint = folder / "checkpoints" / f"{spec.name}.safetensors"
     if not fresh and done.complete:
@@ -136,6 +140,18 @@ def _distil(state: Progress, data: Dataset, done: Run, progress: bool, every: in
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped at step {state.step} of {state.total}; run the same command to go on"
+        ) from None
+    except torch.OutOfMemoryError:
+        smaller = [key for key in ("chunk", "micro") if hasattr(state.spec.config, key)]
+        remedy = f"set a smaller {' or '.join(smaller)}, or " if smaller else ""
+        raise DDError(
+            f"{machine(data.device)} ran out of memory at step {state.step} of {state.total}; "
+            f"{state.kept()}; {remedy}take a device with more"
+        ) from None
+    except torch.AcceleratorError as error:
+        raise DDError(
+            f"{data.device} failed at step {state.step} of {state.total} "
+            f"({str(error).splitlines()[0]}); {state.kept()}; run the same command to go on"
         ) from None
 
 
@@ -232,7 +248,9 @@ def _words(spec: Spec) -> str:
 def _step(state: Progress, bar: tqdm) -> None:
     """One step of the method, logged a hundred times a run."""
     try:
-        report = state.method.step()
+        report = contract.step(state.spec.method, state.method)
+    except contract.StepError as error:
+        raise DDError(f"{error}; {state.kept()}") from error.__cause__
     except DDError as error:  # raised before anything was changed
         if state.step > state.saved:
             _save(state)
@@ -252,8 +270,9 @@ def _picture(state: Progress) -> None:
 
 
 def _save(state: Progress) -> None:
-    if not torch.isfinite(state.method.images).all():
-        raise _diverged(state, "the images are not finite")
+    for what in ("images", "labels"):
+        if not getattr(state.method, what).isfinite().all():
+            raise _diverged(state, f"the {what} are not finite")
     state.save()
 
 
@@ -287,7 +306,8 @@ def _write(path: Path, state: Progress, data: Dataset) -> None:
     """The two files of a finished run: the set, then its record."""
     spec, scores = state.spec, state.evaluations
     peak = max(state.peak, state.meter.read())
-    _synthetic(state, data, snapshots=True).save(path.with_suffix(".safetensors"))
+    syn, path_of_set = _synthetic(state, data, snapshots=True), path.with_suffix(".safetensors")
+    syn.save(path_of_set)
     accuracy = {"last": scores[-1], "best": max(scores, key=lambda e: e.get("best", e)["mean"])}
     judged = [score for score in scores if "val" in score]
     if judged:  # the checkpoint that the validation split would choose
@@ -317,3 +337,5 @@ def _write(path: Path, state: Progress, data: Dataset) -> None:
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_json(path, record)
+    if not path_of_set.is_file():  # its folder was removed between the two
+        syn.save(path_of_set)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
 import zipfile
@@ -27,9 +28,10 @@ import torch
 from torch import Tensor
 
 from ..config import resolve
-from ..core import DDError, choose, pick_device
+from ..core import DDError, choose, instance, path_of, pick_device, plain, whole
 from ..data.dataset import Dataset, load
 from ..distilled import Synthetic, check_factor
+from ..files import is_there
 from ..recipe import Recipe
 from .outward import FORMAT
 
@@ -74,7 +76,10 @@ def import_set(
     preset, e.g. backbone or zca. Raises `DDError` for an unknown layout, a file that would run code, and images or
     labels that are not finite or do not fit the dataset.
     """
-    path = _file(Path(path))
+    path = _file(path_of("the path of a published set", path))
+    instance("dataset", dataset, str, Dataset)
+    instance("lr", plain(lr), int, float, None)
+    factor = None if factor is None else whole("factor", factor, 1)
     found = _read(path, experiment)
     if isinstance(found, Synthetic):
         return _fitted(found, dataset, device)
@@ -101,9 +106,9 @@ def import_set(
 
 def _file(path: Path) -> Path:
     """The file to read: the one named, or what a released code's folder holds."""
-    if path.is_file():
+    if is_there(path):
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DDError(f"there is no file or folder {path}")
     for pattern in ("images_best.pt", "data_best.pt", "data.pt", "res_*.pt", "step*.npz"):
         files = sorted(path.glob(pattern))

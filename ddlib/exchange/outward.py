@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..core import DDError
+from ..core import DDError, instance, path_of
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..files import write_atomically
@@ -25,7 +25,7 @@ FORMAT = "ddlib set 1"  # marks a .pt file of `save_pt`
 
 def by_class(syn: Synthetic) -> tuple[Tensor, Tensor]:
     """What networks train on, class by class: images [n * factor^2, C, H, W], normalised and decoded, and labels."""
-    images, labels = syn.training_set()
+    images, labels = instance("the set", syn, Synthetic).training_set()
     # `decode` gives all first tiles, then all second ones.
     classes = torch.arange(len(syn.classes)).repeat_interleave(syn.ipc).repeat(syn.factor**2)
     order = classes.argsort(stable=True)
@@ -58,7 +58,8 @@ def save_pt(syn: Synthetic, path: str | Path) -> Path:
         "recipe": asdict(syn.recipe),
         "spec": json.dumps(syn.spec, sort_keys=True),
     }
-    return write_atomically(Path(path), lambda temporary: torch.save(content, temporary))
+    path = path_of("the path of a .pt file", path)
+    return write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
 def save_images(syn: Synthetic, folder: str | Path, data: Dataset | None = None) -> Path:
@@ -67,8 +68,10 @@ def save_images(syn: Synthetic, folder: str | Path, data: Dataset | None = None)
     Pixels are clamped to [0, 1] and rounded to 8 bits, which costs some accuracy; a whitened set needs `data`, its
     dataset, to be seen. Labels that are no classes stand in labels.csv. A folder that holds anything is a `DDError`.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = path_of("the folder", folder)
+    if not folder.name:
+        raise DDError(f"{str(folder)!r} names no folder: name a new or an empty one")
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise DDError(f"{folder} holds other files: name a new or an empty folder to export into")
     images, labels = by_class(syn)
     pixels = (syn.pixels(data, images) * 255).round().to(torch.uint8)

@@ -5,9 +5,8 @@ clustered by K-means, and the batch is one image a cluster, kept until the next 
 
     S_c = { argmin_{x in class c} | h(x) - mu_k | : k = 1..K },    mu = K-means of { h(x) },    K = batch
 
-The images start from K-means too, K being the images (or tiles) of a class. DREAM+ also trains every network for one
-epoch on real data first, and matches the mean features of the batch beside its gradients; the methods `dream` and
-`dream_plus` are IDC with these settings (`ddlib.methods.gradient`), and `plug_in` has them for other hosts.
+The images start from K-means too, K being the images (or tiles) of a class. The methods `dream` and `dream_plus`, and
+what plugs them into other hosts: `ddlib.methods.dream`.
 
 Differences from the released code:
 1. K-means runs 15 iterations from different seeds, and an empty cluster keeps its centre; the released one runs to
@@ -35,7 +34,6 @@ from ..nets.build import Backbone, count_flops
 from .kmeans import ITERATIONS, SKETCH, WHOLE, kmeans, nearest
 
 SAMPLINGS = ("random", "dream", "central", "boundary")
-GRADIENT_HOSTS, TRAJECTORY_HOSTS = ("dc", "dsa", "idc"), ("mtt", "tesla", "ftd", "datm")
 LIMIT = 2**26  # features at a time: 256 MiB, and the same groups of classes on every device
 
 
@@ -127,6 +125,7 @@ def representatives(
         rows = torch.cat([row[:count] for row, count in zip(table[part], counts, strict=True)])
         x = pad_sequence(embed(net, data, rows, raw).split(counts), batch_first=True)
         if kind == "dream":
+            # argmin_{x in class c} | h(x) - mu_k |, mu = K-means of { h(x) }
             found = nearest(x, kmeans(x, each // subsample, rng, counts)[0], subsample, counts)
         else:
             found = by_distance(x, each, counts, far=kind == "boundary")
@@ -184,20 +183,6 @@ def expert_batches(
         return data.batch("train", rows[y, turn % each])
 
     return fetch
-
-
-def plug_in(host: str, plus: bool = False) -> dict[str, Any]:
-    """What turns `dd.run(host, ...)` into host + DREAM, or + DREAM+: `dd.run("dsa", ..., **plug_in("dsa", plus=True))`.
-
-    IDC is the papers' host; all others are ours. Gradient hosts: sampler and initialisation; with `plus` the feature
-    term and one warm epoch. DM: the same, with `plus` the gradient term, its networks staying untrained. Trajectory
-    matching has no real batch: the initialisation and the experts' batches. Raises `DDError` for an unknown host.
-    """
-    choose("host", host, (*GRADIENT_HOSTS, "dm", *TRAJECTORY_HOSTS))
-    if host in TRAJECTORY_HOSTS:
-        return {"init": "kmeans", "expert_sampling": "dream"} | ({"init_epoch": 1} if plus else {})
-    found = {"init": "kmeans", "sampling": "dream"} | ({"match": "both"} if plus else {})
-    return found | ({"warm_epochs": 1} if plus and host in GRADIENT_HOSTS else {})
 
 
 def work(

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from ..augment.siamese import DSAParams, augment
 from ..core import DDError, choose
 from ..nets.build import Backbone
+from .inner import CompiledStep
 
 ENGINES = ("adjoint", "tesla", "tesla_repo", "unroll", "checkpoint", "window=K")
 
@@ -113,6 +114,7 @@ def match(
     micro: int = 0,
     keep: int = 1,
     criterion: Callable = F.cross_entropy,
+    inner: CompiledStep | None = None,
 ) -> Match:
     """L of `segment` and its gradient by `engine`; `rates` [N] are the step sizes, one a step.
 
@@ -120,7 +122,8 @@ def match(
     `unroll` and `checkpoint`). `keep` graphs of the last steps wait in memory for the way back, the others are built
     again: the same numbers to rounding, in less time (not with `micro`; a step at IPC 1 and width 128 takes 31 MiB).
     `criterion(logits, labels)` is the batch mean; labels are int64 [n], or float
-    [n, classes], whose gradient is then returned. Raises `DDError` for a segment of zero length.
+    [n, classes], whose gradient is then returned. `inner`, of the same network and criterion, takes the steps in
+    compiled graphs (not for `unroll` and `checkpoint`). Raises `DDError` for a segment of zero length.
     """
     name, window = parse_engine(engine)
     if len(rates) != len(segment.batches) or len(segment.params) != len(segment.batches):
@@ -142,7 +145,7 @@ def match(
         raise DDError(
             "tesla's gradient is defined for inner steps without momentum; allowed with it: adjoint, unroll"
         )
-    steps = _Steps(net, segment, images, labels, criterion, micro)
+    steps = _Steps(net, segment, images, labels, criterion, micro, inner)
     return _adjoint(steps, rates, momentum, name, window, keep)
 
 
@@ -182,6 +185,19 @@ def _through_graph(
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """`micro` images of a step with the graph of their part of g_i.
+
+    rows: which images. g: their part, where it is known before the way back. products: from a direction to that part,
+    its pull on these images, on their labels where those are soft, and H direction where that was asked for.
+    """
+
+    rows: Tensor
+    g: Tensor | None
+    products: Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
 class _Steps:
     """The inner steps' batches and what they minimise."""
 
@@ -191,16 +207,14 @@ class _Steps:
     labels: Tensor
     criterion: Callable
     micro: int
+    inner: CompiledStep | None
 
     @property
     def soft(self) -> bool:
         return self.labels.is_floating_point()
 
-    def gradient(self, i: int, theta: Tensor, graph: bool) -> Iterator[tuple]:
-        """g_i piece by piece, `micro` images each: (rows, images, labels, their part of g_i).
-
-        With `graph` a part can be differentiated once more, in theta, the piece's images and its soft labels.
-        """
+    def batch(self, i: int, graph: bool) -> Iterator[tuple]:
+        """Step i's images, `micro` at a time: (rows, leaf images, their augmentation, labels, share of the batch)."""
         index, params = self.segment.batches[i], self.segment.params[i]
         size = self.micro or len(index)
         for start in range(0, len(index), size):
@@ -209,9 +223,44 @@ class _Steps:
             x = self.images[rows].requires_grad_(graph)
             y = self.labels[rows].requires_grad_(graph and self.soft)
             seen = x if params is None else augment(x, params.select(piece))
-            share = len(rows) / len(index)
-            loss = share * self.criterion(self.net(theta, seen), y)
-            yield rows, x, y, grad(loss, theta, create_graph=graph)[0]
+            yield rows, x, seen, y, len(rows) / len(index)
+
+    def gradient(self, i: int, theta: Tensor) -> Tensor:
+        """g_i without a graph."""
+
+        def part(seen: Tensor, y: Tensor, share: float) -> Tensor:
+            if self.inner:
+                return share * self.inner.gradient(theta, seen, y)
+            return grad(share * self.criterion(self.net(theta, seen), y), theta)[0]
+
+        return sum(part(seen, y, share) for _, _, seen, y, share in self.batch(i, graph=False))
+
+    def pieces(self, i: int, theta: Tensor, hessian: bool, keep: bool = False) -> Iterator[_Piece]:
+        """g_i piece by piece with its graph; those of the way forward are to `keep`."""
+        for images in self.batch(i, graph=True):
+            if self.inner:
+                yield self._compiled(images, theta, hessian, keep)
+            else:
+                yield self._eager(images, theta, hessian)
+
+    def _eager(self, images: tuple, theta: Tensor, hessian: bool) -> _Piece:
+        rows, x, seen, y, share = images
+        loss = share * self.criterion(self.net(theta, seen), y)
+        part = grad(loss, theta, create_graph=True)[0]
+        wanted = [x, *([y] if self.soft else []), *([theta] if hessian else [])]
+        return _Piece(rows, part.detach(), lambda a: [part.detach(), *grad(part @ a, wanted)])
+
+    def _compiled(self, images: tuple, theta: Tensor, hessian: bool, keep: bool) -> _Piece:
+        rows, x, seen, y, share = images
+        primals = (theta.detach(), seen.detach(), y.detach())
+        g, back = self.inner.split(*primals, hessian) if keep else (None, None)
+
+        def products(a: Tensor) -> list[Tensor]:
+            found = [g, *back(a)] if keep else self.inner.products(*primals, a, hessian)
+            part, pull, *rest = (share * value for value in found)
+            return [part, pull if seen is x else grad(seen, x, pull)[0], *rest]
+
+        return _Piece(rows, share * g if keep else None, products)
 
 
 @dataclass
@@ -221,20 +270,23 @@ class _Way:
 
     thetas: list[Tensor]
     velocities: list[Tensor]
-    graphs: dict[int, list[tuple]]
+    kept: dict[int, list[_Piece]]
     final: Tensor
 
 
-def _forward(steps: _Steps, rates: Tensor, momentum: float, keep: int) -> _Way:
+def _forward(
+    steps: _Steps, rates: Tensor, momentum: float, keep: int, hessian: Callable[[int], bool]
+) -> _Way:
     theta = steps.segment.start.detach()
     velocity, way = torch.zeros_like(theta), _Way([], [], {}, theta)
     for i, rate in enumerate(rates):
-        way.thetas.append(theta.detach().requires_grad_())
-        kept = i >= len(rates) - keep
-        pieces = steps.gradient(i, way.thetas[-1], graph=kept)
-        if kept:
-            pieces = way.graphs[i] = list(pieces)
-        g = sum(part.detach() for *_, part in pieces)
+        at = theta.detach().requires_grad_()
+        way.thetas.append(at)
+        if i >= len(rates) - keep:
+            pieces = way.kept[i] = list(steps.pieces(i, at, hessian(i), keep=True))
+            g = sum(piece.g for piece in pieces)
+        else:
+            g = steps.gradient(i, at)
         velocity = momentum * velocity + g if momentum else g
         if momentum:
             way.velocities.append(velocity)
@@ -252,21 +304,21 @@ def _adjoint(
     keep: int,
 ) -> Match:
     segment, count = steps.segment, len(rates)
+    first = max(0, count - (window or count))
+    hessian = lambda i: i > first and not name.startswith("tesla")
     # In pieces the graphs are there to be small, so that none outlives its piece.
-    way = _forward(steps, rates, momentum, 0 if steps.micro else keep)
+    way = _forward(steps, rates, momentum, 0 if steps.micro else keep, hessian)
     residual = way.final - segment.target
     loss, last = residual.square().sum() / segment.distance, 2 * residual / segment.distance
     dx, drates = torch.zeros_like(steps.images), torch.zeros_like(rates)
     dy = torch.zeros_like(steps.labels) if steps.soft else None
     adjoint, carried = last, torch.zeros_like(last)  # lambda_{i+1} of theta and of the velocity
-    first = max(0, count - (window or count))
     for i in reversed(range(first, count)):
         direction, theta = carried - rates[i] * adjoint, way.thetas.pop()
-        hessian = i > first and not name.startswith("tesla")
-        pieces = way.graphs.pop(i, None) or steps.gradient(i, theta, graph=True)
-        g, product = _product(pieces, direction, theta if hessian else None, dx, dy)
+        pieces = way.kept.pop(i, None) or steps.pieces(i, theta, hessian(i))
+        g, product = _product(pieces, direction, hessian(i), dx, dy)
         drates[i] = -adjoint @ (way.velocities.pop() if momentum else g)
-        if hessian:
+        if hessian(i):
             adjoint, carried = adjoint + product, momentum * direction
     if name == "tesla_repo":
         dx /= 2
@@ -274,21 +326,16 @@ def _adjoint(
 
 
 def _product(
-    pieces: Iterable[tuple],
-    direction: Tensor,
-    theta: Tensor | None,
-    dx: Tensor,
-    dy: Tensor | None,
+    pieces: Iterable[_Piece], direction: Tensor, hessian: bool, dx: Tensor, dy: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """g_i and, where `theta` is given, H_i times `direction` [P]; adds (d g_i / dX)^T direction to dx, and to dy."""
+    """g_i and, with `hessian`, H_i times `direction` [P]; adds (d g_i / dX)^T direction to dx, and to dy."""
     g, product = torch.zeros_like(direction), torch.zeros_like(direction)
-    for rows, x, y, part in pieces:
-        g += part.detach()
-        wanted = [x, *([] if dy is None else [y]), *([] if theta is None else [theta])]
-        found = list(grad(part @ direction, wanted))
-        if theta is not None:
+    for piece in pieces:
+        part, *found = piece.products(direction)
+        g += part
+        if hessian:
             product += found.pop()
-        dx.index_add_(0, rows, found[0])
+        dx.index_add_(0, piece.rows, found[0])
         if dy is not None:
-            dy.index_add_(0, rows, found[1])
+            dy.index_add_(0, piece.rows, found[1])
     return g, product

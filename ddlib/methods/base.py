@@ -10,7 +10,6 @@ A method owns its synthetic images. `engine.run` calls `step` as often as its Co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..augment.siamese import DSAParams, draw
-from ..core import DDError, generator, option
+from ..core import DDError, check_only, generator, option
 from ..data.dataset import Dataset
 from ..match.sampler import SAMPLINGS, Sampler, initial_rows
 from ..nets.build import Backbone, build, initialise
@@ -82,8 +81,11 @@ class BaseMethod:
     version: ClassVar[int] = 1
     preset: ClassVar[str] = ""  # stem of the YAML beside the class; "" is the method's name
     stream: ClassVar[str] = ""  # first word of every random stream; "" is the class's name
+    # What is this method's own: settings of a Config that methods share, and the values they may have here
+    only: ClassVar[Mapping[str, tuple]] = {}
 
     def __init__(self, config: Any, data: Dataset, ipc: int, seed: int):
+        check_only(type(self).__name__, self.only, config)
         self.config, self.data, self.ipc, self.seed, self.steps = config, data, ipc, seed, 0
         self.classes = torch.arange(data.num_classes, device=data.device)
         self.labels = self.classes.repeat_interleave(ipc)
@@ -99,6 +101,14 @@ class BaseMethod:
         """A network on the data's device and in its precision (float64 data make all of it float64), untrained."""
         net = build(backbone, self.data.shape, self.data.num_classes)
         return net.to(self.data.device, self.dtype).requires_grad_(False).train()
+
+    def finite(self, *tensors: Tensor) -> bool:
+        """Whether all numbers are finite, to refuse a step before anything is changed.
+
+        On a GPU looking would wait for it at every step: there the answer is yes, a loss that is reported turns NaN,
+        and the engine stops the run before such images are kept.
+        """
+        return self.data.device.type == "cuda" or all(t.isfinite().all() for t in tensors)
 
     def result(self) -> Result:
         return Result(self.images, self.labels)
@@ -161,9 +171,7 @@ class ImageMethod(BaseMethod):
 
     def loss(self, synthetic: Tensor, classes: slice) -> Tensor:
         """The loss of a chunk: images [c * IPC, C, H, W] of the classes `classes`, summed over these classes."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has no loss: write `loss(synthetic, classes)`"
-        )
+        raise DDError(f"{type(self).__name__} has no loss: write `loss(synthetic, classes)`")
 
     # What serves it
 
@@ -241,12 +249,8 @@ class ImageMethod(BaseMethod):
         self.average = torch.lerp(self.trained, self.average, self.config.ema)
 
     def refuse(self, loss: Tensor, gradient: Tensor) -> None:
-        """Raise `DDError`, before anything is changed, where loss or gradient is not finite.
-
-        On a GPU looking would wait for it at every step: there the loss that is reported turns NaN, and the engine
-        stops the run before such images are kept.
-        """
-        if gradient.is_cuda or (math.isfinite(loss) and gradient.isfinite().all()):
+        """Raise `DDError`, before anything is changed, where loss or gradient is not `finite`."""
+        if self.finite(loss, gradient):
             return
         raise DDError(
             f"{self.stream or type(self).__name__} diverged at step {self.steps + 1}: the loss is "

@@ -16,6 +16,9 @@ Differences from the released code:
    that a shortened run does not have.
 5. DREAM and DREAM+ plug in (`ddlib.match.sampler`, ours for this host): representative real batches, chosen every
    `interval` steps with that step's network, and the convolutions' gradients matched beside the features (`match`).
+
+Accuracy, seconds, hardware and number of runs, as `python -m ddlib docs` renews them from the
+records: docs/methods/dm.md.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from ..augment.siamese import augment
 from ..core import DDError, option
 from ..data.dataset import Dataset
 from ..match.gradients import class_gradients, matched
-from ..train.loop import compiled
+from ..recipe import PRECISIONS
+from ..train.loop import compiled, lowered
 from .base import ImageConfig, ImageMethod
 from .registry import register
 
@@ -40,6 +44,15 @@ class Config(ImageConfig):
 
     iterations: int = option(20000, least=0)  # image updates; every one uses a fresh network
     match: str = option("feature", allowed=("feature", "gradient", "both"))  # both: DREAM+
+    # Of psi's convolutions and products; no paper has bf16, so a run in it is a changed method
+    precision: str = option("float32", allowed=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        if self.precision != "float32" and self.match != "feature":
+            raise DDError(
+                f"precision {self.precision!r} is for features alone; allowed with match "
+                f"{self.match!r}: float32"
+            )
 
 
 @register("dm", paper="arXiv 2110.04181")
@@ -55,7 +68,8 @@ class DM(ImageMethod):
                 f"{self.net.spec} has BatchNorm, which couples the classes' gradients; allowed with match "
                 f"{config.match!r}: norm=in, ln, gn or none"
             )
-        self.psi = compiled(self.net.features) if config.compile else self.net.features
+        psi = lowered(self.net.features, data.device, config.precision)
+        self.psi = compiled(psi) if config.compile else psi
         # Without a graph a CPU takes 32 images of 32 x 32 px at a time: what a layer writes, the next reads from cache.
         whole = data.device.type == "cuda" or self.net.couples_samples
         self.piece = 0 if whole else max(1, 2**15 // data.shape[1] // data.shape[2])

@@ -17,6 +17,9 @@ Differences from the released JAX code:
 3. The first images are drawn uniformly from each class; networks, batches and orders come from (seed, step).
 4. BatchNorm's running variance is PyTorch's unbiased one.
 5. The result is the set after the last step, not the one of best test accuracy.
+
+Accuracy, seconds, hardware and number of runs, as `python -m ddlib docs` renews them from the
+records: docs/methods/frepo.md.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..core import DDError, generator, option
+from ..core import DDError, option, upload
 from ..data.dataset import Dataset
 from ..nets.build import Backbone, initialise
 from ..train.krr import krr
 from ..train.loop import compiled
+from ..train.optimisers import descend, lamb, part, restore, state_of
 from .base import BaseMethod
 from .registry import register
 
@@ -43,32 +47,28 @@ class Config:
     """FRePo's hyperparameters; the defaults are the released code's, the same for almost every dataset."""
 
     iterations: int = option(500_000, least=0)  # updates of the images
-    lr_img: float = option(
-        3e-4, least=0
-    )  # of LAMB: every step moves X, and Y, by this share of its norm; cosine to 10 %
+    # Of LAMB: every step moves X, and Y, by this share of its norm; cosine to 10 %
+    lr_img: float = option(3e-4, least=0)
     learn_label: bool = True  # False: the labels stay centred one-hot rows
     batch_real: int = option(1024, least=1)  # real images a step, of all classes
     pool_size: int = option(10, least=1)  # m, networks
     max_age: int = option(100, least=0)  # K: a network older than this many steps is replaced
     lr_net: float = option(3e-4, least=0)  # of the networks' Adam, constant
-    batch_net: int = option(
-        1000, least=1
-    )  # synthetic images in a network's step; fewer are all taken
+    # Synthetic images in a network's step; fewer are all taken
+    batch_net: int = option(1000, least=1)
     ridge: float = option(1e-6, least=0)  # lambda, relative to the mean diagonal of the kernel
-    flip: str = option(
-        "", allowed=("", "on", "off")
-    )  # mirrored copies in the regression; "": unknown, refused
-    recompute: int = option(
-        0, least=0
-    )  # synthetic images in one graph, recomputed in the backward pass; 0: all, kept
-    compile: bool = False  # torch.compile the networks; same numbers to about 1e-5
+    # Mirrored copies in the regression; "": unknown, refused
+    flip: str = option("", allowed=("", "on", "off"))
+    # Synthetic images in one graph, recomputed in the backward pass; 0: all, kept
+    recompute: int = option(0, least=0)
+    compile: bool = False  # torch.compile the networks; same images to about 2e-4 after 3 steps
 
 
 @register("frepo", paper="arXiv 2206.00719")
 class FRePo(BaseMethod):
     """Feature regression of `ipc` images a class on `data`, with learned labels [n, C]; `backbone` is the pool's."""
 
-    Config, version, preset = Config, 1, "frepo"
+    Config, version, preset, stream = Config, 1, "frepo", "frepo"
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
         if not config.flip:
@@ -76,26 +76,17 @@ class FRePo(BaseMethod):
                 f"no flip setting is known for {data.name} at ipc {ipc}: choose flip=on (mirrored copies in "
                 "the regression; helps small sets of things without a handedness) or flip=off"
             )
-        from timm.optim import Lamb  # here: it takes a second to import
-
         super().__init__(config, data, ipc, seed)
         self.raised = 0
         classes, device = data.num_classes, data.device
-        rows = data.sample(ipc, generator(seed, "frepo", "init")).flatten()
+        rows = data.sample(ipc, self.rng("init")).flatten()
         self.images = data.batch("train", rows).requires_grad_()
         one_hot = torch.eye(classes, device=device, dtype=self.dtype).repeat_interleave(ipc, 0)
         self.labels = ((one_hot - 1 / classes) / math.sqrt(classes / 10)).requires_grad_(
             config.learn_label
         )
-        # One trust ratio a tensor, also without weight decay (always_adapt), and no hidden clipping of the gradient.
-        self.lamb = Lamb(
-            [self.images] + [self.labels] * config.learn_label,
-            lr=config.lr_img,
-            weight_decay=0.0,
-            eps=1e-6,
-            max_grad_norm=None,
-            always_adapt=True,
-        )
+        self.learned = [self.images, self.labels] if config.learn_label else [self.images]
+        self.lamb = lamb(self.learned, config.lr_img)
         self.nets = [self.network(backbone) for _ in range(config.pool_size)]
         self.adams: list[torch.optim.Adam] = [None] * config.pool_size
         for i in range(config.pool_size):
@@ -103,10 +94,7 @@ class FRePo(BaseMethod):
         self.ages = [i * (config.max_age // config.pool_size) for i in range(config.pool_size)]
         wrap = compiled if config.compile else lambda function: function
         self.features, self.forward = wrap(Backbone.features), wrap(Backbone.forward)
-        self.order = (
-            -1,
-            torch.empty(0, dtype=torch.int64),
-        )  # epoch, and its order of the real images
+        self.order: tuple = (None, None)  # epoch, and its order of the real images
         self.real = self._whitened()
 
     def _whitened(self) -> Tensor | None:
@@ -121,7 +109,7 @@ class FRePo(BaseMethod):
 
     def _renew(self, i: int) -> None:
         """A fresh network i of age 0, and its optimiser."""
-        net = initialise(self.nets[i], generator(self.seed, "frepo", "network", i, self.steps))
+        net = initialise(self.nets[i], self.rng("network", i, self.steps))
         self.adams[i] = torch.optim.Adam(net.parameters(), lr=self.config.lr_net)
         net.eval().requires_grad_(False)
 
@@ -131,13 +119,9 @@ class FRePo(BaseMethod):
         size = min(self.config.batch_real, len(labels))
         epoch, k = divmod(self.steps, len(labels) // size)
         if self.order[0] != epoch:
-            self.order = (
-                epoch,
-                torch.randperm(
-                    len(labels), generator=generator(self.seed, "frepo", "epoch", epoch)
-                ),
-            )
-        rows = self.order[1][k * size : (k + 1) * size].to(labels.device)
+            order = torch.randperm(len(labels), generator=self.rng("epoch", epoch))
+            self.order = (epoch, order)
+        rows = upload(self.order[1][k * size : (k + 1) * size], labels.device)
         x = self.data.batch("train", rows) if self.real is None else self.real[rows]
         return x, F.one_hot(labels[rows], classes).double() - 1 / classes
 
@@ -167,26 +151,19 @@ class FRePo(BaseMethod):
     def step(self) -> dict[str, Tensor | int]:
         """One update of images, labels and one network; returns the regression loss, the margin term and how many
         times lambda was raised so far. Raises DDError, before anything is changed, where features or gradients are
-        not finite."""
+        not `finite`, of which a GPU is asked about the features alone."""
         c = self.config
-        i = int(
-            torch.randint(
-                c.pool_size, (), generator=generator(self.seed, "frepo", "model", self.steps)
-            )
-        )
+        i = int(torch.randint(c.pool_size, (), generator=self.rng("model", self.steps)))
+        # L of network i; X = LAMB(X, dL/dX), Y = LAMB(Y, dL/dY)
         loss, margin, raised = self.losses(self.nets[i], *self._batch())
-        moved = self.lamb.param_groups[0]["params"]
-        gradients = torch.autograd.grad(loss + margin, moved)
-        if not torch.stack([value.isfinite().all() for value in (loss, *gradients)]).all():
+        gradients = torch.autograd.grad(loss + margin, self.learned)
+        if not self.finite(loss, *gradients):
             raise DDError(
                 f"the regression loss is {loss.item():.3g} and its gradient is not finite at step "
                 f"{self.steps + 1} (network {i} of the pool, {self.ages[i]} steps old)"
             )
-        for tensor, gradient in zip(moved, gradients, strict=True):
-            tensor.grad = gradient
         wave = (1 + math.cos(math.pi * self.steps / c.iterations)) / 2
-        self.lamb.param_groups[0]["lr"] = c.lr_img * (0.1 + 0.9 * wave)
-        self.lamb.step()
+        descend(self.lamb, gradients, c.lr_img * (0.1 + 0.9 * wave))
         self.steps, self.raised = self.steps + 1, self.raised + raised
         if self.ages[i] > c.max_age:
             self._renew(i)
@@ -201,8 +178,8 @@ class FRePo(BaseMethod):
         net, n = self.nets[i].train().requires_grad_(True), len(self.images)
         x, y = self.images.detach(), self.labels.detach()
         if n > self.config.batch_net:
-            rows = torch.randperm(n, generator=generator(self.seed, "frepo", "online", self.steps))
-            rows = rows[: self.config.batch_net].to(x.device)
+            rows = torch.randperm(n, generator=self.rng("online", self.steps))
+            rows = upload(rows[: self.config.batch_net], x.device)
             x, y = x[rows], y[rows]
         (0.5 * (self.forward(net, x) - y).square().sum(1).mean()).backward()
         self.adams[i].step()
@@ -218,42 +195,16 @@ class FRePo(BaseMethod):
         }
         for i, (net, adam) in enumerate(zip(self.nets, self.adams, strict=True)):
             state |= {f"net{i}.{key}": value for key, value in net.state_dict().items()}
-            state |= {f"adam{i}.{key}": value for key, value in _flat(adam).items()}
-        return state | {f"lamb.{key}": value for key, value in _flat(self.lamb).items()}
+            state |= state_of(adam, f"adam{i}")
+        return state | state_of(self.lamb, "lamb")
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        def part(name: str) -> dict[str, Tensor]:
-            return {
-                key.removeprefix(f"{name}."): value
-                for key, value in state.items()
-                if key.startswith(f"{name}.")
-            }
-
         self.images.data.copy_(state["images"])
         self.labels.data.copy_(state["labels"])
         self.ages, (self.steps, self.raised) = state["ages"].tolist(), state["count"].tolist()
-        self.lamb.param_groups[0]["step"] = torch.tensor(
-            float(self.steps)
-        )  # LAMB counts for all tensors together
-        _restore(self.lamb, part("lamb"))
-        for i, net in enumerate(self.nets):
-            net.load_state_dict(part(f"net{i}"))
-            _restore(self.adams[i], part(f"adam{i}"))
-
-
-def _flat(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser as tensors by "parameter.name"."""
-    return {
-        f"{i}.{key}": value
-        for i, kept in optimiser.state_dict()["state"].items()
-        for key, value in kept.items()
-    }
-
-
-def _restore(optimiser: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """Give an optimiser the state that `_flat` took from it."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        i, name = key.split(".")
-        state.setdefault(int(i), {})[name] = value.clone()
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+        # LAMB counts for all tensors together
+        self.lamb.param_groups[0]["step"] = torch.tensor(float(self.steps))
+        restore(self.lamb, state, "lamb")
+        for i, (net, adam) in enumerate(zip(self.nets, self.adams, strict=True)):
+            net.load_state_dict(part(state, f"net{i}"))
+            restore(adam, state, f"adam{i}")

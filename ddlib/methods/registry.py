@@ -21,7 +21,8 @@ from ..core import KINDS, DDError, kind_of
 GROUP = "ddlib.methods"
 BUILT_IN = {
     "coreset": ("random", "herding", "kcenter", "kmeans", "forgetting"),
-    "gradient": ("dc", "dsa", "idc", "dream", "dream_plus"),
+    "gradient": ("dc", "dsa", "idc"),
+    "dream": ("dream", "dream_plus"),
     "dm": ("dm",),
     "trajectory": ("mtt", "tesla", "ftd", "datm"),
     "frepo": ("frepo",),
@@ -40,9 +41,10 @@ class Registration:
     presets: Path | None = None  # the YAML beside the class, where there is one
     protocol: str = ""  # of its evaluation, where no preset names one; "" is the common preset's
     colour: str = ""  # in plots; "" is the next one of a cycle
-    page: str = (
-        ""  # address of its documentation; "" is docs/methods/NAME.md of ddlib, if that exists
-    )
+    # Address of its documentation; "" is docs/methods/NAME.md of ddlib, if that exists
+    page: str = ""
+    # Settings that are the method's own, and the values they may have (`BaseMethod.only`)
+    only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     published: Path | None = None  # a CSV beside the class, as ddlib/report/published.csv
 
 
@@ -56,8 +58,8 @@ def register(
 ) -> Callable[[type], type]:
     """A decorator that offers a class as the method `name`; see `Registration` for the rest, all of it optional.
 
-    `presets` is the name of a file beside the class's module; without one, NAME.yaml is read if it is there, and the defaults of the Config are the method's settings if not. Raises `DDError` for a name that is taken,
-    and for a class that lacks a part of the contract (`ddlib.methods.base.Method`).
+    `presets` is the name of a file beside the class's module; without one, NAME.yaml is read if it is there, and the
+    defaults of the Config are the method's settings if not. Raises `DDError` for a name that is taken, and for a class that lacks a part of the contract (`ddlib.methods.base.Method`).
     """
 
     def decorate(cls: type) -> type:
@@ -72,6 +74,7 @@ def register(
                 presets=_file(folder, preset, name, required=bool(presets)),
                 protocol=protocol,
                 colour=colour,
+                only=getattr(cls, "only", {}),
             )
         )
         return cls
@@ -108,6 +111,11 @@ def _check(name: str, cls: type) -> None:
     if "iterations" not in fields:
         raise DDError(
             f"{what} has no field `iterations` in its Config: add it, the number of steps"
+        )
+    if unknown := sorted(getattr(cls, "only", {}).keys() - fields.keys()):
+        raise DDError(
+            f"{what} names {', '.join(unknown)} in `only`, which its Config lacks: add the field, or "
+            "take it out of `only`"
         )
     for field in fields.values():
         if field.default is dataclasses.MISSING:

@@ -5,8 +5,9 @@ images X, step size beta and, where they are learned, labels Y down the gradient
 
     L = ||theta_N - theta*_{t+M}||^2 / ||theta*_t - theta*_{t+M}||^2
 
-The four methods differ by arguments only: how the gradient is taken (`ddlib.match.trajectory`), which experts are matched
-(`ddlib.experts`), where segments start, and what the labels are. Differences from the released codes:
+`Trajectory` is that loop. The four methods, below it, say what the labels are, where segments start, what the result is,
+and which updates count; how the gradient is taken (`ddlib.match.trajectory`) and which experts are matched
+(`ddlib.experts`) are arguments of all four. Differences from the released codes:
 1. The default gradient is the exact adjoint, at TESLA's memory; the mtt, ftd and datm presets use it in place of the
    unrolled graph (same value), the tesla preset keeps `tesla_repo`, for which its image step sizes were chosen.
 2. beta changes by at most `clip_rate` of itself an iteration, which keeps it positive; 0 switches that off.
@@ -16,22 +17,29 @@ The four methods differ by arguments only: how the gradient is taken (`ddlib.mat
 5. Draws come from (seed, iteration), not from the clock.
 6. DREAM plugs in (`ddlib.match.sampler`, ours for these hosts): K-means initialisation, experts on representatives.
 7. DATM's first logits are a mean over experts also with `init=real`, where the release asks one expert.
+
+Accuracy, seconds, hardware and number of runs, as `python -m ddlib docs` renews them from the
+records: docs/methods/mtt.md, docs/methods/tesla.md, docs/methods/ftd.md and docs/methods/datm.md.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
 from ..augment.siamese import draw
-from ..core import DDError, generator, option
+from ..core import DDError, generator, option, upload
 from ..data.dataset import Dataset
 from ..experts import ExpertRecipe, ExpertSet, load_experts
+from ..match.inner import CompiledStep
 from ..match.sampler import initial_rows
 from ..match.trajectory import FlatNet, Match, Segment, match, parse_engine
 from .base import BaseMethod, Result
@@ -48,9 +56,8 @@ class Config:
     expert_epochs: int = option(2, least=1)  # M, epochs of the expert that N steps should match
     max_start: int = option(2, least=1)  # T+, start epochs are below it
     min_start: int = option(0, least=0)  # T-, the first start epoch
-    grow_from: int = option(
-        0, least=0
-    )  # DATM: the window's upper end at iteration 0; 0 is max_start throughout
+    # DATM: the window's upper end at iteration 0; 0 is max_start throughout
+    grow_from: int = option(0, least=0)
     grow_until: int = option(0, least=0)  # DATM: the iteration at which it has grown to max_start
     batch_syn: int = option(0, least=0)  # images an inner step; 0 is all of them
     lr_img: float = option(100.0, least=0)  # step size of the images
@@ -58,42 +65,36 @@ class Config:
     lr_teacher: float = option(0.01, least=0)  # beta at the start
     lr_label: float = option(0.0, least=0)  # step size of learned label logits, momentum 0.9
     momentum: float = option(0.5, least=0, below=1)  # of images and beta
-    labels: str = option(
-        "hard", allowed=("hard", "assigned", "learned")
-    )  # one-hot, TESLA's teacher, DATM's logits
-    init: str = option(
-        "real", allowed=("real", "correct", "noise", "kmeans")
-    )  # correct: images an expert gets right
-    init_epoch: int = option(
-        0, least=0
-    )  # kmeans: clusters features of an expert after so many epochs
-    ema: float = option(
-        0.0, least=0, below=1
-    )  # FTD: decay of the images' moving average, then the result; 0: off
+    # One-hot, TESLA's teacher, DATM's logits
+    labels: str = option("hard", allowed=("hard", "assigned", "learned"))
+    # correct: images an expert gets right
+    init: str = option("real", allowed=("real", "correct", "noise", "kmeans"))
+    # kmeans: clusters features of an expert after so many epochs
+    init_epoch: int = option(0, least=0)
+    # FTD and DATM: decay of the images' moving average, then the result; 0 is off
+    ema: float = option(0.0, least=0, below=1)
     threshold: float = option(0.0, least=0)  # DATM: skip an update whose loss is above it; 0 is off
     segments: int = option(1, least=1)  # segments an iteration, their gradients averaged
-    clip_rate: float = option(
-        0.05, least=0
-    )  # largest relative change of beta an iteration; 0 is off
+    # Largest relative change of beta an iteration; 0 is off
+    clip_rate: float = option(0.05, least=0)
     micro: int = option(0, least=0)  # images in one graph; 0 is the whole inner batch
     keep: int = option(1, least=1)  # last steps whose graphs wait in memory; no matter otherwise
+    compile: bool = False  # torch.compile the inner steps; same numbers to about 1e-5
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA, one operation an inner step
     experts: int = option(100, least=1)  # trajectories to draw from
     expert_total: int = option(50, least=1)  # epochs each expert was trained
     expert_lr: float = option(0.01, least=0)
     expert_batch: int = option(256, least=1)
     expert_sampling: str = option("random", allowed=("random", "dream"))  # of the experts' batches
-    flat: str = option(
-        "plain", allowed=("plain", "sam", "agsam")
-    )  # FTD: paper's SAM, or its code's adaptive GSAM
+    # FTD: paper's SAM, or its code's adaptive GSAM
+    flat: str = option("plain", allowed=("plain", "sam", "agsam"))
     rho: float = option(0.01, least=0)  # radius of flat experts
     alpha: float = option(1.0, least=0)  # weight of flatness
 
     def __post_init__(self) -> None:
         parse_engine(self.gradient)  # here, so that a wrong one is named before experts are trained
-        if (
-            self.flat == "plain"
-        ):  # where rho and alpha do nothing, and so must not make another run of it
+        # Of plain experts rho and alpha do nothing, and so must not make another run of it.
+        if self.flat == "plain":
             for name in ("rho", "alpha"):
                 object.__setattr__(self, name, getattr(ExpertRecipe, name))
 
@@ -111,15 +112,20 @@ class Config:
         )
 
 
-def soft_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def soft_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Batch mean of -sum softmax(labels) log softmax(logits): DATM's loss on learned label logits."""
     return F.cross_entropy(logits, labels.softmax(1))
 
 
 class Trajectory(BaseMethod):
-    """Trajectory matching of `ipc` images a class on `data`; needs experts (`ddlib.experts.train_experts`)."""
+    """The loop that all four share; it needs experts (`ddlib.experts.train_experts`).
 
-    Config, version, preset = Config, 1, "trajectory"
+    Attributes: `raw` [n, C, H, W], the images X as SGD moves them; `rate`, beta; `logits`, DATM's learned labels, else
+    empty; `experts`, their weights theta* by epoch; `steps`, and `skipped` of them.
+    """
+
+    Config, version, preset, stream = Config, 1, "trajectory", "trajectory"
+    criterion: Callable = staticmethod(F.cross_entropy)  # of the steps on the synthetic set
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
         super().__init__(config, data, ipc, seed)
@@ -140,7 +146,9 @@ class Trajectory(BaseMethod):
             )
         self.experts = load_experts(data, backbone, config.expert_recipe, config.experts)
         self.net = FlatNet(self.network(backbone))
-        self.raw, self.logits = self._initial()
+        self.inner = CompiledStep(self.net, self.criterion) if config.compile else None
+        self.raw = self.first_images()
+        self.logits = self.first_logits(self.raw)
         self.average = self.raw.clone()
         self.rate = torch.tensor(config.lr_teacher, device=data.device)
         self.velocity = {
@@ -149,124 +157,159 @@ class Trajectory(BaseMethod):
             "logits": torch.zeros_like(self.logits),
         }
 
-    def _theta(self, expert: int, epoch: int) -> torch.Tensor:
-        return self.experts.weights[expert][epoch].to(self.data.device, self.dtype)
+    def _theta(self, expert: int, epoch: int) -> Tensor:
+        return upload(self.experts.weights[expert][epoch], self.data.device).to(self.dtype)
 
-    def _initial(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [n, C, H, W] and, for learned labels, logits [n, classes] (else empty)."""
-        config, data, empty = self.config, self.data, torch.zeros(0, device=self.data.device)
-        if config.init == "noise":
-            images = torch.randn(
-                (len(self.labels), *data.shape),
-                generator=generator(self.seed, "trajectory", "noise"),
-            )
-            images = images.to(data.device, self.dtype)
-        elif config.init == "real":
-            images = data.batch(
-                "train", data.sample(self.ipc, generator(self.seed, "trajectory", "init")).flatten()
-            )
-        elif config.init == "kmeans":
-            vector_to_parameters(
-                self._theta(self.seed % len(self.experts), config.init_epoch),
-                self.net.net.parameters(),
-            )
-            rows = initial_rows(
-                self.net.net, data, self.ipc, generator(self.seed, "trajectory", "init")
-            )
-            images = data.batch("train", rows.flatten())
+    # What a paper says
+
+    def first_images(self) -> Tensor:
+        """X to begin with [n, C, H, W] (`init`): real images, N(0, 1), or those nearest to K-means centres."""
+        if self.config.init == "noise":
+            shape = (len(self.labels), *self.data.shape)
+            return torch.randn(shape, generator=self.rng("noise")).to(self.data.device, self.dtype)
+        if self.config.init == "kmeans":
+            theta = self._theta(self.seed % len(self.experts), self.config.init_epoch)
+            vector_to_parameters(theta, self.net.net.parameters())
+            rows = initial_rows(self.net.net, self.data, self.ipc, self.rng("init"))
         else:
-            images = self._correct_images()
-        if config.labels != "learned":
-            return images, empty
-        answers = torch.stack([self._logits(images, e, -1) for e in range(len(self.experts))])
-        right = (answers.argmax(2) == self.labels).float()[..., None]
-        mean = (answers * right).sum(0) / right.sum(0).clamp(
-            min=1
-        )  # over the experts that are right ...
-        one_hot = (
-            F.one_hot(self.labels, data.num_classes) * answers.abs().max()
-        )  # ... or the label, if none is
-        return images, torch.where(right.sum(0) > 0, mean, one_hot)
+            rows = self.data.sample(self.ipc, self.rng("init"))
+        return self.data.batch("train", rows.flatten())
 
-    @torch.no_grad()
-    def _logits(self, images: torch.Tensor, expert: int, epoch: int) -> torch.Tensor:
-        theta = self._theta(expert, epoch)
-        return torch.cat([self.net(theta, x) for x in images.split(500)])
+    def first_logits(self, images: Tensor) -> Tensor:
+        """Label logits [n, classes] to begin with where labels are learned, else empty."""
+        return torch.zeros(0, device=self.data.device)
 
-    def _correct_images(self) -> torch.Tensor:
-        """`ipc` random real images a class that an expert's last weights get right, topped up with others."""
-        pool = self.data.sample(
-            min(50 + self.ipc, int(self.data.class_sizes().min())),
-            generator(self.seed, "trajectory", "init"),
-        )
-        found = self._logits(
-            self.data.batch("train", pool.flatten()), self.seed % len(self.experts), -1
-        )
-        wrong = (
-            found.argmax(1).unflatten(0, pool.shape)
-            != torch.arange(len(pool), device=pool.device)[:, None]
-        )
-        order = wrong.int().argsort(dim=1, stable=True)[:, : self.ipc]
-        return self.data.batch("train", pool.gather(1, order).flatten())
+    def segment_labels(self, expert: int, epoch: int) -> Tensor:
+        """What the steps of a segment train on that ends at this epoch of the expert; int64 [n], or float [n, classes]."""
+        return self.labels
+
+    def final_labels(self) -> Tensor:
+        """Labels of the result."""
+        return self.labels
 
     @property
-    def images(self) -> torch.Tensor:
-        return self.average if self.config.ema else self.raw
+    def images(self) -> Tensor:
+        """The result as it stands, normalised [n, C, H, W]."""
+        return self.raw
 
-    def final_labels(self) -> torch.Tensor:
-        """The classes, DATM's learned labels, or (TESLA) the mean answer of all experts to the images."""
-        if self.config.labels == "learned":
-            return self.logits.softmax(1)
-        if self.config.labels == "hard" or self.steps == 0:
-            return self.labels
-        epoch = self.config.max_start - 1 + self.config.expert_epochs
-        answers = [self._logits(self.images, e, epoch) for e in range(len(self.experts))]
-        return torch.stack([logits.softmax(1) for logits in answers]).mean(0)
+    def last_start(self) -> int:
+        """The bound that start epochs of this step stay below, T+."""
+        return self.config.max_start
 
-    def result(self) -> Result:
-        """The set with its learned step size."""
-        return Result(self.images, self.final_labels(), recipe={"lr": float(self.rate)})
+    def counts(self, loss: Tensor) -> bool:
+        """Whether a step of this loss moves anything."""
+        return True
 
-    @classmethod
-    def needs(cls, config: Config) -> list[ExpertSet]:
-        return [ExpertSet(config.expert_recipe, config.experts)]
+    def gradients(self, found: list[Match]) -> dict[str, Tensor]:
+        """dL/dX and dL/dbeta, by the names of what they move; means over the segments."""
+        return {
+            "raw": torch.stack([m.images for m in found]).mean(0),
+            "rate": torch.stack([m.rates.sum() for m in found]).mean(),
+        }
 
-    def _window(self) -> int:
-        c = self.config
-        if not c.grow_from:
-            return c.max_start
-        return min(
-            c.max_start,
-            c.grow_from + int((c.max_start - c.grow_from) * self.steps / max(1, c.grow_until)),
+    def moved(self, velocity: dict[str, Tensor], change: Tensor) -> dict[str, Tensor]:
+        """X and beta after SGD with this velocity; `change` is that of beta."""
+        return {
+            "rate": self.rate + change,
+            "raw": self.raw - self.config.lr_img * velocity["raw"],
+        }
+
+    # One iteration
+
+    def step(self) -> dict[str, Tensor | int]:
+        """One update of images, step size and labels; returns the matching loss and beta.
+
+        Raises `DDError`, before anything is changed, when the loss or a gradient is not finite or beta would turn
+        negative.
+        """
+        found = [
+            self.match(*self.segment(self.rng(self.steps, k))) for k in range(self.config.segments)
+        ]
+        loss = torch.stack([m.loss for m in found]).mean()
+        gradients = self.gradients(found)
+        counts = self.counts(loss)
+        velocity = self.velocities(gradients) if counts else {}
+        moved = self.moved(velocity, self.beta_change(velocity["rate"])) if counts else {}
+        self.refuse([loss, *gradients.values()], moved)
+        if counts:
+            self.update(velocity, moved)
+        else:
+            self.skipped += 1
+        self.steps += 1
+        return {"loss": loss, "beta": self.rate, "skipped": self.skipped}
+
+    def velocities(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """v = m v + gradient, of everything that has a gradient; the momentum of DATM's labels is 0.9."""
+        momentum = {key: 0.9 if key == "logits" else self.config.momentum for key in gradients}
+        return {
+            key: momentum[key] * self.velocity[key] + gradient
+            for key, gradient in gradients.items()
+        }
+
+    def beta_change(self, velocity: Tensor) -> Tensor:
+        """What beta moves by: at most `clip_rate` of itself (difference 2)."""
+        change, clip = -self.config.lr_lr * velocity, self.config.clip_rate
+        return change.clamp(-clip * self.rate, clip * self.rate) if clip else change
+
+    def refuse(self, seen: list[Tensor], moved: dict[str, Tensor]) -> None:
+        """Raise `DDError` where the loss or a gradient in `seen`, or what would move, is not finite or beta not positive.
+
+        All of it is one question, for which a GPU is waited for once.
+        """
+        good = [value.isfinite().all() for value in (*seen, *moved.values())]
+        if moved:
+            good.append(moved["rate"] > 0)
+        if torch.stack(good).all():
+            return
+        c, beta = self.config, float(self.rate)
+        if not torch.stack(good[: len(seen)]).all():
+            raise DDError(
+                f"the matching loss is {float(seen[0])} at step {self.steps + 1}: lower lr_img ({c.lr_img}), "
+                f"lr_lr ({c.lr_lr}) or lr_teacher ({c.lr_teacher}); beta is {beta:.3g}"
+            )
+        if not good[-1]:
+            raise DDError(
+                f"the step size beta would turn from {beta:.3g} to {float(moved['rate']):.3g} at step "
+                f"{self.steps + 1}: lower lr_lr ({c.lr_lr}) or set clip_rate between 0 and 1"
+            )
+        raise DDError(
+            f"images, labels or beta would not be finite after step {self.steps + 1}: lower lr_img "
+            f"({c.lr_img}) or lr_label ({c.lr_label})"
         )
+
+    def update(self, velocity: dict[str, Tensor], moved: dict[str, Tensor]) -> None:
+        """Take what has moved, by SGD with momentum."""
+        self.velocity |= velocity
+        for key, value in moved.items():
+            setattr(self, key, value)
 
     def segment(
         self, rng: torch.Generator, place: tuple[int, int] | None = None
-    ) -> tuple[Segment, torch.Tensor]:
+    ) -> tuple[Segment, Tensor]:
         """A random segment, or that of `place` = (expert, start epoch), and the labels that its steps train on."""
         c, n = self.config, len(self.labels)
         expert, start = place or (
             int(torch.randint(len(self.experts), (), generator=rng)),
             int(
-                torch.randint(c.min_start, max(self._window(), c.min_start + 1), (), generator=rng)
+                torch.randint(
+                    c.min_start, max(self.last_start(), c.min_start + 1), (), generator=rng
+                )
             ),
         )
-        batches: list[torch.Tensor] = []
+        batches: list[Tensor] = []
         while len(batches) < c.syn_steps:
-            batches += torch.randperm(n, generator=rng).to(self.data.device).split(c.batch_syn or n)
+            order = upload(torch.randperm(n, generator=rng), self.data.device)
+            batches += order.split(c.batch_syn or n)
         batches = batches[: c.syn_steps]
         params = [
             draw(c.augment, len(b), self.data.shape[1:], rng, op_every=len(b)) for b in batches
         ]
-        target = self._theta(expert, start + c.expert_epochs)
-        labels = {"hard": self.labels, "learned": self.logits}.get(c.labels)
-        if labels is None:
-            labels = self._logits(self.raw, expert, start + c.expert_epochs).softmax(1)
-        return Segment(self._theta(expert, start), target, batches, params), labels
+        end = start + c.expert_epochs
+        segment = Segment(self._theta(expert, start), self._theta(expert, end), batches, params)
+        return segment, self.segment_labels(expert, end)
 
-    def match(self, segment: Segment, labels: torch.Tensor, gradient: str | None = None) -> Match:
+    def match(self, segment: Segment, labels: Tensor, gradient: str | None = None) -> Match:
         """Loss and gradients of one segment at the present images and step size."""
-        criterion = soft_cross_entropy if self.config.labels == "learned" else F.cross_entropy
         return match(
             self.net,
             segment,
@@ -276,8 +319,24 @@ class Trajectory(BaseMethod):
             gradient or self.config.gradient,
             micro=self.config.micro,
             keep=self.config.keep,
-            criterion=criterion,
+            criterion=self.criterion,
+            inner=self.inner,
         )
+
+    # What serves it
+
+    @torch.no_grad()
+    def _logits(self, images: Tensor, expert: int, epoch: int) -> Tensor:
+        theta = self._theta(expert, epoch)
+        return torch.cat([self.net(theta, x) for x in images.split(500)])
+
+    def result(self) -> Result:
+        """The set with its learned step size."""
+        return Result(self.images, self.final_labels(), recipe={"lr": float(self.rate)})
+
+    @classmethod
+    def needs(cls, config: Config) -> list[ExpertSet]:
+        return [ExpertSet(config.expert_recipe, config.experts)]
 
     def mean_loss(self, most: int = 24) -> float:
         """Matching loss, mean over all segments of all experts, or `most` of them evenly spread."""
@@ -297,7 +356,8 @@ class Trajectory(BaseMethod):
         try:
             self.raw = self.images  # of the result, which is the EMA if there is one
             after = self.mean_loss()
-            self.raw, self.logits = self._initial()
+            self.raw = self.first_images()
+            self.logits = self.first_logits(self.raw)
             self.rate = torch.full_like(self.rate, self.config.lr_teacher)
             before = self.mean_loss()
         finally:
@@ -315,71 +375,7 @@ class Trajectory(BaseMethod):
             **timed,
         }
 
-    def step(self) -> dict[str, float]:
-        """One update of images, step size and labels; returns the matching loss and beta.
-
-        Raises `DDError`, before anything is changed, when the loss or a gradient is not finite or beta would turn
-        negative.
-        """
-        c = self.config
-        found = [
-            self.match(*self.segment(generator(self.seed, "trajectory", self.steps, k)))
-            for k in range(c.segments)
-        ]
-        loss = torch.stack([m.loss for m in found]).mean()
-        gradients = {
-            "raw": torch.stack([m.images for m in found]).mean(0),
-            "rate": torch.stack([m.rates.sum() for m in found]).mean(),
-        }
-        if c.labels == "learned":
-            gradients["logits"] = torch.stack([m.labels for m in found]).mean(0)
-        if not all(torch.isfinite(value).all() for value in (loss, *gradients.values())):
-            raise DDError(
-                f"the matching loss is {float(loss)} at step {self.steps + 1}: lower lr_img ({c.lr_img}), "
-                f"lr_lr ({c.lr_lr}) or lr_teacher ({c.lr_teacher}); beta is {float(self.rate):.3g}"
-            )
-        if not c.threshold or loss <= c.threshold:
-            self._update(gradients)
-        else:
-            self.skipped += 1
-        self.steps += 1
-        if self.steps == 100 and self.skipped > 95:
-            warnings.warn(
-                f"{self.skipped} of the first 100 updates were skipped, for their loss was above threshold "
-                f"{c.threshold}: raise it, or let segments start earlier"
-            )
-        return {"loss": float(loss), "beta": float(self.rate), "skipped": self.skipped}
-
-    def _update(self, gradients: dict[str, torch.Tensor]) -> None:
-        c = self.config
-        velocity = {
-            key: (0.9 if key == "logits" else c.momentum) * self.velocity[key] + gradient
-            for key, gradient in gradients.items()
-        }
-        change = -c.lr_lr * velocity["rate"]
-        if c.clip_rate:
-            change = change.clamp(-c.clip_rate * self.rate, c.clip_rate * self.rate)
-        if not self.rate + change > 0:
-            raise DDError(
-                f"the step size beta would turn from {float(self.rate):.3g} to "
-                f"{float(self.rate + change):.3g} at step {self.steps + 1}: lower lr_lr ({c.lr_lr}) or set "
-                "clip_rate between 0 and 1"
-            )
-        moved = {"rate": self.rate + change, "raw": self.raw - c.lr_img * velocity["raw"]}
-        if c.labels == "learned":
-            moved["logits"] = self.logits - c.lr_label * velocity["logits"]
-        if not all(torch.isfinite(value).all() for value in moved.values()):
-            raise DDError(
-                f"images, labels or beta would not be finite after step {self.steps + 1}: lower lr_img "
-                f"({c.lr_img}) or lr_label ({c.lr_label})"
-            )
-        self.velocity |= velocity
-        for key, value in moved.items():
-            setattr(self, key, value)
-        if c.ema:
-            self.average = c.ema * self.average + (1 - c.ema) * self.raw
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         state = {
             "raw": self.raw,
             "average": self.average,
@@ -389,7 +385,7 @@ class Trajectory(BaseMethod):
         }
         return state | {f"velocity_{key}": value for key, value in self.velocity.items()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         state = {key: value.to(self.data.device) for key, value in state.items()}
         self.steps, self.skipped = state.pop("count").tolist()
         self.velocity = {key: state.pop(f"velocity_{key}") for key in self.velocity}
@@ -402,21 +398,117 @@ class Trajectory(BaseMethod):
 
 @register("mtt", paper="arXiv 2203.11932")
 class MTT(Trajectory):
-    """Cazenavette et al., CVPR 2022: hard labels, plain experts, start epochs below one bound, beta learned."""
+    """Cazenavette et al., CVPR 2022: the loop as it is (algorithm 1), with one-hot labels, plain experts, start epochs
+    below one bound T+, and a learned beta."""
+
+    only: ClassVar = {
+        "labels": ("hard",),
+        "init": ("real", "noise", "kmeans"),
+        "ema": (0.0,),
+        "grow_from": (0,),
+        "threshold": (0.0,),
+    }
 
 
 @register("tesla", paper="arXiv 2211.10586")
-class TESLA(Trajectory):
-    """Cui et al., ICML 2023: the gradient as a sum over steps that treats inner weights as constants (`gradient`), and
-    on ImageNet-1K labels that a teacher assigns (`labels`)."""
+class TESLA(MTT):
+    """Cui et al., ICML 2023: the gradient as a sum over steps that treats inner weights as constants (`gradient`:
+    tesla), and on ImageNet-1K labels that a teacher assigns (`labels`: assigned), the expert at the segment's end."""
+
+    only: ClassVar = MTT.only | {"labels": ("hard", "assigned")}
+
+    def segment_labels(self, expert: int, epoch: int) -> Tensor:
+        if self.config.labels == "hard":
+            return self.labels
+        # Y = softmax f(X; theta*_{t+M})
+        return self._logits(self.raw, expert, epoch).softmax(1)
+
+    def final_labels(self) -> Tensor:
+        """The classes, or the mean answer of all experts to the images (difference 3)."""
+        if self.config.labels == "hard" or self.steps == 0:
+            return self.labels
+        epoch = self.config.max_start - 1 + self.config.expert_epochs
+        answers = [self._logits(self.images, e, epoch) for e in range(len(self.experts))]
+        return torch.stack([logits.softmax(1) for logits in answers]).mean(0)
 
 
 @register("ftd", paper="arXiv 2211.11004")
-class FTD(Trajectory):
+class FTD(MTT):
     """Du et al., CVPR 2023: experts trained to be flat (`flat`), and the images' moving average as the result (`ema`)."""
+
+    only: ClassVar = {key: value for key, value in MTT.only.items() if key != "ema"}
+
+    @property
+    def images(self) -> Tensor:
+        return self.average if self.config.ema else self.raw
+
+    def update(self, velocity: dict[str, Tensor], moved: dict[str, Tensor]) -> None:
+        super().update(velocity, moved)
+        if self.config.ema:
+            # X_ema = ema X_ema + (1 - ema) X
+            self.average = self.config.ema * self.average + (1 - self.config.ema) * self.raw
 
 
 @register("datm", paper="arXiv 2310.05773")
-class DATM(Trajectory):
-    """Guo et al., ICLR 2024: start epochs from a window that grows (`grow_from`, `grow_until`), soft labels that are
-    learned (`labels`), and images to begin with that an expert gets right (`init`)."""
+class DATM(FTD):
+    """Guo et al., ICLR 2024: FTD whose start epochs come from a window that grows (`grow_from`, `grow_until`), whose
+    labels Y = softmax(L) are learned from what the experts answer (`lr_label`), whose first images an expert gets right
+    (`init`: correct), and which skips updates of a loss above `threshold`."""
+
+    only: ClassVar = {"labels": ("learned",)}
+    criterion = staticmethod(soft_cross_entropy)
+
+    def last_start(self) -> int:
+        c = self.config
+        if not c.grow_from:
+            return c.max_start
+        # T+(s) = grow_from + (T+ - grow_from) s / grow_until
+        grown = int((c.max_start - c.grow_from) * self.steps / max(1, c.grow_until))
+        return min(c.max_start, c.grow_from + grown)
+
+    def segment_labels(self, expert: int, epoch: int) -> Tensor:
+        return self.logits
+
+    def final_labels(self) -> Tensor:
+        return self.logits.softmax(1)
+
+    def first_images(self) -> Tensor:
+        """`ipc` random real images of each class that an expert's last weights get right, topped up with others."""
+        if self.config.init != "correct":
+            return super().first_images()
+        size = min(50 + self.ipc, int(self.data.class_sizes().min()))
+        pool = self.data.sample(size, self.rng("init"))
+        images = self.data.batch("train", pool.flatten())
+        answers = self._logits(images, self.seed % len(self.experts), -1).argmax(1)
+        wrong = answers.unflatten(0, pool.shape) != self.classes[:, None]
+        order = wrong.int().argsort(dim=1, stable=True)[:, : self.ipc]
+        return self.data.batch("train", pool.gather(1, order).flatten())
+
+    def first_logits(self, images: Tensor) -> Tensor:
+        """The mean answer of the experts that are right about an image; the label, if none is."""
+        answers = torch.stack([self._logits(images, e, -1) for e in range(len(self.experts))])
+        right = (answers.argmax(2) == self.labels).float()[..., None]
+        mean = (answers * right).sum(0) / right.sum(0).clamp(min=1)
+        one_hot = F.one_hot(self.labels, self.data.num_classes) * answers.abs().max()
+        return torch.where(right.sum(0) > 0, mean, one_hot)
+
+    def gradients(self, found: list[Match]) -> dict[str, Tensor]:
+        labels = torch.stack([m.labels for m in found]).mean(0)
+        return super().gradients(found) | {"logits": labels}
+
+    def moved(self, velocity: dict[str, Tensor], change: Tensor) -> dict[str, Tensor]:
+        # L = L - lr_label v
+        logits = self.logits - self.config.lr_label * velocity["logits"]
+        return super().moved(velocity, change) | {"logits": logits}
+
+    def counts(self, loss: Tensor) -> bool:
+        return not self.config.threshold or bool(loss <= self.config.threshold)
+
+    def step(self) -> dict[str, Tensor | int]:
+        report = super().step()
+        if self.steps == 100 and self.skipped > 95:
+            warnings.warn(
+                f"{self.skipped} of the first 100 updates were skipped, for their loss was above threshold "
+                f"{self.config.threshold}: raise it, or let segments start earlier"
+            )
+        return report

@@ -30,13 +30,14 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core import DDError, choose
+from ..core import DDError, choose, instance, shown
 
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "swish": nn.SiLU}
 NORMS = ("in", "bn", "ln", "gn", "none")
@@ -94,6 +95,9 @@ class Backbone(nn.Module):
         return self.classifier(self.features(x))
 
 
+LARGEST = {"width": 65_536, "depth": 128, "grow": 16}  # what a network may be asked for
+
+
 def build(
     spec: str,
     shape: tuple[int, int, int],
@@ -105,7 +109,7 @@ def build(
     Parameters are drawn by `initialise` from `generator`, or from one with seed 0.
     Raises DDError for an unknown name, key or value, and for images that are too small.
     """
-    (name, options), shape = _parse(spec), tuple(shape)
+    (name, options), shape = _parse(instance("backbone", spec, str)), tuple(shape)
     if len(shape) != 3 or min(shape) < 1 or num_classes < 1:
         raise DDError(
             f"cannot build {spec!r} for images of shape {shape} and {num_classes} classes; "
@@ -128,6 +132,12 @@ def build(
             math.prod(body.shape),
             num_classes,
             init,
+        )
+    size = 4 * sum(parameter.numel() for parameter in net.parameters())
+    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise DDError(
+            f"the network {spec!r} has {size / 2**30:,.0f} GiB of weights, more than this machine's "
+            "memory: give a smaller width or depth"
         )
     return initialise(net.to_empty(device="cpu"), generator or torch.Generator().manual_seed(0))
 
@@ -199,9 +209,11 @@ def _parse(spec: str) -> tuple[str, dict[str, object]]:
                 f"backbone {spec!r} is not of the form {name}:key=value,... with each key once"
             )
         if key in ("width", "depth", "grow"):
-            if not (value.isascii() and value.isdigit() and int(value) > 0):
+            digits = value.isascii() and value.isdigit() and len(value) < 10
+            if not (digits and 0 < int(value) <= LARGEST[key]):
                 raise DDError(
-                    f"{key}={value} in backbone {spec!r} is not allowed; it must be a whole number above 0"
+                    f"{key}={shown(value)} in backbone {shown(spec)} is not allowed; it must be a "
+                    f"whole number above 0 and at most {LARGEST[key]}"
                 )
             options[key] = int(value)
         else:

@@ -8,10 +8,10 @@ from pathlib import Path
 import yaml
 
 from ..config import Spec
-from ..core import DDError
+from ..core import DDError, instance, path_of
 from ..data.dataset import canonical
 from ..engine.record import Run, resolve_record
-from ..files import SOURCE
+from ..files import SOURCE, is_there
 from . import tables
 
 # dataset -> (licence as Hugging Face's front matter has it, a sentence). A set inherits the terms of its images.
@@ -50,7 +50,7 @@ SUBSETS = (
 
 def card(run: Run) -> str:
     """The card of a kept set; raises `DDError` where its record or its set is missing."""
-    if not run.path.is_file():
+    if not is_there(instance("run", run, Run).path):
         raise DDError(f"a card needs the set's record, and there is no {run.path}")
     record, syn, spec = run.record, run.synthetic, resolve_record(run.record)
     place = canonical(record["dataset"])
@@ -78,8 +78,9 @@ def card(run: Run) -> str:
 
 def of_file(path: str | Path, what: str = "a card") -> Run:
     """The run whose record or set is `path`; `what` is what the record is needed for."""
-    run = Run(Path(path).with_suffix(".json"))
-    if not run.path.is_file():
+    path = path_of("the path of a set", path)
+    run = Run(path.with_suffix(".json") if path.name else path)
+    if not is_there(run.path):
         raise DDError(
             f"{what} needs the set's record, and there is no {run.path}: name a set beside its record, "
             "as ddlib run writes them"

@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "of_method",
     "papers",
+    "short_title",
     "shown",
 ]
 NEEDED = {"paper", "where", "labels", "spread", "reason"}
@@ -219,12 +220,18 @@ def judge(
 
 
 def counts(judged: pd.DataFrame) -> pd.DataFrame:
-    """How many claims of each paper ended in which verdict, and how many there are."""
+    """How many claims of each paper, by its short title, ended in which verdict, and how many there are."""
     table = pd.crosstab(judged.paper, judged.kind).reindex(
         index=papers(), columns=list(VERDICTS), fill_value=0
     )
     table.insert(0, "claims", table.sum(axis=1))
+    table.index = pd.Index(map(short_title, table.index), name="paper")
     return table.rename_axis(columns=None).reset_index()
+
+
+def short_title(paper: str) -> str:
+    """What a paper is called for short, by its arXiv id: "DM"."""
+    return papers()[paper]["title"].partition(":")[0]
 
 
 def shown(judged: pd.DataFrame) -> pd.DataFrame:
@@ -294,10 +301,11 @@ def figure(judged: pd.DataFrame, title: str = "Claims of the five papers by verd
     import matplotlib.pyplot as plt
 
     table, left = counts(judged), 0
-    names = [papers()[paper]["title"].partition(":")[0] for paper in table.paper]
     drawn, axis = plt.subplots(figsize=(8, 3), layout="constrained")
     for kind, colour in VERDICTS.items():
-        bars = axis.barh(names, table[kind], left=left, color=colour, label=kind, edgecolor="white")
+        bars = axis.barh(
+            table.paper, table[kind], left=left, color=colour, label=kind, edgecolor="white"
+        )
         axis.bar_label(
             bars, [str(n) if n else "" for n in table[kind]], label_type="center", fontsize=8
         )

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from ..files import SOURCE
+from ..core import DDError
+from ..files import SOURCE, write_atomically
+from ..methods.coreset import KINDS as REAL
 from . import answers, claims, tables
-from .plots import short
+from .plots import SIZES, short
 from .verdict import COUNTED, VERDICTS
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 BLOCK = re.compile(
     r"(<!-- (headline|results|claims|records):begin([\w ]*)\(.*?\) -->\n).*?(<!-- \2:end -->)",
     re.DOTALL,
@@ -38,12 +42,14 @@ def pages() -> list[Path]:
 
 
 def write(results: str | Path | None = None) -> list[Path]:
-    """Renew the blocks of all pages; those that changed."""
+    """Renew the blocks of all pages; those that changed. Raises `DDError` where there is no page."""
+    if not (SOURCE / "docs").is_dir():
+        raise DDError(f"docs needs the source checkout of ddlib: {SOURCE} has no docs")
     changed = []
     for path in pages():
         old = path.read_text()
         if (new := fill(old, results)) != old:
-            path.write_text(new)
+            write_atomically(path, partial(Path.write_text, data=new))
             changed.append(path)
     return changed
 
@@ -61,21 +67,49 @@ def _runs(results: str | Path | None, methods: list[str]) -> dict[str, pd.DataFr
 def _headline(_: list[str], results: str | Path | None) -> str:
     judged = claims.judge(claims.load(), results)
     numbers = judged.kind.value_counts()
-    words = ", ".join(f"{numbers[word]} {word}" for word in VERDICTS if word in numbers)
+
+    def counted(kinds: list[str]) -> str:
+        return ", ".join(f"{numbers[kind]} {kind}" for kind in kinds if kind in numbers)
+
+    others = counted([kind for kind in VERDICTS if kind not in COUNTED])
     runs = [run for profile in answers.KEPT for run in tables.stored(results, profile)]
     front = tables.front_page(tables.runs(runs))
     if len(front):
         words_alone = front.verdict.str.partition(",")[0]  # the long table has its marks
         front = front.assign(dataset=front.dataset.map(short), verdict=words_alone)
         front = front.drop(columns="Δ").rename(columns={"dataset": "data set", "ipc": "IPC"})
-    stand = numbers.reindex(COUNTED).sum()
-    line = f"Of {len(judged)} claims of the five papers {stand:.0f} stand: {words}."
+    stands = judged[judged.kind.isin(COUNTED)]
+    real = stands.method.isin(REAL).sum()
+    line = f"Of {len(judged)} claims of the five papers {len(stands)} stand: "
+    line += f"{counted(list(COUNTED))}; {real} of these are of real images. The rest: {others}."
     return f"{line}\n\n{tables.as_markdown(front) if len(front) else 'No record yet.'}"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """`tables.compare` with the counts, the seconds and the whole verdict of each row, as a Markdown table."""
+    if table.empty:
+        return "No record yet."
+    judged = tables.judge(table)
+    rows = tables.compare(table).drop(columns="verdict")
+    rows["dataset"] = rows.dataset.map(short)
+    rows["networks"] = [_counted(row.networks, row.seeds) for row in judged.itertuples()]
+    rows["seconds"] = [f"{row.distill:.0f} + {row.evaluate:.0f}" for row in judged.itertuples()]
+    rows["verdict"] = [
+        "; ".join(filter(None, (f"**{given.word}**", ", ".join(given.marks), given.why)))
+        for given in judged.verdict
+    ]
+    for column in {"dataset", "paper", "ours", "random", "seconds"} & {*rows}:  # not to be broken
+        rows[column] = rows[column].str.replace(" ", NO_BREAK)
+    return tables.as_markdown(rows.rename(columns={"dataset": "data set", "ipc": "IPC"}))
+
+
+def _counted(networks: int, seeds: int) -> str:
+    return f"{networks} in {seeds} seeds" if seeds > 1 else str(networks)
 
 
 def _results(_: list[str], results: str | Path | None) -> str:
     parts = [
-        f"### Profile `{profile}`\n\n{tables.markdown(table)}"
+        f"### {SIZES[profile].capitalize()} (`{profile}` profile)\n\n{markdown(table)}"
         for profile, table in _runs(results, []).items()
     ]
     return "\n\n".join(parts) or "No record yet."
@@ -83,29 +117,48 @@ def _results(_: list[str], results: str | Path | None) -> str:
 
 def _claims(_: list[str], results: str | Path | None) -> str:
     counts = claims.counts(claims.judge(claims.load(), results))
-    titles = {paper: facts["title"].partition(":")[0] for paper, facts in claims.papers().items()}
-    table = tables.as_markdown(counts.assign(paper=counts.paper.map(titles)))
-    return f"{table}\n\n{claims.from_memory()}"
+    return f"{tables.as_markdown(counts)}\n\n{claims.from_memory()}"
+
+
+def _answered(rows: pd.DataFrame, printed: int) -> str:
+    if printed == 0:
+        return "No table of this method could be read; the claims have the figures that could."
+    return tables.as_markdown(rows) if len(rows) else "No printed figure is answered by a kept run."
+
+
+def _folded(title: str, rows: pd.DataFrame) -> str:
+    """A table that opens at a click, on GitHub and on the site."""
+    head = f'<details markdown="1"><summary>{title}</summary>'
+    return f"{head}\n\n{tables.as_markdown(rows)}\n\n</details>"
 
 
 def _records(methods: list[str], results: str | Path | None) -> str:
     printed = pd.concat([claims.of_method(method) for method in methods])
     printed["ipc"] = printed.ipc.astype(int)
-    rows = claims.shown(claims.judge(printed, results)).rename(columns={"what": "method"})
+    judged = claims.judge(printed, results)
+    rows = claims.shown(judged).rename(columns={"what": "method", "dataset": "data set"})
     rows["protocol"] = printed.protocol.tolist()
+    rows["data set"] = rows["data set"].map(short)
     for column in ("paper", "ours"):
-        rows[column] = [text.removesuffix(" %") for text in rows[column]]
-    columns = ["method", "dataset", "IPC", "protocol", "paper", "evidence", "ours", "verdict"]
-    columns = columns[1:] if len(methods) == 1 else columns
+        rows[column] = [text.removesuffix(" %").replace(" ", NO_BREAK) for text in rows[column]]
+    columns = ["method", "data set", "IPC", "protocol", "paper", "evidence", "ours", "verdict"]
+    columns = [name for name in columns if name != "method" or len(methods) > 1]
+    answered = judged.kind != "not attempted"
+    tags = "[tags](../layout.md#evidence)"
     parts = [
-        "**Paper | ours**, test accuracy (%), last step, mean ± spread over networks and seeds:",
-        tables.as_markdown(rows[columns])
-        if len(rows)
-        else "No table of this method could be read; the claims have the figures that could.",
+        (
+            "**Paper | ours**, test accuracy (%), last step, mean ± spread over networks and seeds. "
+            f"*evidence* says where the printed figure was read ({tags})."
+        )
     ]
+    parts.append(_answered(rows.loc[answered, columns], len(rows)))
+    if not answered.all():
+        printed_alone = rows.loc[~answered, columns].drop(columns=["ours", "verdict"])
+        parts.append(_folded(f"{len(printed_alone)} figures not attempted", printed_alone))
     kept = _runs(results, methods)
     parts += [
-        f"**Kept runs and their cost**, `{profile}` profile:\n\n{tables.markdown(table)}"
+        f"**Kept runs and their cost**, {SIZES[profile]} (`{profile}` profile); seconds of "
+        f"distillation + evaluation:\n\n{markdown(table)}"
         for profile, table in kept.items()
     ]
     return "\n\n".join(parts if kept else [*parts, "No run is kept yet."])

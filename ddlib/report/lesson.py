@@ -145,23 +145,42 @@ def paper_and_ours(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The kept runs of `methods` (the setting nearest to each preset, or `every` one), then the `live` ones.
 
-    The first table has at most seven columns, the second the rest, row by row. Random images are those under the
-    evaluation of the first of `methods`; a row of them that no paper has a figure for stands in its column alone.
+    The first table has at most seven columns, the second the rest, row by row. Both follow the order of `methods`, with
+    random images last. Those are under the evaluation of the first of `methods`; a row of them that no paper has a
+    figure for stands in its column alone.
     """
     first, *others = methods
     where = live.iloc[0]
     protocol = resolve(first, where.dataset, int(where.ipc), where.profile).run.protocol
     stored = [kept(["random"], every=True), kept([first, *others], every=every)]
     stored = pd.concat(stored, ignore_index=True)
-    parts = [part for part in (stored[~stored.name.isin(live.name)], live) if len(part)]
+    real = stored.method == "random"  # what is live stands beside the kept runs too
+    parts = [part for part in (stored[real | ~stored.name.isin(live.name)], live) if len(part)]
     parts = [part.reset_index(drop=True) for part in parts]
-    rows = pd.concat([tables.compare(part) for part in parts], ignore_index=True)
-    details = pd.concat([tables.details(part) for part in parts], ignore_index=True)
-    judged = pd.concat([tables.judge(part) for part in parts], ignore_index=True)
+    shown = [_ordered(tables.compare(part), [first, *others]) for part in parts]
+    rows = pd.concat(shown, keys=range(len(parts)))
+    details, judged = (
+        pd.concat([make(part) for part in parts], keys=range(len(parts))).loc[rows.index]
+        for make in (tables.details, tables.judge)
+    )
     baseline = details.method == "random"
     told = (rows.paper != "none") & (judged.protocol == protocol)
-    plain = ~baseline | told | (details.profile == where.profile)
-    return _main(rows[plain], baseline[plain]), details[plain]
+    asked = rows.index.get_level_values(0) == len(parts) - 1  # the live runs are the last part
+    same = details.duplicated(["dataset", "ipc", "method", "profile", "overrides"], keep="last")
+    plain = ~baseline | ((told | asked) & ~same)
+    main = _main(rows[plain].reset_index(drop=True), baseline[plain])
+    return main, details[plain].reset_index(drop=True)
+
+
+def _ordered(rows: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
+    """The rows of `tables.compare` by dataset and IPC, in the order of `methods`, those with fewest overrides first."""
+    rank = {name: k for k, name in enumerate(methods)}
+    names = rows.method.str.partition(", ")[0]
+    order = rows.assign(
+        rank=names.map(lambda name: rank.get(name, len(rank) + (name == "random"))),
+        changes=rows.method.str.count("="),
+    )
+    return rows.loc[order.sort_values(["dataset", "ipc", "rank", "changes"], kind="stable").index]
 
 
 def _main(rows: pd.DataFrame, baseline: pd.Series) -> pd.DataFrame:
@@ -172,6 +191,8 @@ def _main(rows: pd.DataFrame, baseline: pd.Series) -> pd.DataFrame:
     names = ["random" if real else name for name, real in zip(names, baseline, strict=True)]
     rows = rows.assign(method=names).drop(columns=["dataset", "ipc"])
     rows.insert(0, "setting", setting)
+    if "random" in rows:  # the kept runs may have none beside them, and then it came last
+        rows.insert(rows.columns.get_loc("ours") + 1, "random", rows.pop("random"))
     return rows.fillna("")
 
 
@@ -434,6 +455,23 @@ def share_closed(table: pd.DataFrame, top: float) -> pd.DataFrame:
     share = (mean - mean.loc["random"]) / (top - mean.loc["random"])
     order = [m for m in plots.COLOURS if m in share.index and m != "random"]
     return share.loc[order].add_prefix("IPC ").rename_axis(columns=None).reset_index()
+
+
+def answered(judged: pd.DataFrame, paper: str) -> Page:
+    """A paper's claims that a kept record answers, in six columns, with evidence and records folded below."""
+    facts = claims.papers()[paper]
+    rows = judged[(judged.kind != "not attempted") & (judged.paper == paper)]
+    if rows.empty:
+        return page(f"{facts['title']}: no claim has a kept record yet")
+    lines = claims.shown(rows)
+    pairs = zip(lines.dataset, lines.IPC, strict=True)
+    lines["setting"] = [f"{plots.short(name)}, IPC {ipc}" if ipc else name for name, ipc in pairs]
+    caption = f"{facts['title']} ({facts['venue']}; version read: {facts['version']})"
+    main = lines[["setting", "what", "where", "paper", "ours", "verdict"]]
+    main_page = page(tables.titled(main, caption))
+    behind = lines[["what", "setting", "network", "evidence", "records"]]
+    folded = fold("Networks, evidence and records", behind)
+    return Page(main_page.html + folded.html, f"{main_page.text}\n\n{folded.text}")
 
 
 def on_file(column: str, start: str) -> Page:

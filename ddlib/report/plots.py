@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 
@@ -19,11 +20,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from ..config import PROFILES
-from ..core import DDError, choose, generator
+from ..core import DDError, choose, generator, instance, whole
 from ..data.dataset import Dataset, canonical
 from ..distilled import Synthetic
 from ..engine.record import Run
-from ..files import SOURCE
+from ..files import SOURCE, write_atomically
 from ..methods import METHODS
 from . import tables
 
@@ -139,11 +140,15 @@ def images(
     syn: Synthetic, data: Dataset | None = None, *, per_class: int = 10, title: str | None = None
 ) -> Figure:
     """The distilled images, one row a class (at most `per_class` of each); a ZCA set needs its `data`."""
-    return _by_class(syn.pixels(data), syn.classes, per_class, title or title_of(syn))
+    pixels = instance("the set", syn, Synthetic).pixels(data)
+    title = instance("title", title, str, None) or title_of(syn)
+    return _by_class(pixels, syn.classes, whole("per_class", per_class, 1), title)
 
 
 def real(data: Dataset, *, per_class: int = 10, seed: int = 0, split: str = "train") -> Figure:
     """Random real images, one row a class."""
+    instance("data", data, Dataset)
+    per_class, seed = whole("per_class", per_class, 1), whole("seed", seed, 0)
     index = data.sample(per_class, generator(seed, "plots", "real"), split)
     return _by_class(
         data.denormalise(data.batch(split, index.flatten())),
@@ -461,38 +466,6 @@ def heatmap(
     return figure
 
 
-def training_time(table: pd.DataFrame) -> Figure:
-    """Accuracy against the seconds a run took, distillation and evaluation together, one point a run."""
-    figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    ipcs = sorted(table.ipc.unique())
-    for (method, ipc), rows in table.groupby(["method", "ipc"]):
-        axis.scatter(
-            rows.seconds,
-            rows.accuracy,
-            s=28,
-            alpha=0.8,
-            color=colour_of(method),
-            marker=MARKERS[ipcs.index(ipc) % len(MARKERS)],
-            label=f"{method}, IPC {ipc}",
-        )
-    axis.set(
-        xscale="log",
-        xlabel="seconds per run, distillation and evaluation",
-        ylabel="test accuracy (%)",
-    )
-    axis.set_title(
-        f"{place(table.dataset.iloc[0], table.profile.iloc[0])}\n{'; '.join(sorted(set(table.device)))}",
-        fontsize=10,
-    )
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.margins(x=0.1, y=0.1)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return figure
-
-
 def history(found: list[Run], key: str = "loss") -> Figure:
     """A logged metric against the step, one line a run, one colour an IPC."""
     figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
@@ -645,15 +618,16 @@ def save(figure: Figure, name: str, profile: str, folder: str | Path | None = No
     place = Path(folder or os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / choose(
         "profile", profile, PROFILES
     )
-    place.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(
         {"svg.hashsalt": "ddlib"}
     ):  # else the ids, and so the bytes, differ every time
         for suffix in ("png",) if figure.get_gid() == MOSAIC else ("svg", "png"):
-            figure.savefig(
-                path := place / f"{name}.{suffix}",
+            draw = partial(
+                figure.savefig,
+                format=suffix,
                 dpi=150,
                 bbox_inches="tight",
                 metadata={"Date": None} if suffix == "svg" else None,
             )
+            path = write_atomically(place / f"{name}.{suffix}", draw)
     return path

@@ -6,14 +6,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core import DDError, choose
-from ..files import SOURCE, CannotWrite, lock, results_folder
+from ..files import SOURCE, CannotWrite, lock, read_json, results_folder, write_atomically
 from . import tables, terminal
+from .slim import slim
 
 # What the notebooks reproduce on where no dataset is named.
 DATASETS = {"smoke": "digits", "small": "cifar10", "paper": "cifar10"}
@@ -26,11 +27,13 @@ def reproduce(
     device: str = "auto",
     parameters: dict[str, object] | None = None,
     results: str | Path | None = None,
+    again: bool = False,
 ) -> list[Path]:
     """Execute notebooks (all, or `only` these names) into results/notebooks/PROFILE and print what came of it.
 
     `parameters` are those of the notebooks' cells tagged so; one that no notebook has is a `DDError`, as is a cell that
-    fails. Returns the executed notebooks' paths.
+    fails. `again` takes those that lie there executed, each with the parameters that it was executed with: where their
+    runs are kept, they follow new records and texts in a minute each. Returns the executed notebooks' paths.
     """
     try:
         import papermill
@@ -43,29 +46,49 @@ def reproduce(
     notebooks = {path.stem: path for path in sorted((SOURCE / "notebooks").glob("*.ipynb"))}
     if not notebooks:
         raise DDError(f"reproduce needs the source checkout of ddlib: {SOURCE} has no notebooks")
-    names = [choose("notebook", name, notebooks) for name in only] or list(notebooks)
+    folder = results_folder(results)
+    earlier = _executed_with(folder / "notebooks" / profile) if again else {}
+    offers = sorted(notebooks.keys() & earlier) if again else notebooks
+    if not offers:
+        raise DDError(f"no notebook of {folder / 'notebooks' / profile} is there any more")
+    names = [choose("notebook", name, offers) for name in only] or list(offers)
     known = {name: papermill.inspect_notebook(str(notebooks[name])) for name in names}
     offered = sorted({key for keys in known.values() for key in keys})
     for key in parameters or {}:
         choose("notebook parameter", key, offered)
-    asked = {"profile": profile, "device": device, "dataset": dataset or DATASETS[profile]}
-    asked |= parameters or {}
-    folder = results_folder(results)
-    figures = _environment(folder, profile)
+    given = {"profile": profile, "device": device}
+    given |= ({"dataset": dataset} if dataset else {}) | (parameters or {})
     targets = {name: folder / "notebooks" / profile / f"{name}.ipynb" for name in names}
     _make(targets[names[0]].parent)
 
     def execute(name: str) -> float:
         start = time.perf_counter()
+        asked = {"dataset": DATASETS[profile]} | earlier.get(name, {}) | given
         values = {key: value for key, value in asked.items() if key in known[name]}
         _execute(papermill, notebooks[name], targets[name], values)
         return time.perf_counter() - start
 
     start = time.perf_counter()
-    with lock(folder / "notebooks" / profile, f"the notebooks of {profile}"):
+    figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures").resolve()
+    with (
+        lock(folder / "notebooks" / profile, f"the notebooks of {profile}"),
+        _environment(folder, figures, profile),
+    ):
         _all(execute, names, profile, papermill.PapermillExecutionError)
-    _report(folder, profile, start, targets, figures)
+    _report(folder, profile, start, targets, figures / profile)
     return list(targets.values())
+
+
+def _executed_with(folder: Path) -> dict[str, dict[str, object]]:
+    """Name of a notebook that lies executed in `folder` -> the parameters; no such notebook is a `DDError`."""
+    copies = {
+        path.stem: read_json(path, "notebook", "reproduce it again")
+        for path in sorted(folder.glob("*.ipynb"))
+    }
+    if not copies:
+        raise DDError(f"there is no executed notebook in {folder} to be executed again")
+    about = {name: copy.get("metadata", {}).get("papermill", {}) for name, copy in copies.items()}
+    return {name: facts.get("parameters", {}) for name, facts in about.items()}
 
 
 def _make(folder: Path) -> None:
@@ -77,10 +100,11 @@ def _make(folder: Path) -> None:
         ) from None
 
 
-def _environment(folder: Path, profile: str) -> Path:
-    """What the kernels inherit, which start in notebooks/: absolute paths and the checkout's ddlib. The figures' folder."""
-    figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures").resolve()
-    python_path = filter(None, (str(SOURCE), os.environ.get("PYTHONPATH")))
+@contextmanager
+def _environment(folder: Path, figures: Path, profile: str) -> Iterator[None]:
+    """What kernels that start inside inherit, in notebooks/: absolute paths and the checkout's ddlib."""
+    before = dict(os.environ)
+    python_path = filter(None, (str(SOURCE), before.get("PYTHONPATH")))
     os.environ |= {
         "DDLIB_RESULTS": str(folder.resolve()),
         "DDLIB_FIGURES": str(figures),
@@ -89,13 +113,21 @@ def _environment(folder: Path, profile: str) -> Path:
     if profile == "smoke":
         # On networks this small two threads wait for one another.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return figures / profile
+    try:
+        yield
+    finally:
+        for key in os.environ.keys() - before.keys():
+            del os.environ[key]
+        os.environ |= before
 
 
 def _execute(papermill: object, source: Path, target: Path, values: dict[str, object]) -> None:
+    """Execute a notebook and write it once it is whole: one that is killed or fails leaves the old one."""
+    import nbformat
+
     executed = papermill.execute_notebook(
         str(source),
-        str(target),
+        None,
         parameters=values,
         cwd=str(source.parent),
         kernel_name="python3",
@@ -105,7 +137,8 @@ def _execute(papermill: object, source: Path, target: Path, values: dict[str, ob
     )
     # Without this machine's paths.
     executed.metadata["papermill"] |= {"input_path": source.name, "output_path": target.name}
-    papermill.iorw.write_ipynb(executed, str(target))
+    text = nbformat.writes(slim(executed))
+    write_atomically(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _all(execute, names: list[str], profile: str, failure: type[Exception]) -> None:
@@ -146,9 +179,15 @@ def _end_kernels(jobs: Iterable[Future], seconds: float = 10) -> None:
 
 
 def _report(folder: Path, profile: str, start: float, targets: dict, figures: Path) -> None:
-    rows = tables.compare(tables.runs(tables.stored(folder, profile)))
-    if not rows.empty:
-        print(f"\n{terminal.table(rows)}")
+    runs = tables.runs(tables.stored(folder, profile))
+    if not runs.empty:
+        setting = list(tables.SETTING)
+        nearest = tables.headline(runs).set_index(setting).index
+        main = tables.judge(runs).set_index(setting).index.isin(nearest)
+        print(f"\n{terminal.table(tables.compare(runs)[main])}")
+        print(
+            f"\nThe setting nearest to each method's preset, of {len(runs)} runs; the notebooks have the rest."
+        )
     notebooks = next(iter(targets.values())).parent
     print(
         f"\n{len(targets)} notebooks in {time.perf_counter() - start:.0f} s. Look next at\n"

@@ -11,16 +11,17 @@ import base64
 import functools
 import html
 import io
-import json
+import itertools
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..core import DDError
-from ..files import SOURCE, results_folder
-from . import claims, explore, tables
+from ..core import DDError, path_of
+from ..files import SOURCE, CannotWrite, read_json, results_folder
+from . import claims, explore, plots, tables
 from .docs import fill
+from .slim import is_progress
 
 MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$(\S[^$\n]*?)\$", re.DOTALL)
 # Code, which stays; a Markdown link or picture; a link or picture as a tag.
@@ -39,26 +40,23 @@ FRONT = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-BEST = ("paper", "small", "smoke")  # of a notebook that was executed in several profiles
+# Of a notebook that was executed in several profiles. `kept` has the embedded digits' of those that no other has.
+BEST = ("paper", "small", "smoke", "kept")
 Pages = dict[str, str | bytes]  # path below the site -> Markdown, or a file's bytes
 
 
 def build(out: str | Path | None = None, results: str | Path | None = None) -> Path:
     """Write the site and return its first page; a `DDError` where nothing is stored or `out` holds other files."""
+    if not (SOURCE / "mkdocs.yml").is_file():
+        raise DDError(f"site needs the source checkout of ddlib: {SOURCE} has no mkdocs.yml")
     try:
         from mkdocs.commands.build import build as write
         from mkdocs.config import load_config
     except ImportError:
         raise DDError("site needs MkDocs: pip install 'ddlib[docs]', or make site") from None
-    if not (SOURCE / "mkdocs.yml").is_file():
-        raise DDError(f"site needs the source checkout of ddlib: {SOURCE} has no mkdocs.yml")
-    out = Path(out or SOURCE / "site")
-    if out.exists() and not (out / MARKER).is_file() and any(out.iterdir()):
-        raise DDError(f"{out} holds something else than a site: choose another folder with --out")
+    out = path_of("the folder of the site", out or SOURCE / "site")
     executed(results)
-    # At once: a site that is killed half way is still known as one by the next call.
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).touch()
+    _mark(out)
     config = load_config(str(SOURCE / "mkdocs.yml"), site_dir=str(out.resolve()))
     config.extra["results"] = str(results_folder(results))
     config.plugins.on_startup(command="build", dirty=False)
@@ -66,8 +64,23 @@ def build(out: str | Path | None = None, results: str | Path | None = None) -> P
     return out / "index.html"
 
 
+def _mark(out: Path) -> None:
+    """Make the site's folder and mark it: a site that is killed half way is known as one by the next call."""
+    try:
+        strange = out.exists() and not (out / MARKER).is_file() and any(out.iterdir())
+        if not strange:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / MARKER).touch()
+    except OSError as error:
+        raise CannotWrite(
+            f"cannot write a site into {out}: {error.strerror}; choose another folder with --out"
+        ) from None
+    if strange:
+        raise DDError(f"{out} holds something else than a site: choose another folder with --out")
+
+
 def executed(results: str | Path | None = None) -> dict[str, tuple[str, Path]]:
-    """Notebook's name -> the best profile that it was executed in, and the file; none at all is a `DDError`."""
+    """Notebook's name -> the best folder of `BEST` that has it executed, and the file; none at all is a `DDError`."""
     folder = results_folder(results) / "notebooks"
     found = {
         path.stem: (profile, path)
@@ -79,6 +92,30 @@ def executed(results: str | Path | None = None) -> dict[str, tuple[str, Path]]:
             f"there is no executed notebook in {folder}: run make reproduce PROFILE=smoke first"
         )
     return found
+
+
+def stale(results: str | Path | None = None) -> list[str]:
+    """For every executed notebook whose text has changed since, the command that executes it again."""
+    return [
+        f"ddlib reproduce --profile {folder} --again --only {name}"
+        for name, (folder, path) in executed(results).items()
+        if folder != "kept" and _changed_since(path)
+    ]
+
+
+def _changed_since(path: Path) -> bool:
+    """Whether the notebook that was executed has other cells today."""
+
+    def sources(cells: list[dict]) -> list[str]:
+        own = (cell for cell in cells if "injected-parameters" not in _tags(cell))
+        return ["".join(cell["source"]) for cell in own]
+
+    today = SOURCE / "notebooks" / path.name
+    return today.is_file() and sources(_read(path)["cells"]) != sources(_read(today)["cells"])
+
+
+def _tags(cell: dict) -> list[str]:
+    return cell.get("metadata", {}).get("tags", [])
 
 
 def pages(results: str | Path | None = None) -> Pages:
@@ -98,10 +135,11 @@ def nav(made: Pages) -> list:
     docs = SOURCE / "docs"
     written = [path.relative_to(docs).as_posix() for path in sorted(docs.rglob("*.md"))]
 
-    def of(folder: str) -> list[str]:
+    def of(folder: str, order: Sequence[str] = ()) -> list[str]:
+        order = ["index", "README", *order]
         names = sorted(path for path in {*written, *made} if path.endswith(".md"))
         inside = [path for path in names if path.rpartition("/")[0] == folder]
-        return sorted(inside, key=lambda path: Path(path).stem not in ("index", "README"))
+        return sorted(inside, key=lambda path: _place(Path(path).stem, order))
 
     results = ["results.md", "claims.md", "gallery.md"]
     rest = [path for path in of("") if path not in ("index.md", *results)]
@@ -109,10 +147,22 @@ def nav(made: Pages) -> list:
         {"Home": "index.md"},
         {"Guides": [*of("guides"), *rest]},
         {"Methods": of("methods")},
-        {"Notebooks": of("notebooks")},
+        {"Notebooks": of("notebooks", guided_path())},
         {"Results": [*results, {"Kept sets": of("sets")}]},
         {"Reference": of("reference")},
     ]
+
+
+def guided_path() -> list[str]:
+    """The notebooks in the order in which start_here.ipynb leads to them, itself the first."""
+    cells = _read(SOURCE / "notebooks" / "start_here.ipynb")["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    return list(dict.fromkeys(["start_here", *re.findall(r"\]\((\w+)\.ipynb\)", "".join(texts))]))
+
+
+def _place(name: str, order: Sequence[str]) -> int:
+    """Where a name stands in an order; behind all of it where it does not."""
+    return order.index(name) if name in order else len(order)
 
 
 # --- text: links and formulas
@@ -213,28 +263,40 @@ def formula(tex: str, display: bool) -> str:
 def _notebooks(results: str | Path | None) -> Pages:
     """Every notebook as it was executed in its best profile, else as it stands, and a list of all."""
     done, made, rows = executed(results), {}, []
-    methods = _methods_by_notebook()
-    for path in sorted((SOURCE / "notebooks").glob("*.ipynb")):
-        profile, file = done.get(path.stem, ("", path))
+    methods, order = _methods_by_notebook(), guided_path()
+    paths = sorted((SOURCE / "notebooks").glob("*.ipynb"))
+    for path in sorted(paths, key=lambda path: _place(path.stem, order)):
+        _, file = done.get(path.stem, ("", path))
         text, pictures = notebook(file)
         title, _, body = text.partition("\n")
-        told = (
-            f"As executed in the `{profile}` profile."
-            if profile
-            else (f"Not executed for any kept profile: `ddlib reproduce --only {path.stem}`.")
-        )
+        profile, told = _execution(file)
         pages_of = [f"[{name}](../methods/{name}.md)" for name in methods.get(path.stem, ())]
-        about = f" How it is built here: {', '.join(pages_of)}." if pages_of else ""
+        about = (
+            f" Today's records, and how it is built here: {', '.join(pages_of)}."
+            if pages_of
+            else ""
+        )
         made[f"notebooks/{path.stem}.md"] = f'{title}\n\n!!! note ""\n    {told}{about}\n\n{body}'
         made |= {f"notebooks/{name}": data for name, data in pictures.items()}
-        rows.append((path.stem, title.strip("# "), profile or "not executed"))
-    rows.sort(key=lambda row: row[0] != "start_here")
-    table = "\n".join(f"| [{name}]({name}.md) | {title} | {how} |" for name, title, how in rows)
-    head = "# Notebooks\n\nBegin with [start_here](start_here.md): it leads to the others.\n\n"
+        rows.append(
+            f"| {len(rows) + 1} | [{path.stem}]({path.stem}.md) | {title.strip('# ')} | {profile} |"
+        )
+    table = "\n".join(rows)
     made["notebooks/index.md"] = (
-        f"{head}| notebook | what it shows | profile |\n| --- | --- | --- |\n{table}\n"
+        "# Notebooks\n\nIn the order in which [start_here](start_here.md) leads to them.\n\n"
+        f"| | notebook | what it shows | profile |\n| --- | --- | --- | --- |\n{table}\n"
     )
     return made
+
+
+def _execution(path: Path) -> tuple[str, str]:
+    """The profile of a notebook as papermill executed it, and a sentence that says so."""
+    about = _read(path)["metadata"].get("papermill", {})
+    if not about:
+        return "not executed", f"Not executed yet: `ddlib reproduce --only {path.stem}`."
+    profile = about.get("parameters", {}).get("profile", "smoke")
+    told = f"As executed in the `{profile}` profile on {about['end_time'][:10]}."
+    return profile, f"{told} The text has changed since." if _changed_since(path) else told
 
 
 def _methods_by_notebook() -> dict[str, list[str]]:
@@ -249,7 +311,7 @@ def _methods_by_notebook() -> dict[str, list[str]]:
 
 def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     """An executed notebook as Markdown, and its pictures by file name."""
-    cells = json.loads(path.read_text())["cells"]
+    cells = _read(path)["cells"]
     parts, pictures = [], {}
     for cell in cells:
         source = "".join(cell["source"])
@@ -257,10 +319,30 @@ def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
             parts.append(source)
         elif cell["cell_type"] == "code" and source.strip():
             parts.append(f"```python\n{source}\n```")
-        for output in cell.get("outputs", []):
+        for output in itertools.filterfalse(is_progress, cell.get("outputs", [])):
             parts.append(_output(output, path.stem, pictures))
     text = "\n\n".join(filter(None, parts))
     return text if text.startswith("#") else f"# {path.stem}\n\n{text}", pictures
+
+
+def _read(path: Path) -> dict:
+    """A notebook's JSON; half of one is a `DDError`."""
+    value = read_json(path, "notebook", "reproduce it again")
+    if not {"cells", "metadata"} <= value.keys():
+        raise DDError(f"the notebook {path} has no cells or no metadata; reproduce it again")
+    return value
+
+
+# What would run or load something in a reader's browser: whole elements, and attributes of others.
+ELEMENTS = re.compile(r"<(script|iframe|object|embed)\b.*?(</\1\s*>|\Z)", re.DOTALL | re.IGNORECASE)
+ATTRIBUTES = re.compile(
+    r"""\s(on\w+|srcdoc)\s*=\s*("[^"]*"|'[^']*'|[^\s>]+)|javascript:""", re.IGNORECASE
+)
+
+
+def tame(html: str) -> str:
+    """A table or a text of a notebook's output, without what would run or load something."""
+    return re.sub(r"<[^>]*>", lambda tag: ATTRIBUTES.sub("", tag[0]), ELEMENTS.sub("", html))
 
 
 def _output(output: dict, name: str, pictures: dict[str, bytes]) -> str:
@@ -273,13 +355,9 @@ def _output(output: dict, name: str, pictures: dict[str, bytes]) -> str:
         pictures[file] = base64.b64decode("".join(data["image/png"]))
         return f"![A figure of this notebook]({file})"
     if "text/html" in data:
-        body = re.sub(
-            r"<script\b.*?</script>",
-            "",
-            "".join(data["text/html"]),
-            flags=re.DOTALL | re.IGNORECASE,
-        )
+        body = tame("".join(data["text/html"]))
         body = re.sub(r"\n\s*\n", "\n", body).replace("$", "&#36;")
+        body = body.replace(" ± ", "&nbsp;±&nbsp;")
         return f'<div class="output">\n{body}\n</div>'
     text = "".join(data.get("text/plain", ""))
     return f"```text\n{text}\n```" if text else ""
@@ -288,14 +366,18 @@ def _output(output: dict, name: str, pictures: dict[str, bytes]) -> str:
 def _claims(results: str | Path | None) -> str:
     """Every claim as one table, which docs/javascripts/filter.js filters by paper, verdict and words."""
     judged = claims.judge(claims.load(), results)
+    judged = judged.sort_values("kind", key=lambda kinds: kinds == "not attempted", kind="stable")
     papers = claims.papers()
     shown = claims.shown(judged)
+    shown["dataset"] = shown.dataset.map(plots.short)
+    elsewhere = shown.network.where(shown.network.str.contains("→"), "")
+    shown["what"] = (shown.what + " " + elsewhere).str.strip()
     columns = ["where", "what", "dataset", "IPC", "paper", "ours", "verdict"]
     rows = []
     for row, kind, paper in zip(
         shown[columns].itertuples(index=False), judged.kind, judged.paper, strict=True
     ):
-        title = papers[paper]["title"].partition(":")[0]
+        title = claims.short_title(paper)
         cells = "".join(f"<td>{_cell(value)}</td>" for value in row)
         facts = f'data-paper="{html.escape(title)}" data-verdict="{html.escape(kind)}"'
         rows.append(f"<tr {facts}><td>{html.escape(title)}</td>{cells}</tr>")
@@ -308,11 +390,12 @@ def _claims(results: str | Path | None) -> str:
         for paper, facts in papers.items()
     )
     counted = claims.counts(judged)
-    counted["paper"] = [papers[paper]["title"].partition(":")[0] for paper in counted.paper]
     counts = tables.as_markdown(counted.loc[:, (counted != 0).any()])
     table = "\n".join(rows)
     return (
-        f"# Every claim, and what became of it\n\n{counts}\n\n{claims.from_memory()}\n\n"
+        f"# Every claim, and what became of it\n\nA claim is one figure of a paper's table. "
+        f"[The rule](results.md#how-a-verdict-is-given) behind the verdicts is fixed; "
+        f"[claims](notebooks/claims.md) says why the rest was not attempted.\n\n{counts}\n\n{claims.from_memory()}\n\n"
         f'<div class="filter" data-table="claims"></div>\n<div class="output">\n<table id="claims" class="claims">'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{table}\n</tbody></table>\n</div>\n\n"
         f"## The papers\n\n{listed}\n"
@@ -334,8 +417,8 @@ def _gallery() -> Pages:
         if path.parent.name in BEST:
             caption = _caption(path.stem, told)
             parts.append(
-                f"<figure markdown>\n![{path.stem.replace('_', ' ')}]({name}){{ loading=lazy }}\n"
-                f"<figcaption markdown>{caption} *{path.parent.name} profile*</figcaption>\n</figure>"
+                f"<figure markdown>\n[![{path.stem.replace('_', ' ')}]({name}){{ loading=lazy }}]({name})\n"
+                f"<figcaption markdown>{caption}, `{path.parent.name}` profile</figcaption>\n</figure>"
             )
     shown = "\n\n".join(parts) or "No figure is stored: `ddlib reproduce` makes them."
     made["gallery.md"] = f"# Gallery\n\n{shown}\n"
@@ -347,14 +430,14 @@ def _captions() -> dict[str, str]:
     told = {}
     for path in sorted((SOURCE / "notebooks").glob("*.ipynb")):
         above = ""
-        for cell in json.loads(path.read_text())["cells"]:
+        for cell in _read(path)["cells"]:
             source = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
                 lines = [line for line in source.splitlines() if line.strip()]
                 heading = next((line.strip("# ") for line in lines if line.startswith("#")), "")
                 above = heading or above
             elif above:
-                told[source] = f"{above}, [{path.stem}](notebooks/{path.stem}.md)."
+                told[source] = f"{above}: notebook [{path.stem}](notebooks/{path.stem}.md)"
     return told
 
 
@@ -366,7 +449,7 @@ def _caption(stem: str, told: dict[str, str]) -> str:
             if f'"{start}' in source:
                 return caption
         start = start.rpartition("_")[0]
-    return f"{stem.replace('_', ' ')}."
+    return stem.replace("_", " ")
 
 
 def _sets(results: str | Path | None) -> Pages:
@@ -384,8 +467,8 @@ def _sets(results: str | Path | None) -> Pages:
             title, _, rest = body.partition("\n")
             made[f"sets/{name}.md"] = f"{title}\n\n{shown}{rest}"
             made |= {f"sets/{name}.png": picture} if picture else {}
-            label = f"{method}, {dataset.removeprefix('folder:')}, IPC {ipc}, `{profile}`"
-            parts.append(f"[{label}: {run.accuracy:.1f} %]({name}.md)\n\n{shown}")
+            label = f"{method}, IPC {ipc}: {plots.place(dataset, profile)}"
+            parts.append(f"[{label}]({name}.md), accuracy {run.accuracy:.1f} %\n\n{shown}")
     listed = "\n".join(parts) or "No set is kept yet."
     made["sets/index.md"] = (
         f"# Kept sets\n\nEach with a card: what, how well, at what cost.\n\n{listed}"
@@ -465,6 +548,11 @@ def _command_line() -> str:
     commands = parser()._subparsers._group_actions[0].choices
     parts += [f"## ddlib {name}\n\n```text\n{commands[name].format_help()}```" for name in COMMANDS]
     return "\n\n".join(parts)
+
+
+def is_wide(page: str) -> bool:
+    """Whether a page's tables need the room of the list of contents."""
+    return page in ("results.md", "claims.md") or page.startswith("methods/")
 
 
 def filled(text: str, page: str, results: str | Path | None, known: Collection[str]) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..config import resolve
-from ..core import DDError
+from ..config import PROFILES, resolve
+from ..core import DDError, choose, instance, listed
 from ..data.dataset import canonical
+from ..engine import queue
 from ..engine.record import Run, resolve_record, side_file
 from ..engine.run import run as distil
 from ..files import results_folder
@@ -22,6 +25,8 @@ from ..methods.coreset import KINDS
 from ..recipe import VERSION, own_augment
 from . import verdict
 from .verdict import DEFAULT_COUNT, Differences, Published, Verdict
+
+ENGINES = ("local", "ray")
 
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
@@ -57,7 +62,7 @@ COLUMNS = [
     "name",
 ]
 # What makes runs comparable: seeds of one setting differ in nothing of it.
-SETTING = ("dataset", "profile", "backbone", "ipc", "method", "overrides")
+SETTING = ("dataset", "profile", "ipc", "method", "backbone", "overrides")
 REVIEWS = ("leaderboard", "second-hand")  # tables in which later papers evaluate a method again
 # Protocols of the same networks, epochs and augmentation; MTT's takes a learned step size where there is one.
 SAME_PROTOCOL = {"dm": "dsa", "mtt": "dsa"}
@@ -94,8 +99,8 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
     `values` has all of them; `networks` lists every accuracy; `seconds` is `distill` and `evaluate` together.
     """
     rows = []
-    for run in found:
-        record, last = run.record, run.record["accuracy"]["last"]
+    for run in listed("runs", found):
+        record, last = instance("a run", run, Run).record, run.record["accuracy"]["last"]
         best = record["accuracy"]["best"]
         best = best.get("best", best)
         spec, seconds = resolve_record(record), record["seconds"]
@@ -134,10 +139,13 @@ def _precision(values: dict[str, Any]) -> str:
 
 def stored(results: str | Path | None = None, profile: str | None = None) -> list[Run]:
     """Every current run in the results folder, by name; a record of an older version of its method is left out."""
-    found = [
-        Run(path)
-        for path in sorted(results_folder(results).glob(f"{profile or '*'}/*-seed*-????????.json"))
-    ]
+    if profile is not None:
+        choose("profile", profile, PROFILES)
+    folder = results_folder(results)
+    if not os.path.isdir(folder):
+        return []
+    names = sorted(folder.glob(f"{profile or '*'}/*-seed*-????????.json"))
+    found = [Run(path) for path in names]
     return [run for run in found if _current(run.record)]
 
 
@@ -193,12 +201,36 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     """Of the rows of `runs`, all seeds of one setting a method, dataset, IPC and profile: the nearest to the preset.
 
     Nearest is with the fewest overrides, then with the most iterations: ablations stay out where a main run is kept.
+    All IPCs of a method are of one protocol and augmentation, so that they make a line: of several, those with a row
+    that differs in the fewest settings from a printed figure's, then in the fewest from the preset.
     """
-    changes = table.overrides.map(lambda text: len(text.split(", ")) if text else 0)
-    nearest = table.assign(changes=changes, less=-table.iterations).sort_values(
-        ["changes", "less"], kind="stable"
+    if table.empty:
+        return table
+    overrides = table.overrides.map(_changes)
+    table = table.assign(
+        line=table["values"].map(lambda values: (_family(values), values["eval_augment"])),
+        far=[_settings_changed(row) for _, row in table.iterrows()],
+        overridden=overrides,
+        less=-table.iterations,
     )
-    return table.merge(nearest.drop_duplicates(["method", "dataset", "ipc", "profile"])[[*SETTING]])
+    place = ["method", "dataset", "profile"]
+    lines = table.sort_values(["far", "overridden"], kind="stable").drop_duplicates(place)
+    rows = table.merge(lines[[*place, "line"]])
+    nearest = rows.sort_values(["overridden", "less"], kind="stable")
+    nearest = nearest.drop_duplicates([*place, "ipc"])[[*SETTING, "line"]]
+    return rows.merge(nearest)[[*COLUMNS]]
+
+
+def _changes(overrides: str) -> int:
+    """How many overrides there are that are not neutral."""
+    names = [part.partition("=")[0] for part in overrides.split(", ") if part]
+    return sum(name not in verdict.NEUTRAL for name in names)
+
+
+def _settings_changed(row: pd.Series) -> float:
+    """The settings, budget apart, that a run has otherwise than the printed figure's; infinite without a figure."""
+    held = _held_against(row)
+    return len(verdict.differences(row["values"], held[2]).changed) if held else math.inf
 
 
 @cache
@@ -293,16 +325,27 @@ def printed(
 
 @cache
 def paper_settings(method: str, dataset: str, ipc: int, **changes: Any) -> dict[str, Any] | None:
-    """Every setting of a run at the paper's, `changes` apart; None where no paper gives one."""
+    """Every setting of a run at the paper's, `changes` apart; None where no paper gives one.
+
+    No paper says how the extractor of its coresets was trained, so no run can have that setting.
+    """
     try:
-        return resolve(method, dataset, ipc, "paper", **changes).values
+        values = resolve(method, dataset, ipc, "paper", **changes).values
     except DDError:
         return None
+    if method in KINDS and method != "random":
+        return values | {"extractor_epochs": "unpublished"}
+    return values
+
+
+def _family(values: dict[str, Any]) -> str:
+    """The protocol, by one name where several are the same."""
+    return SAME_PROTOCOL.get(values["protocol"], values["protocol"])
 
 
 def _evaluation(values: dict[str, Any]) -> tuple:
     """What two runs must share for their accuracies to be of one protocol and budget of evaluation."""
-    protocol = SAME_PROTOCOL.get(values["protocol"], values["protocol"])
+    protocol = _family(values)
     fixed = protocol == "dc" or own_augment(protocol)  # whatever distillation uses
     augment = values["eval_augment"] or ("" if fixed else values["augment"])
     network = values["eval_backbone"] or values["backbone"]
@@ -425,20 +468,26 @@ def nearness(differs: Differences, row: pd.Series) -> tuple:
 
 
 def front_page(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `compare` for README: per distilled method, dataset and IPC the run nearest to the paper's setting;
-    of these the `HEADLINES` nearest, whatever they score.
+    """The rows of `compare` for README: per method, dataset and IPC the run nearest to the paper's setting, whatever it
+    scores; of a coreset per protocol too, which its name then says.
 
-    A record without a commit stays out, and so does a row that no published figure stands beside.
+    At most `HEADLINES`: distilled sets before real images, of those the nearest of each method before its others. A
+    record without a commit stays out, and so does a row that no published figure stands beside.
     """
     known = table.loc[[verdict.UNKNOWN_CODE not in marks for marks in table.marks]]
     if known.empty:
         return pd.DataFrame()
     rows = judge(known)
-    rows = rows[rows.figure.notna() & ~rows.method.isin(KINDS)]
+    rows = rows[rows.figure.notna()]
     order = sorted(rows.index, key=lambda k: nearness(rows.differs[k], rows.loc[k]))
-    nearest = rows.loc[order].drop_duplicates(["method", "data", "ipc"]).head(HEADLINES)
-    nearest = nearest.sort_values(["data", "ipc", "method"])
-    return compare(known).loc[nearest.index].assign(method=nearest.method)
+    rows = rows.loc[order].assign(real=rows.method.isin(KINDS))
+    rows["under"] = rows.protocol.where(rows.real, "")
+    rows = rows.drop_duplicates(["method", "data", "ipc", "under"])
+    rows["turn"] = rows.groupby("method").cumcount().where(~rows.real, 0)
+    rows = rows.sort_values(["real", "turn"], kind="stable").head(HEADLINES)
+    rows = rows.sort_values(["real", "data", "ipc", "method"], kind="stable")
+    names = rows.method.where(~rows.real, rows.method + " (" + rows.protocol + ")")
+    return compare(known).reindex(rows.index).assign(method=names)
 
 
 def cost(table: pd.DataFrame) -> pd.DataFrame:
@@ -558,20 +607,29 @@ def as_markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """`compare` with the counts, the cost and the full verdict of each row, as a Markdown table."""
-    if table.empty:
-        return "No record yet."
-    behind = ["profile", "seeds", "networks", "distillation (s)", "evaluation (s)", "peak MiB"]
-    whole = details(table).round(0).astype({"distillation (s)": int, "evaluation (s)": int})
-    rows = compare(table).drop(columns="verdict")
-    return as_markdown(rows.join(whole[[*behind, "verdict"]]))
-
-
 def sweep(
-    method: str, dataset: str, *, ipcs: Iterable[int], seeds: Iterable[int] = (0,), **options: Any
+    method: str,
+    dataset: str,
+    *,
+    ipcs: Iterable[int],
+    seeds: Iterable[int] = (0,),
+    engine: str = "local",
+    address: str | None = None,
+    **options: Any,
 ) -> pd.DataFrame:
-    """`run` for every IPC and seed; one row per run, as `tables.runs` makes them."""
-    return runs(
-        [distil(method, dataset, ipc=ipc, seed=seed, **options) for ipc in ipcs for seed in seeds]
-    )
+    """`run` for every IPC and seed; one row per run, as `tables.runs` makes them.
+
+    engine: "local" makes one run after the other, "ray" makes them on a Ray cluster at `address`
+    (`ddlib.engine.cluster`), from which the records come back; they are the same ones.
+    """
+    ipcs, seeds = listed("ipcs", ipcs), listed("seeds", seeds)
+    asked = [{"ipc": ipc, "seed": seed} for ipc in ipcs for seed in seeds]
+    if choose("engine", engine, ENGINES) == "ray":
+        from ..engine import cluster
+
+        overrides = {k: v for k, v in options.items() if k not in signature(distil).parameters}
+        profile, results = options.get("profile", "smoke"), options.get("results")
+        specs = [resolve(method, dataset, profile=profile, **one, **overrides) for one in asked]
+        device = options.get("device", "auto")
+        cluster.work_through(queue.unpriced(specs, results), address, None, device, results)
+    return runs([distil(method, dataset, **one, **options) for one in asked])

@@ -51,6 +51,7 @@ NEUTRAL = (
     "evaluations",
     "snapshots",
     "eval_precision",
+    "extractor_precision",  # no paper says how its extractor was trained
 )
 # Settings of which a shortened run has less. `subset` is the training images per class, 0 all of them.
 BUDGET = ("iterations", "eval_epochs", "networks", "experts", "expert_total", "subset")

@@ -65,11 +65,7 @@ def distil(like: Spec, data: Dataset, progress: bool = True, **overrides: Any) -
     values = like.values | {"subset": 0, "resolution": 0, "minival": 0.0}  # which the part has had
     values |= {"networks": 1, "evaluations": 1, "eval_epochs": 1}
     made = run(
-        like.method,
-        data.name,
-        ipc=like.ipc,
-        profile=like.profile,
-        seed=like.seed,
+        **like.case | {"dataset": data.name},
         data=data,
         teach=True,
         device=str(data.device),

@@ -16,6 +16,7 @@ from ..data.dataset import Dataset
 from ..engine.run import run
 from ..match import sampler
 from ..match.gradients import class_gradients, matched
+from ..methods import dream
 from ..nets.build import build
 from ..recipe import Recipe
 from ..report import tables
@@ -36,7 +37,7 @@ def known(hosts: Iterable[str]) -> list[str]:
     """`hosts`, or a `DDError` that names one that DREAM cannot be plugged into."""
     hosts = list(hosts)
     for host in hosts:
-        sampler.plug_in(host)
+        dream.plug_in(host)
     return hosts
 
 
@@ -164,8 +165,8 @@ def plugged(
     for host in hosts:
         cases = {
             "random": (host, {}),
-            "DREAM": (host, sampler.plug_in(host)),
-            "DREAM+": (host, sampler.plug_in(host, plus=True)),
+            "DREAM": (host, dream.plug_in(host)),
+            "DREAM+": (host, dream.plug_in(host, plus=True)),
         }
         if host == "idc":
             cases |= {"DREAM": ("dream", {}), "DREAM+": ("dream_plus", {})}

@@ -11,11 +11,11 @@ from statistics import fmean, pstdev
 import torch
 import torch.nn.functional as F
 
-from ..core import DDError, choose, generator
+from ..core import DDError, choose, generator, instance, plain, whole
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..nets.build import Backbone, build, initialise
-from ..recipe import Recipe
+from ..recipe import PRECISIONS, Recipe
 from .krr import krr
 from .loop import accuracy, compiled, embed, lowered, train
 
@@ -78,11 +78,12 @@ def evaluate(
     tests under autocast (`loop.lowered`; the extra "krr" stays float32): 1.9 times as fast on a CPU with bf16
     instructions, compiled. Raises `DDError` where set and data do not belong together.
     """
-    syn.check(data)
-    if networks < 1:
-        raise DDError(f"networks must be at least 1, not {networks}")
-    if seed < 0:
-        raise DDError(f"seed must be at least 0, not {seed}")
+    instance("the set", syn, Synthetic).check(instance("data", data, Dataset))
+    networks, seed = whole("networks", networks, 1), whole("seed", seed, 0)
+    instance("recipe", recipe, Recipe, None)
+    instance("backbone", backbone, str, None)
+    choose("precision", precision, PRECISIONS)
+    compile = instance("compile", plain(compile), bool)
     choose("split", split, data.labels)
     if len(data.labels[split]) == 0:
         raise DDError(f"{data.name} has no {split} images: nothing to evaluate on")

@@ -48,17 +48,14 @@ def krr(f_test: Tensor, f_train: Tensor, labels: Tensor, lam: float = 1e-6) -> t
         )
     f_test, f_train = f_test.double(), f_train.double()
     kernel = f_train @ f_train.T
-    mean, eye = (
-        kernel.diagonal().mean(),
-        torch.eye(len(kernel), dtype=torch.float64, device=kernel.device),
-    )
+    mean = kernel.diagonal().mean()
+    eye = torch.eye(len(kernel), dtype=torch.float64, device=kernel.device)
     for raised in range(RAISES + 1):
         ridged = kernel + lam * 10**raised * mean * eye
         factor, info = torch.linalg.cholesky_ex(ridged.detach())
         if not (info.bool() | ~mean.isfinite()):  # one wait for the device
-            layer = f_train.T @ _Solve.apply(
-                ridged, labels.double(), factor
-            )  # [d, C], the last layer solved for
+            # The last layer [d, C], solved for
+            layer = f_train.T @ _Solve.apply(ridged, labels.double(), factor)
             return f_test @ layer, raised
     raise DDError(
         f"the regression kernel of {len(kernel)} images cannot be factorised (mean diagonal {mean.item():.3g}): "

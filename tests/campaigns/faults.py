@@ -5,16 +5,19 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import tempfile
+import time
 from collections import Counter
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 import ddlib as dd
 from ddlib import files
 
-from .server import case, start, wait
+from .server import case, interrupted, start, wait
 
 TINY = {
     "ipc": 1,
@@ -37,15 +40,29 @@ EXPERTS = {
     "syn_steps": 2,
     "iterations": 2,
 }
-# A method of every file in ddlib/methods, and what makes it short.
+EXTRACTOR = {"extractor_epochs": 1}
+STEPS = {"iterations": 2}
+# Every method of ours, and what makes it short.
 METHODS = {
+    "random": {},
+    "herding": EXTRACTOR,
+    "kcenter": EXTRACTOR,
+    "kmeans": EXTRACTOR,
+    "forgetting": EXTRACTOR,
+    "dc": STEPS,
+    "dsa": STEPS,
+    "idc": STEPS,
+    "dream": STEPS,
+    "dream_plus": STEPS,
     "dm": {"iterations": 3},
-    "kmeans": {"extractor_epochs": 1},
-    "dsa": {"iterations": 2},
-    "dream_plus": {"iterations": 2},
     "frepo": {"iterations": 3, "pool_size": 2, "max_age": 1},
     "mtt": EXPERTS,
+    "tesla": EXPERTS,
+    "ftd": EXPERTS,
+    "datm": EXPERTS,
 }
+# What a disk may say: no room, no room for this user, read-only, file too large, broken.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 PLACES = ("before", "half", "after")
 
@@ -110,46 +127,68 @@ def killed(method: str, results: str, number: int, place: str, which: int) -> st
     return digest(method, results)
 
 
-def full(method: str, results: str, number: int, place: str) -> str:
-    def fault():
-        raise OSError(errno.ENOSPC, "No space left on device")
+def broken(method: str, results: str, number: int, place: str, code: int) -> str:
+    """The disk fails once by the error `code`, or (0) the folder of the results vanishes."""
 
-    Operations(number, place, fault, unlinks=False)  # which needs no room
-    return digest(method, results)
+    def fault():
+        if not code:
+            shutil.rmtree(results, ignore_errors=True)
+            return
+        raise OSError(code, os.strerror(code))
+
+    Operations(number, place, fault, unlinks=not code)  # an unlink needs no room
+    try:
+        return digest(method, results)
+    except FileNotFoundError:
+        if code or Path(results).is_dir():
+            raise
+        return "the result vanished with its folder"
 
 
 @cache
-def _undisturbed(method: str) -> tuple[int, str]:
-    """The number of file operations of a run, and its digest."""
+def _undisturbed(method: str) -> tuple[int, str, float]:
+    """The number of file operations of a run, its digest and its seconds."""
     with tempfile.TemporaryDirectory() as results:
+        start = time.monotonic()
         what, value = case(counted, method, results)
     assert what == "done", (method, value)
-    return tuple(value)
+    return (*value, time.monotonic() - start)
 
 
-def campaign(draw: random.Random, end, disk: bool = False, methods=METHODS) -> Counter:
-    """Faults at random operations until `end()`; each is followed by an undisturbed call."""
-    counts, whole = Counter(), {method: _undisturbed(method) for method in methods}
-    while not end():
-        for method, (operations, wanted) in whole.items():
-            if end():
-                break
-            where = (draw.randint(1, operations), draw.choice(PLACES))
-            with tempfile.TemporaryDirectory() as results:
-                if disk:
-                    what, text = case(full, method, results, *where)
-                else:
-                    # A signal that can be handled does not tear a write.
-                    which = signal.SIGKILL if where[1] == "half" else draw.choice(SIGNALS)
-                    what, text = case(killed, method, results, *where, which)
-                again, value = case(digest, method, results)
-            counts["tried"] += 1
-            counts["traceback"] += "traceback" in (what, again)
-            counts["hung"] += "hung" in (what, again)
-            counts["lost"] += again != "done"
-            counts["wrong"] += again == "done" and value != wanted
-            if (again, value) != ("done", wanted) or what in ("traceback", "hung"):
-                print(method, where, what, text, again, value)
+def kill(draw: random.Random, method: str, results: str) -> tuple[str, str]:
+    """One run that is killed: three times of four at a file operation, else at any moment."""
+    operations, _, seconds = _undisturbed(method)
+    if draw.random() < 0.25:
+        return interrupted(draw.choice(SIGNALS), draw.uniform(0, seconds), digest, method, results)
+    number, place = draw.randint(1, operations), draw.choice(PLACES)
+    # A signal that can be handled does not tear a write.
+    which = signal.SIGKILL if place == "half" else draw.choice(SIGNALS)
+    return case(killed, method, results, number, place, which)
+
+
+def fail(draw: random.Random, method: str, results: str) -> tuple[str, str]:
+    """One run whose disk fails at a file operation, or whose folder vanishes."""
+    number, place = draw.randint(1, _undisturbed(method)[0]), draw.choice(PLACES)
+    return case(broken, method, results, number, place, draw.choice((*DISK, 0)))
+
+
+def campaign(fault, draw: random.Random, end, methods=METHODS) -> Counter:
+    """Faults (`kill` or `fail`) until `end(tried)`; each is followed by an undisturbed call."""
+    counts = Counter()
+    for method in cycle(methods):
+        if end(counts["tried"]):
+            return counts
+        wanted = _undisturbed(method)[1]
+        with tempfile.TemporaryDirectory() as results:
+            what, text = fault(draw, method, results)
+            again, value = case(digest, method, results)
+        counts["tried"] += 1
+        counts["traceback"] += "traceback" in (what, again)
+        counts["hung"] += "hung" in (what, again)
+        counts["lost"] += again != "done"
+        counts["wrong"] += again == "done" and value != wanted
+        if (again, value) != ("done", wanted) or what in ("traceback", "hung"):
+            print(method, what, text, again, value, flush=True)
     return counts
 
 
@@ -174,23 +213,21 @@ def stepped(method: str, results: str, notes: str) -> str:
 def meetings(draw: random.Random, end, many: int = 4, methods=METHODS) -> Counter:
     """Several processes ask for one run, then for as many transfers of it, at the same moment."""
     counts = Counter()
-    while not end():
-        for method in methods:
-            if end():
-                break
-            with tempfile.TemporaryDirectory() as results, tempfile.TemporaryDirectory() as notes:
-                children = [start(stepped, method, results, notes) for _ in range(many)]
-                answers = [wait(child) for child in children]
-                counts["tried"] += many
-                counts["lost"] += sum(what != "done" for what, _ in answers)
-                counts["traceback"] += sum(what == "traceback" for what, _ in answers)
-                counts["wrong"] += len({value for what, value in answers if what == "done"}) > 1
-                counts["computed twice"] += max(0, len(os.listdir(notes)) - 1)
-                (path,) = Path(results).glob("smoke/*[0-9a-f].json")
-                nets = [f"convnet:width={width}" for width in draw.sample(range(2, 12), many)]
-                answers = [wait(child) for child in [start(row, str(path), net) for net in nets]]
-                beside = json.loads(path.with_suffix(".transfer.json").read_text())
-                counts["tried"] += many
-                counts["lost"] += sum(net not in str(list(beside)) for net in nets)
-                counts["traceback"] += sum(what == "traceback" for what, _ in answers)
-    return counts
+    for method in cycle(methods):
+        if end(counts["tried"]):
+            return counts
+        with tempfile.TemporaryDirectory() as results, tempfile.TemporaryDirectory() as notes:
+            children = [start(stepped, method, results, notes) for _ in range(many)]
+            answers = [wait(child) for child in children]
+            counts["tried"] += many
+            counts["lost"] += sum(what != "done" for what, _ in answers)
+            counts["traceback"] += sum(what == "traceback" for what, _ in answers)
+            counts["wrong"] += len({value for what, value in answers if what == "done"}) > 1
+            counts["computed twice"] += max(0, len(os.listdir(notes)) - 1)
+            (path,) = Path(results).glob("smoke/*[0-9a-f].json")
+            nets = [f"convnet:width={width}" for width in draw.sample(range(2, 12), many)]
+            answers = [wait(child) for child in [start(row, str(path), net) for net in nets]]
+            beside = json.loads(path.with_suffix(".transfer.json").read_text())
+            counts["tried"] += many
+            counts["lost"] += sum(net not in str(list(beside)) for net in nets)
+            counts["traceback"] += sum(what == "traceback" for what, _ in answers)

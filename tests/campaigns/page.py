@@ -1,30 +1,36 @@
-"""The table of docs/reliability.md, from the record of the campaigns."""
+"""The tables of docs/reliability.md, from the records of the campaigns and of what must not move a number."""
 
 import re
 from pathlib import Path
 
 from ddlib.files import SOURCE, read_json
+from tests.contract import agreement
 
 PAGE = SOURCE / "docs" / "reliability.md"
 RECORD = SOURCE / "results" / "campaigns" / "faults.json"
-COLUMNS = ("tried", "refused", "lost", "wrong", "traceback", "hung", "computed twice")
+COLUMNS = ("tried", "refused", "lost", "wrong", "traceback", "hung")
+RARE = ("computed twice", "program started", "more than one line")
 
 
 def table(record: Path = RECORD) -> str:
     """Markdown: a row per campaign."""
     kept = read_json(record, "record of the campaigns", "run make campaign")
-    lines = [f"| campaign | {' | '.join(COLUMNS)} |", "| --- |" + " --- |" * len(COLUMNS)]
+    columns = (*COLUMNS, *RARE)
+    lines = [f"| campaign | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for row in kept["rows"]:
-        cells = " | ".join(f"{row.get(column, 0):,}" for column in COLUMNS)
+        cells = " | ".join(f"{row.get(column, 0):,}" for column in columns)
         lines.append(f"| {row['campaign']} | {cells} |")
-    lines += ["", "Seed, minutes, versions and commit stand in the record."]
+    lines += ["", "Seeds, minutes, versions and the commit of each row stand in the record."]
     return "\n".join(lines)
 
 
-def filled(record: Path = RECORD) -> str:
-    """The page with its table anew."""
-    marks = re.compile(r"(<!-- campaigns -->\n).*?(<!-- /campaigns -->)", re.DOTALL)
-    return marks.sub(lambda found: f"{found[1]}{table(record)}\n{found[2]}", PAGE.read_text())
+def filled() -> str:
+    """The page with its tables anew."""
+    text = PAGE.read_text()
+    for name, made in (("campaigns", table()), ("agreement", agreement.table())):
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = marks.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+    return text
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ import torch._dynamo  # noqa: F401
 from ddlib.core import DDError
 from ddlib.engine import checkpoint
 
-checkpoint.commit = lambda: "of the campaign"  # git takes longer than a case
-
-SECONDS = 120  # after which a child hangs
+SECONDS = 600  # after which a child hangs: long, for a busy machine is none
 
 
 def start(function: Callable[..., Any], *arguments: Any) -> tuple[int, int]:
@@ -29,15 +27,21 @@ def start(function: Callable[..., Any], *arguments: Any) -> tuple[int, int]:
     if child:
         os.close(writer)
         return child, reader
+    try:
+        _child(reader, writer, function, arguments)
+    finally:  # never back into the parent's code, whatever signal comes
+        os._exit(0)
+
+
+def _child(reader: int, writer: int, function: Callable[..., Any], arguments: tuple) -> None:
     os.close(reader)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
+    checkpoint.commit = lambda: "of the campaign"  # git takes longer than a case
     answer = _answer(function, arguments)
-    with os.fdopen(writer, "w") as pipe:
-        json.dump(answer, pipe)
-    os._exit(0)
+    os.write(writer, json.dumps(answer).encode())  # at once: a signal tears no answer
 
 
 def _answer(function: Callable[..., Any], arguments: tuple) -> tuple[str, Any]:
@@ -69,11 +73,23 @@ def wait(started: tuple[int, int], seconds: float = SECONDS) -> tuple[str, Any]:
         return "hung", ""
     if os.WIFSIGNALED(status):
         return "killed", os.WTERMSIG(status)
+    if not text:  # a signal before the child could answer
+        return "stopped", ""
     return tuple(json.loads(text))
 
 
 def case(function: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
     return wait(start(function, *arguments))
+
+
+def interrupted(
+    which: int, seconds: float, function: Callable[..., Any], *arguments: Any
+) -> tuple[str, Any]:
+    """A case that gets the signal `which` after so many seconds, if it is not over by then."""
+    started = start(function, *arguments)
+    select.select([started[1]], [], [], 0.01 + seconds)
+    os.kill(started[0], which)
+    return wait(started)
 
 
 class Hang(BaseException):

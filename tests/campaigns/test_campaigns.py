@@ -9,21 +9,20 @@ from tests.campaigns.page import PAGE, filled
 
 CODE = """
 import random
-from itertools import count
-from tests.campaigns import faults, odd
+from tests.campaigns import calls, faults, odd, pictures
 
 def times(number):
-    left = count(number, -1)
-    return lambda: next(left) <= 0
+    return lambda tried: tried >= number
 
-bad = ("lost", "wrong", "traceback", "hung", "computed twice", "more than one line")
+bad = ("lost", "wrong", "traceback", "hung", "computed twice", "more than one line", "program started")
 found = {
-    "kills": faults.campaign(random.Random(0), times(5), methods=["dm"]),
-    "disk": faults.campaign(random.Random(1), times(3), disk=True, methods=["dm"]),
-    "meetings": faults.meetings(random.Random(2), times(2), many=3, methods=["dm"]),
+    "kills": faults.campaign(faults.kill, random.Random(0), times(5), methods=["dm"]),
+    "disk": faults.campaign(faults.fail, random.Random(1), times(3), methods=["dm"]),
+    "meetings": faults.meetings(random.Random(2), times(4), many=2, methods=["dm"]),
     "damage": odd.campaign(odd.damage, random.Random(3), times(1)),
     "crafted": odd.campaign(odd.crafted, random.Random(4), times(1)),
-    "arguments": odd.campaign(odd.arguments, random.Random(5), times(1)),
+    "arguments": odd.campaign(calls.arguments, random.Random(5), times(1)),
+    "pictures": odd.campaign(pictures.pictures, random.Random(6), times(1)),
 }
 for name, counts in found.items():
     assert counts["tried"] and not any(counts[key] for key in bad), (name, counts)

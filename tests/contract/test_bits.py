@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import ddlib as dd
-from ddlib.core import checksum
+from ddlib.core import check_only, checksum
 
 BITS = Path(__file__).with_name("bits.json")
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -188,6 +188,17 @@ def test_every_kept_record_is_found_again():
     records = [record for record in records if "values" in record and "name" in record]
     assert len(records) >= 40
     assert [r["name"] for r in records if resolve_record(r).name != r["name"]] == []
+
+
+def test_every_kept_record_is_of_the_method_that_it_names():
+    """Settings that are a method's own (`only`) have no other values in a record that goes by its name."""
+    from ddlib.engine.record import resolve_record
+
+    records = [json.loads(path.read_text()) for path in RESULTS.rglob("*seed*.json")]
+    specs = [resolve_record(r) for r in records if "values" in r and r["method"] in dd.METHODS]
+    for spec in specs:
+        check_only(spec.name, dd.METHODS.registration(spec.method).only, spec.config)
+    assert sum(bool(dd.METHODS.registration(spec.method).only) for spec in specs) >= 20
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from traceback import FrameSummary
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 import ddlib as dd
 from ddlib.config import preset
 from ddlib.core import DDError
+from ddlib.engine import contract
 from ddlib.methods import METHODS, register
 from ddlib.methods.base import ImageConfig, ImageMethod
 from ddlib.methods.registry import BUILT_IN, Methods
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "coreset": {"extractor_epochs": 1},
     "gradient": {"inner": 2, "batch_real": 16, "net_images": 32},
+    "dream": {"inner": 2, "batch_real": 16, "net_images": 32},
     "dm": {"batch_real": 16},
     "trajectory": {"experts": 1, "expert_total": 2, "max_start": 1, "syn_steps": 3},
     "frepo": {
@@ -115,6 +118,10 @@ def test_a_class_that_is_no_method(registry, cls, message):
             r"step of the method 'broken' returns a tensor \[3\] as 'loss', which is no number",
         ),
         (
+            broken(step=lambda self: self.imagse),
+            r"step of the method 'broken' fails \(AttributeError: .*imagse.*, test_methods.py:\d+\): mend it",
+        ),
+        (
             broken(summary=lambda self: 1 / 0),
             r"summary\(\) of the method 'broken' fails \(ZeroDivisionError.*goes on from the checkpoint",
         ),
@@ -132,6 +139,17 @@ def test_a_method_that_misbehaves(registry, tmp_path, cls, message):
     register("broken")(cls)
     with pytest.raises(DDError, match=message):
         run("broken", tmp_path)
+
+
+def test_a_method_without_a_loss(registry, tmp_path):
+    register("broken")(type("Broken", (ImageMethod,), {}))
+    with pytest.raises(DDError, match=r"Broken has no loss: write `loss\(synthetic, classes\)`"):
+        run("broken", tmp_path)
+
+
+def test_own_settings_that_the_config_lacks(registry):
+    with pytest.raises(DDError, match="names width in `only`, which its Config lacks"):
+        register("broken")(type("Broken", (ImageMethod,), {"only": {"width": (1,)}}))
 
 
 def test_a_name_that_is_taken(registry):
@@ -214,3 +232,9 @@ def test_the_example_package_is_installed_listed_checked_and_run(tmp_path):
     assert any(
         line.split() == ["idm", "ddlib_idm", "CVPR", "2023"] for line in done.stdout.splitlines()
     )
+
+
+def test_a_line_is_named_though_every_file_is_an_installed_package(monkeypatch):
+    frames = [FrameSummary("/env/site-packages/idm.py", 41, "step")]
+    monkeypatch.setattr("ddlib.engine.contract.extract_tb", lambda traceback: frames)
+    assert contract._line(RuntimeError()) == "idm.py:41"

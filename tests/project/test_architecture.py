@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ddlib.methods.registry import BUILT_IN
+
 ROOT = Path(__file__).resolve().parents[2]
 WALK = (ROOT / "docs" / "architecture.md").read_text()
 
@@ -50,3 +52,14 @@ def test_imports_run_one_way():
         check=False,
     )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-500:]
+
+
+def test_every_methods_module_names_the_pages_with_its_figures():
+    pages = set()
+    for module in BUILT_IN:
+        text = ast.get_docstring(ast.parse((ROOT / f"ddlib/methods/{module}.py").read_text()))
+        named = re.findall(r"docs/methods/\w+\.md", text)
+        assert named, module
+        pages |= set(named)
+    assert all("<!-- records:begin" in (ROOT / page).read_text() for page in pages)
+    assert len(pages) == len(list((ROOT / "docs/methods").glob("*.md"))) - 1  # less the index

@@ -55,6 +55,28 @@ def test_paper_and_ours_are_filled_in_at_least_three_rows(path, live):
     assert not main.setting.str.contains("folder:").any()
 
 
+def test_live_random_images_stand_beside_the_kept_runs_and_others_stay_out():
+    kept = lesson.kept(["random"], every=True)
+    same = kept[(kept["values"].map(lambda values: values["protocol"]) == "mtt")]
+    main, _ = lesson.paper_and_ours(same, ["tesla", "ftd"])
+    assert [*main.columns[:5]] == ["setting", "method", "paper", "ours", "random"]
+    distilled = main[main.method != "random"]
+    assert len(distilled) >= 2 and (distilled.random != "").all()
+    assert (main.method == "random").sum() == 1
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_executed_copies_have_both_columns_filled(name, rows_filled):
+    """As the site shows them; conftest.py asks the same of what is executed here on the defaults."""
+    _, path = site.executed(ROOT / "results")[name]
+    (shown,) = (
+        cell["outputs"]
+        for cell in json.loads(path.read_text())["cells"]
+        if "dd.lesson.beside(" in "".join(cell["source"])
+    )
+    assert rows_filled("".join(shown[0]["data"]["text/html"])) >= 3
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_paper_notebook_explains_its_loss_and_says_what_to_look_at(path):
     texts = cells(path, "markdown")

@@ -24,8 +24,13 @@ def test_the_tables_are_what_the_records_say(page):
 
 
 LINK = re.compile(r"\]\(([^)#]+)(#[^)]*)?\)")
-GUIDES = [ROOT / f"docs/{name}.md" for name in ("data", "layout", "results", "speed")]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES]
+GUIDES = [ROOT / f"docs/{name}.md" for name in ("data", "layout", "results", "speed", "glossary")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *GUIDES,
+    *(ROOT / "docs/guides").glob("*.md"),
+]
 
 
 def sentences(text: str) -> list[str]:
@@ -90,6 +95,13 @@ def test_the_badges_are_true():
 def test_a_reader_finds_every_notebook_and_method_from_the_front_page():
     linked = {Path(target).name for target, _ in LINK.findall(README)}
     assert {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} <= linked
+
+
+def test_the_guide_to_a_method_of_ones_own_works(tmp_path):
+    text = (ROOT / "docs/guides/add_a_method.md").read_text()
+    script = tmp_path / "mine.py"
+    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    subprocess.run([sys.executable, script], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_every_subcommand_named_exists():

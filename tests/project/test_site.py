@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -82,13 +83,39 @@ def test_a_notebook_becomes_a_page(tmp_path):
         {"cell_type": "markdown", "source": ["# One"]},
         {"cell_type": "code", "source": ["1 < 2"], "outputs": outputs},
     ]
-    (tmp_path / "one.ipynb").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "one.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}}))
     text, pictures = site.notebook(tmp_path / "one.ipynb")
     assert text.startswith("# One\n\n```python\n1 < 2\n```") and pictures == {
         "one_files/0.png": b"png"
     }
     assert '<div class="output">\n<b>&#36;1</b>\n<i>2</i>\n</div>' in text and "script" not in text
-    assert "```text\na bar\n```" in text and "```text\none\n```" in text
+    assert "a bar" not in text and "```text\none\n```" in text  # progress is over
+
+
+def test_the_notebooks_stand_in_the_order_in_which_the_first_one_leads_to_them():
+    path = site.guided_path()
+    assert path[:3] == ["start_here", "dm", "frepo"]
+    assert set(path) == {file.stem for file in (ROOT / "notebooks").glob("*.ipynb")}
+    made = {f"notebooks/{name}.md": "" for name in sorted(path)}
+    (listed,) = (entry["Notebooks"] for entry in site.nav(made) if "Notebooks" in entry)
+    assert listed == [f"notebooks/{name}.md" for name in path]
+
+
+def test_an_executed_notebook_that_is_older_than_its_text_is_named(tmp_path, monkeypatch):
+    def cell(text, *tags):
+        return {"cell_type": "code", "source": [text], "metadata": {"tags": list(tags)}}
+
+    def write(folder, *cells):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "one.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}}))
+
+    monkeypatch.setattr(site, "SOURCE", tmp_path)
+    write(tmp_path / "notebooks", cell("a"))
+    write(tmp_path / "results/notebooks/small", cell("b = 1", "injected-parameters"), cell("a"))
+    assert site.stale(tmp_path / "results") == []
+    write(tmp_path / "notebooks", cell("another"))
+    (command,) = site.stale(tmp_path / "results")
+    assert command == "ddlib reproduce --profile small --again --only one"
 
 
 def test_a_build_without_results_or_into_a_strange_folder_is_one_sentence(tmp_path):
@@ -172,21 +199,31 @@ def sized(browser, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["desktop", "phone"])
 def test_no_page_scrolls_sideways_or_complains(built, browser, size, tmp_path):
     sized(browser, size)
-    shots = Path(os.environ.get("DDLIB_SCREENSHOTS") or tmp_path)
     for name in PAGES:
         browser.get(f"file://{built}/{name}.html")
+        assert browser.get_log("browser") == [], name
+        photograph(browser, size, name.replace("/", "_"), tmp_path)
+
+
+def photograph(browser, size: tuple[int, int], name: str, folder: Path) -> None:
+    """A screenshot in DDLIB_SCREENSHOTS, or in the test's own folder; the page is no wider than the window."""
+    end = time.monotonic() + 5  # what slides in, slides over the edge
+    while True:
         width, room = browser.execute_script(
             "return [document.documentElement.scrollWidth, innerWidth]"
         )
-        assert width <= room, f"{name} is {width} px wide at {room}"
-        assert browser.get_log("browser") == [], name
-        shot = shots / f"{name.replace('/', '_')}_{size[0]}.png"
-        assert browser.save_screenshot(str(shot)) and shot.stat().st_size > 5_000
+        if width <= room or time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    assert width <= room, f"{name} is {width} px wide at {room}"
+    shot = Path(os.environ.get("DDLIB_SCREENSHOTS") or folder) / f"{name}_{size[0]}.png"
+    assert browser.save_screenshot(str(shot)) and shot.stat().st_size > 5_000
 
 
 @pytest.mark.slow
-def test_claims_are_filtered_by_paper_and_words(built, browser):
-    sized(browser, WIDE)
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["desktop", "phone"])
+def test_claims_are_filtered_by_paper_and_words(built, browser, size, tmp_path):
+    sized(browser, size)
     browser.get(f"file://{built}/claims.html")
     rows = "return [...document.querySelectorAll('#claims tbody tr')].filter(r => !r.hidden)"
     every = browser.execute_script(f"{rows}.length")
@@ -196,23 +233,39 @@ def test_claims_are_filtered_by_paper_and_words(built, browser):
     )
     papers = browser.execute_script(f"{rows}.map(r => r.dataset.paper)")
     assert 0 < len(papers) < every and set(papers) == {"FRePo"}
+    photograph(browser, size, "claims_frepo", tmp_path)
+    if size == WIDE:  # the verdicts stand in the window, without a move to the right
+        edge = (
+            "document.querySelector('#claims tbody tr:not([hidden])').getBoundingClientRect().right"
+        )
+        assert browser.execute_script(f"return {edge}") <= WIDE[0]
     box = browser.find_element("css selector", ".filter input")
     box.send_keys("cifar100")
     fewer = browser.execute_script(f"{rows}.map(r => r.textContent)")
-    assert 0 < len(fewer) < len(papers) and all("cifar100" in text for text in fewer)
+    assert 0 < len(fewer) < len(papers) and all("CIFAR-100" in text for text in fewer)
+    box.clear()
+    browser.execute_script(
+        "const s = document.querySelector('.filter select[name=verdict]'); s.selectedIndex = 1;"
+        "s.dispatchEvent(new Event('input'))"
+    )
+    verdicts = browser.execute_script(f"{rows}.map(r => r.dataset.verdict)")
+    assert 0 < len(verdicts) < len(papers) and "not attempted" not in verdicts
 
 
 @pytest.mark.slow
-def test_search_finds_a_word_without_a_server(built, browser):
-    import time
-
-    sized(browser, WIDE)
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["desktop", "phone"])
+def test_search_finds_a_word_without_a_server(built, browser, size, tmp_path):
+    sized(browser, size)
     browser.get(f"file://{built}/index.html")
+    if size == PHONE:
+        browser.find_element("css selector", "label.md-header__button[for=__search]").click()
     box = browser.find_element("css selector", ".md-search__input")
-    box.click()
+    if size == WIDE:
+        box.click()
     box.send_keys("adjoint")
     end = time.monotonic() + 60
     while not (found := browser.execute_script(TITLES)):
         assert time.monotonic() < end, "search found nothing"
         time.sleep(0.2)
     assert any("adjoint" in text.lower() for text in found)
+    photograph(browser, size, "search_adjoint", tmp_path)

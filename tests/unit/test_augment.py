@@ -97,30 +97,20 @@ def loop(x, params, each):
     """The official way: class after class, every image of a class under the class's transform."""
     out, reference = [], plain if params.table is TABLES["dsa"] else plain_frepo
     for k, images in enumerate(x.split(each)):
-        for s, ops in enumerate(params.stages):
-            for op in ops if params.mode == "M" else [list(params.table.apply)[params.op[s, k]]]:
-                images = reference(images, op, params.values[s, :, k])
+        for s in range(len(params.stages)):
+            op = list(params.table.apply)[params.op[s, k]]
+            images = reference(images, op, params.values[s, :, k])
         out.append(images)
     return torch.cat(out)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    ("strategy", "mode"),
-    [
-        *((op, "S") for op in OPS),
-        (ALL, "S"),
-        (ALL, "M"),
-        *(("frepo:" + op, "S") for op in TABLES["frepo"].apply),
-        (FREPO, "S"),
-        (FREPO, "M"),
-        *((strategy, "S") for strategy in IDC),
-        (IDC[2], "M"),
-    ],
+    "strategy", [*OPS, ALL, *("frepo:" + op for op in TABLES["frepo"].apply), FREPO, *IDC]
 )
-def test_batch_equals_loop_over_classes(strategy, mode, channels):
+def test_batch_equals_loop_over_classes(strategy, channels):
     rng = generator(0, "augment", strategy)
-    params = draw(strategy, 12, (9, 9), rng, mode=mode)
+    params = draw(strategy, 12, (9, 9), rng)
     x = torch.randn(24, channels, 9, 9, generator=rng, dtype=torch.float64, requires_grad=True)
     ours, slow = augment(x, params.repeat(2)), loop(x, params, 2)
     torch.testing.assert_close(ours, slow, rtol=0, atol=1e-12)
@@ -310,10 +300,7 @@ def test_draws_repeat_and_leave_the_global_state_alone():
 @pytest.mark.parametrize("strategy", ["", "none"])
 def test_no_strategy_changes_nothing(strategy):
     x = torch.randn(4, 3, 8, 8, generator=generator(14))
-    for mode in "SM":
-        assert torch.equal(
-            augment(x, draw(strategy, 2, (8, 8), generator(0), mode=mode).repeat(2)), x
-        )
+    assert torch.equal(augment(x, draw(strategy, 2, (8, 8), generator(0)).repeat(2)), x)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +329,6 @@ def test_no_images_and_half_precision(strategy):
         ({"strategy": "idc:color"}, "idc.*dsa, frepo"),
         ({"strategy": "color++crop"}, "color, crop, cutout"),
         ({"strategy": "color__crop"}, "color, crop, cutout"),
-        ({"mode": "X"}, "S, M"),
         ({"op_every": 0}, "at least 1"),
     ],
 )

@@ -129,3 +129,11 @@ def test_reproduce_is_quiet_and_says_where_to_look(notebooks, capfd, monkeypatch
         reproduce.reproduce(parameters={"fail": True}, results=notebooks / "results")
     with pytest.raises(DDError, match="unknown notebook parameter 'ipx'"):
         reproduce.reproduce(parameters={"ipx": 1}, results=notebooks / "results")
+
+
+def test_what_is_executed_again_keeps_its_parameters(tmp_path):
+    copy = {"cells": [], "metadata": {"papermill": {"parameters": {"ipcs": 1}}}}
+    (tmp_path / "one.ipynb").write_text(json.dumps(copy))
+    assert reproduce._executed_with(tmp_path) == {"one": {"ipcs": 1}}
+    with pytest.raises(DDError, match="there is no executed notebook in"):
+        reproduce._executed_with(tmp_path / "elsewhere")

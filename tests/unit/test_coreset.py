@@ -1,5 +1,7 @@
 """The selection rules of coresets, on cases worked out by hand and against a plain loop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -183,7 +185,8 @@ def test_an_event_is_a_step_from_right_to_wrong():
         [[0, 1, 1, 1], [1, 0, 1, 0], [0, 1, 1, 1], [1, 0, 1, 0]]
     )
     recipe = Recipe("test", epochs=4, lr=0.0, batch=4, drops=(), augment="none")
-    events = train_and_count(data, Scripted(answers), recipe, 0)
+    net = Scripted(answers)
+    events = train_and_count(data, net, recipe, 0, net.forward)
     assert events.tolist() == [2, 1, 0, 2]
 
 
@@ -197,8 +200,23 @@ def test_all_rules_share_one_kept_extractor(data, results, monkeypatch):
     assert again.summary() == first.summary() and len(set(again.index.tolist())) == 6
     second = Coreset(config, data, 2, "convnet:width=4,depth=1", 0)
     assert second.index.equal(picked)
-    with pytest.raises(TypeError):  # another seed has an extractor of its own
+    low = replace(config, extractor_precision="bf16")
+    with pytest.raises(TypeError):  # another precision has an extractor of its own
+        _ = Coreset(low, data, 2, "convnet:width=4,depth=1", 0).index
+    with pytest.raises(TypeError):  # and so has another seed
         _ = Coreset(config, data, 2, "convnet:width=4,depth=1", 1).index
+
+
+def test_an_extractor_may_be_trained_in_bf16(data, results):
+    config = CoresetConfig("herding", extractor_epochs=3)
+    low = replace(config, extractor_precision="bf16")
+    records = [
+        Coreset(c, data, 2, "convnet:width=4,depth=1", 0).extractor.record for c in (config, low)
+    ]
+    assert "precision" not in records[0] and records[1]["precision"] == "bf16"
+    nets = [Coreset(c, data, 2, "convnet:width=4,depth=1", 0).extractor.net for c in (config, low)]
+    weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in nets]
+    assert 0 < (weights[0] - weights[1]).abs().max() < 0.05
 
 
 def test_coreset_trains_its_own_extractor(data, results):

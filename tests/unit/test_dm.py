@@ -175,6 +175,8 @@ def test_the_reported_loss_is_the_sum_over_classes_divided_by_their_number():
 def test_more_images_than_a_class_has(init):
     with pytest.raises(DDError, match="cannot sample 5 images.*0 to 4"):
         dm(arrays((9, 4, 9)), ipc=5, init=init)
+    with pytest.raises(DDError, match="cannot sample 1000.* images of each class: 0 to 4"):
+        arrays((9, 4, 9)).sample(10**30, generator(0))
 
 
 @pytest.mark.slow
@@ -185,6 +187,17 @@ def test_compiling_leaves_the_images_alone():
     fast = dm(data, compile=True)
     assert fast.psi != fast.net.features
     torch.testing.assert_close(after(fast, 3), after(dm(data), 3), rtol=0, atol=1e-4)
+
+
+def test_bf16_is_another_way_to_nearly_the_same_gradient():
+    data = arrays()
+    plain, low = dm(data), dm(data, precision="bf16")
+    plain.step(), low.step()
+    assert low.images.dtype == torch.float32
+    cosine = torch.cosine_similarity(low.velocity.flatten(), plain.velocity.flatten(), 0)
+    assert 0.99 < cosine < 1 - 1e-6
+    with pytest.raises(DDError, match="precision 'bf16' is for features alone; allowed with match"):
+        dm(data, precision="bf16", match="both")
 
 
 @pytest.mark.gpu

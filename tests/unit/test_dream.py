@@ -17,10 +17,10 @@ from ddlib.match.sampler import (
     embed,
     expert_batches,
     initial_rows,
-    plug_in,
     representatives,
 )
 from ddlib.methods.dm import DM, Config
+from ddlib.methods.dream import DREAM, DREAMPlus, plug_in
 from ddlib.nets.build import build, initialise
 
 NET = "convnet:width=8"
@@ -184,6 +184,13 @@ def test_initial_rows_and_groups_of_classes(monkeypatch):
 def test_bad_input(options, message):
     with pytest.raises(DDError, match=message):
         Sampler(arrays((40, 25, 31)), **{"each": 6, "kind": "dream"} | options)
+
+
+@pytest.mark.parametrize(("name", "cls"), [("dream", DREAM), ("dream_plus", DREAMPlus)])
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "tinyimagenet", "imagenet10"])
+def test_a_preset_has_the_arguments_of_its_class(name, cls, dataset):
+    values = dd.resolve(name, dataset, 10, "small").values
+    assert {key: values[key] for key in cls.arguments} == cls.arguments
 
 
 def test_plug_in_names_only_known_keys():

@@ -184,7 +184,7 @@ def test_a_set_and_data_that_do_not_belong_together(syn, digits):
 def test_nothing_to_evaluate_on(digits, syn):
     with pytest.raises(DDError, match="arrays has no test images"):
         evaluate(of(arrays(test=0)), arrays(test=0))
-    with pytest.raises(DDError, match="networks must be at least 1, not 0"):
+    with pytest.raises(DDError, match="networks must be an integer of at least 1, not 0"):
         evaluate(syn, digits, networks=0)
 
 

@@ -237,6 +237,8 @@ def test_a_set_becomes_an_image_folder(tmp_path, run):
     assert facts["recipe"]["name"] == "idc" and facts["labels"] == "the folders"
     again = dd.load(f"folder:{folder}", device="cpu", resolution=8)  # ddlib's own reader too
     assert again.classes == syn.classes and again.shape == (1, 8, 8)
+    with pytest.raises(DDError, match="'.' names no folder: name a new or an empty one"):
+        save_images(syn, ".")
     with pytest.raises(DDError, match="out holds other files: name a new or an empty folder"):
         save_images(syn, tmp_path / "out")
 

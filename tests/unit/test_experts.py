@@ -21,7 +21,7 @@ from ddlib.experts import (
 )
 from ddlib.files import load_tensors, save_tensors
 from ddlib.match.trajectory import FlatNet
-from ddlib.methods.trajectory import Config, Trajectory
+from ddlib.methods.trajectory import MTT, Config
 from ddlib.nets.build import build
 
 NET = "convnet:width=4,depth=1"
@@ -212,12 +212,12 @@ def test_segments_beyond_the_experts_are_refused():
         experts=2, expert_total=3, expert_lr=0.05, expert_batch=8, augment="crop_scale", syn_steps=2
     )
     trained(2)
-    Trajectory(replace(config, max_start=2, expert_epochs=2), dataset(), 1, NET, 0)
+    MTT(replace(config, max_start=2, expert_epochs=2), dataset(), 1, NET, 0)
     for wrong in ({"max_start": 3, "expert_epochs": 2}, {"max_start": 1, "expert_epochs": 4}):
         with pytest.raises(DDError, match="beyond the experts' expert_total = 3 epochs"):
-            Trajectory(replace(config, **wrong), dataset(), 1, NET, 0)
+            MTT(replace(config, **wrong), dataset(), 1, NET, 0)
     with pytest.raises(DDError, match="min_start 2 must be below max_start 2"):
-        Trajectory(replace(config, min_start=2), dataset(), 1, NET, 0)
+        MTT(replace(config, min_start=2), dataset(), 1, NET, 0)
 
 
 def test_sharpness_is_the_top_eigenvalue_of_the_hessian():

@@ -15,12 +15,12 @@ from ddlib.distilled import decode
 from ddlib.match import gradients as matching
 from ddlib.match.gradients import Matching, Traced, class_gradients, distance, matched
 from ddlib.methods import METHODS
-from ddlib.methods.gradient import Config, Gradient
+from ddlib.methods.gradient import DSA, IDC, Config, Gradient
 from ddlib.nets.build import build
 from ddlib.train.loop import _can_compile
 
 CLASSES, IPC = 3, 2
-IDC = {
+IDCS = {
     "batch_real": 5,
     "inner": 3,
     "net_images": 12,
@@ -29,7 +29,7 @@ IDC = {
     "augment_net": "color+crop",
     "lr_img": 2.0,
 }
-DC = {
+DCS = {
     "batch_real": 5,
     "inner": 3,
     "net_epochs": 2,
@@ -47,7 +47,7 @@ DC = {
     "net_decay": 0.0,
     "cutmix": 0.0,
 }
-PLUS = IDC | {
+PLUS = IDCS | {
     "sampling": "dream",
     "init": "kmeans",
     "match": "both",
@@ -77,7 +77,8 @@ def double(data: Dataset) -> Double:
 
 
 def make(data: Dataset, norm: str = "in", seed: int = 0, ipc: int = IPC, **config) -> Gradient:
-    method = Gradient(Config(**config), data, ipc, f"convnet:width=8,norm={norm}", seed)
+    cls = DSA if config.get("net_data") == "synthetic" else IDC
+    method = cls(Config(**config), data, ipc, f"convnet:width=8,norm={norm}", seed)
     if isinstance(data, Double):
         method.net.double()
     return method
@@ -174,9 +175,9 @@ def test_distances_by_hand():
 )
 def test_all_classes_at_once_are_the_loop_over_classes_with_its_momentum(factor, engine):
     data = double(arrays((18, 20, 18)))
-    method = make(data, **IDC | {"inner": 5, "factor": factor, "engine": engine, "lr_img": 20.0})
+    method = make(data, **IDCS | {"inner": 5, "factor": factor, "engine": engine, "lr_img": 20.0})
     start = method.raw.clone()
-    method._fresh(0)
+    method.fresh_network(0)
     expected = bench.plain(method, 5)
     got = after(method, 1)
     assert got.dtype == torch.float64 and (expected - start).norm() > 0.01 * start.norm()
@@ -185,8 +186,9 @@ def test_all_classes_at_once_are_the_loop_over_classes_with_its_momentum(factor,
 
 def test_joint_momentum_would_be_another_optimiser():
     data = double(arrays())
-    method = make(data, **IDC | {"inner": 5, "lr_img": 20.0, "class_steps": False})
-    method._fresh(0)
+    method = make(data, **IDCS | {"inner": 5, "lr_img": 20.0})
+    method.lr, method.momentum = 20.0 * IPC / 10, method.config.momentum
+    method.fresh_network(0)
     expected = bench.plain(method, 5)
     start = method.raw.clone()
     assert (after(method, 1) - expected).norm() > 0.05 * (expected - start).norm()
@@ -203,8 +205,8 @@ def test_the_effective_step_size(classes, ipc, rate, momentum):
 
 
 def test_a_class_with_many_tiles_is_matched_on_a_random_part_of_them():
-    method = make(arrays(), **IDC | {"batch_syn": 3, "augment_match": "none"})  # of 2 x 4
-    method._fresh(0)
+    method = make(arrays(), **IDCS | {"batch_syn": 3, "augment_match": "none"})  # of 2 x 4
+    method.fresh_network(0)
     seen = []
     forward = method.matching.forward
     method.matching.forward = lambda x, y, target=None: (
@@ -223,12 +225,12 @@ def test_a_class_with_many_tiles_is_matched_on_a_random_part_of_them():
 
 @pytest.mark.parametrize("chunk", [1, 5, 20])
 def test_chunks_of_classes_leave_the_result_alone(chunk):
-    whole, parts = (make(double(arrays()), **IDC | {"chunk": c}) for c in (1000, chunk))
+    whole, parts = (make(double(arrays()), **IDCS | {"chunk": c}) for c in (1000, chunk))
     torch.testing.assert_close(after(parts, 2), after(whole, 2), rtol=0, atol=1e-12)
 
 
 def test_pixels_are_clamped_when_an_outer_iteration_starts_and_then_free():
-    method = make(arrays(), **IDC | {"lr_img": 200.0})
+    method = make(arrays(), **IDCS | {"lr_img": 200.0})
     assert after(method, 1).min() < 0
     first, forward = [], method.move
     method.move = lambda outer, inner: (first.append(method.raw.clone()), forward(outer, inner))[1]
@@ -238,10 +240,10 @@ def test_pixels_are_clamped_when_an_outer_iteration_starts_and_then_free():
 
 
 def test_a_small_class_and_batchnorm():
-    assert torch.isfinite(after(make(arrays((3, 12, 12)), **DC | {"batch_real": 256}), 1)).all()
+    assert torch.isfinite(after(make(arrays((3, 12, 12)), **DCS | {"batch_real": 256}), 1)).all()
     data = double(arrays())
     loop, joint = (
-        after(make(data, "bn", **DC | {"engine": engine}), 2) for engine in ("loop", "joint")
+        after(make(data, "bn", **DCS | {"engine": engine}), 2) for engine in ("loop", "joint")
     )
     torch.testing.assert_close(joint, loop, rtol=0, atol=1e-12)
 
@@ -251,7 +253,7 @@ def test_a_small_class_and_batchnorm():
 
 def test_dcs_network_is_trained_on_the_synthetic_images_between_the_image_steps():
     data = double(arrays())
-    method = make(data, **DC | {"augment_match": "none", "inner": 2, "lr_img": 0.0})
+    method = make(data, **DCS | {"augment_match": "none", "inner": 2, "lr_img": 0.0})
     net = build(
         "convnet:width=8", data.shape, CLASSES, generator(0, "gradient", "network", 0)
     ).double()
@@ -267,18 +269,18 @@ def test_dcs_network_is_trained_on_the_synthetic_images_between_the_image_steps(
 
 
 def test_warm_epochs_see_every_real_image_once():
-    method = make(arrays(), **IDC | {"warm_epochs": 2, "inner": 1, "net_batch": 5})
+    method = make(arrays(), **IDCS | {"warm_epochs": 2, "inner": 1, "net_batch": 5})
     seen, batch = [], method.data.batch
     object.__setattr__(
         method.data, "batch", lambda split, rows: (seen.append(rows), batch(split, rows))[1]
     )
-    method._fresh(1)
+    method.fresh_network(1)
     assert [len(rows) for rows in seen] == [*[5] * 7, 1] * 2
     for epoch in (seen[:8], seen[8:]):
         assert torch.cat(epoch).sort().values.tolist() == list(range(36))
 
 
-@pytest.mark.parametrize("config", [IDC, DC, PLUS], ids=["idc", "dsa", "dream_plus"])
+@pytest.mark.parametrize("config", [IDCS, DCS, PLUS], ids=["idc", "dsa", "dream_plus"])
 def test_seeds_and_a_restored_method(config):
     data = arrays()
     whole, half, other = (make(data, **config) for _ in range(3))
@@ -309,7 +311,7 @@ def test_starts():
 
 
 def test_the_loss_falls():
-    method = make(arrays(), **IDC | {"init": "noise", "lr_img": 1.0, "factor": 1})
+    method = make(arrays(), **IDCS | {"init": "noise", "lr_img": 1.0, "factor": 1})
     losses = [float(method.step()["loss"]) for _ in range(12)]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
@@ -338,7 +340,8 @@ def test_compiling_leaves_the_images_alone():
     if not _can_compile():
         pytest.skip("needs a C++ compiler and Python.h for torch.compile")
     slow, fast = (
-        after(make(arrays(), **IDC | {"compile": flag, "lr_img": 0.1}), 2) for flag in (False, True)
+        after(make(arrays(), **IDCS | {"compile": flag, "lr_img": 0.1}), 2)
+        for flag in (False, True)
     )
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-4)
 
@@ -364,9 +367,17 @@ def test_bad_input(config, message):
         after(make(arrays(), **config), 1)
 
 
+def test_what_makes_a_method_is_not_to_be_set():
+    message = "net_data 'real' makes another method of dc: allowed with it: 'synthetic'"
+    with pytest.raises(DDError, match=message):
+        resolve("dc", "digits", 1, net_data="real")
+    with pytest.raises(DDError, match="pixels False makes another method of IDC: .*: True"):
+        make(arrays(), pixels=False)
+
+
 def test_whitened_images_have_no_pixels():
     with pytest.raises(
-        DDError, match=r"whitened images have no pixels in \[0, 1\]: set pixels to false"
+        DDError, match=r"whitened images have no pixels in \[0, 1\], which X holds: set zca to"
     ):
         make(replace(arrays(), zca=object()))
 

@@ -238,11 +238,8 @@ def test_real_images_are_drawn_from_the_data():
     assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_training_time_and_history(tmp_path):
+def test_history(tmp_path):
     found = [record(tmp_path, ipc=ipc, seed=seed) for ipc in (1, 10) for seed in (0, 1)]
-    (axis,) = plots.training_time(tables.runs(found)).axes
-    assert [c.get_label() for c in axis.collections] == ["dm, IPC 1", "dm, IPC 10"]
-    assert axis.collections[0].get_offsets().tolist() == [[25, 51], [25, 51]]
     (axis,) = plots.history(found).axes
     assert len(axis.lines) == 4 and [t.get_text() for t in axis.get_legend().get_texts()] == [
         "IPC 1",

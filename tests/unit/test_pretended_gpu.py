@@ -97,14 +97,7 @@ def test_a_run_mixes_no_devices(method, waits):
     assert all(count <= BELOW.get(name, 0) for name, count in below.items()), below
 
 
-WAITING = pytest.mark.xfail(
-    strict=True, reason="picks classes by CPU indices, or does not merge its checks"
-)
-
-
-@pytest.mark.parametrize(
-    "method", ["dm", "idc", *(pytest.param(m, marks=WAITING) for m in ("frepo", "mtt"))]
-)
+@pytest.mark.parametrize("method", LIMITS)
 def test_a_step_hardly_waits(method, waits):
     steps = FEW["inner"] if method == "idc" else 1
     assert sum(waits(method).values()) <= steps * LIMITS[method], waits(method)

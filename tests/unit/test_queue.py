@@ -70,8 +70,10 @@ def test_the_papers_rows_are_resolved_and_cheapest_first(monkeypatch):
     monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, device: batch / 1e3)
     rows = queue.plan(queue.read())
     assert len(rows) > 50
-    seconds = [r.cost.seconds for r in rows]
-    assert seconds == sorted(seconds) and not any(map(math.isnan, seconds))
+    assert not any(math.isnan(row.cost.seconds) for row in rows)
+    alone = [r for r in rows if cost.shared_key(r.spec) is None]
+    seconds = [r.cost.seconds for r in alone]
+    assert seconds == sorted(seconds)
     assert rows[0].spec.method == "random"
     assert max(map(len, queue.table(rows).splitlines())) <= 100
 
@@ -98,6 +100,21 @@ def test_costs_follow_the_work(monkeypatch):
     assert longer.tflop / one.tflop == pytest.approx(wanted, rel=1e-6)
     with pytest.raises(DDError, match="size of 'folder:pets' is not on file"):
         cost.predict(dd.resolve("dm", "folder:pets", 1, "smoke"))
+
+
+def test_an_extractor_and_experts_are_paid_for_once(monkeypatch):
+    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, device: batch / 1e3)
+    coresets = [("herding", 1, 0), ("forgetting", 10, 0), ("herding", 10, 1)]
+    specs = [dd.resolve(method, "mnist", ipc, "paper", seed) for method, ipc, seed in coresets]
+    specs += [dd.resolve("mtt", "cifar10", ipc, "paper", experts=20) for ipc in (1, 10)]
+    planned = {
+        (row.spec.method, row.spec.ipc, row.spec.seed): row.cost for row in queue.plan(specs)
+    }
+    prepared = {("forgetting", 10, 0), ("mtt", 10, 0)}  # what a cheaper row has trained
+    for spec in specs:
+        key = (spec.method, spec.ipc, spec.seed)
+        assert planned[key] == cost.predict(spec, prepared=key in prepared)
+        assert cost.predict(spec, prepared=True).tflop < cost.predict(spec).tflop
 
 
 def test_sizes_on_file_are_those_of_the_embedded_data():
@@ -142,6 +159,16 @@ def test_stopped_and_gone_on_ends_in_the_same_bytes(tmp_path, monkeypatch, capfd
     capfd.readouterr()
     assert queue.work_through(rows("parts"), 5, "cpu", tmp_path / "parts")
     assert capfd.readouterr().out.startswith("kept")
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path, monkeypatch, capfd):
+    rows = [row(method="random", set=SMOKE | {"iterations": 0})]
+    (one,) = queue.plan(queue.read(written(tmp_path, rows), "smoke"), results=tmp_path)
+    # A process that were started would wait for the lock for ever.
+    monkeypatch.setattr(queue.subprocess, "Popen", lambda *_, **__: pytest.fail("it is started"))
+    with lock(one.record, "the run"):
+        queue.work_through([one], None, "cpu", tmp_path)
+    assert capfd.readouterr().out.startswith("taken")
 
 
 def test_a_run_that_fails_is_said_and_the_next_one_starts(tmp_path, capfd):

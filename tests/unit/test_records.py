@@ -53,7 +53,7 @@ def test_other_protocols_use_the_datasets_own_augmentation(results, monkeypatch)
 
 
 def test_no_epochs_are_refused(results):
-    with pytest.raises(DDError, match="eval_epochs must be at least 1, not 0"):
+    with pytest.raises(DDError, match="epochs must be an integer of at least 1, not 0"):
         dd.run("dm", "digits", ipc=1, **SHORT).transfer(networks=1, epochs=0)
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -27,7 +28,7 @@ from ddlib.config import PRESETS, PROFILES, resolve
 from ddlib.core import DDError
 from ddlib.engine import meter
 from ddlib.engine import run as runs
-from ddlib.files import load_tensors
+from ddlib.files import load_tensors, results_folder
 from ddlib.methods import METHODS
 from ddlib.methods.dm import DM
 
@@ -282,7 +283,7 @@ def wait_for(child: subprocess.Popen, results: Path, step: int) -> None:
 
 
 def test_a_killed_process_resumes_to_the_same_bytes(whole, tmp_path):
-    step = random.randrange(1, 45)
+    step = random.randrange(1, 20)  # early: the child must not end before it is killed
     with process(tmp_path) as child:
         try:
             wait_for(child, tmp_path, step)
@@ -350,7 +351,7 @@ def test_a_crash_at_any_step_costs_the_steps_since_the_checkpoint(whole, tmp_pat
         return real(self)
 
     monkeypatch.setattr(DM, "step", step)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(DDError, match="power cut"):
         run(tmp_path, checkpoint_every=10)
     again = run(tmp_path, checkpoint_every=10)
     assert done[at + 1] == at // 10 * 10  # resumed there, not at 0 ...
@@ -401,6 +402,44 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(tmp_path):
     assert not files(tmp_path, "*.json")
     with pytest.raises(DDError, match="diverged at step 2: .*state, step 1, is kept"):
         run(tmp_path / "b", lr_img=1e30)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("2 GiB"), "ran out of memory at step 3 .* set a smaller chunk, or"),
+        (torch.AcceleratorError("CUDA error: gone\nmore"), "cpu failed at step 3 .*gone.*to go on"),
+    ],
+)
+def test_a_device_that_fails_is_a_sentence_and_nothing_is_lost(
+    whole, tmp_path, monkeypatch, error, message
+):
+    step, taken = DM.step, []
+
+    def failing(method):
+        taken.append(method)
+        if len(taken) == 4:
+            raise error
+        return step(method)
+
+    monkeypatch.setattr(DM, "step", failing)
+    with pytest.raises(DDError, match=message) as caught:
+        run(tmp_path, checkpoint_every=2)
+    assert "step 2, is kept" in str(caught.value)
+    monkeypatch.undo()
+    assert same(run(tmp_path), whole)
+
+
+def test_a_folder_that_vanishes_while_it_is_written_gets_both_files(tmp_path, whole, monkeypatch):
+    write = runs.write_json
+
+    def vanishing(path, record):
+        shutil.rmtree(path.parent)
+        return write(path, record)
+
+    monkeypatch.setattr(runs, "write_json", vanishing)
+    done = run(tmp_path)
+    assert done.complete and same(done, whole)
 
 
 # Damaged and unwritable files
@@ -470,6 +509,12 @@ def test_a_damaged_set_is_one_sentence(ddlib, whole, tmp_path):
     assert code == 2 and err.count("\n") == 1
     path.unlink()
     assert same(run(tmp_path), whole)
+
+
+def test_a_results_folder_whose_name_no_folder_can_have():
+    for name in ("x" * 3000, "[" * 300):
+        with pytest.raises(DDError, match="no results can be in .*File name too long"):
+            results_folder(name)
 
 
 def test_a_results_folder_that_cannot_be_written(ddlib, tmp_path, monkeypatch):
@@ -717,7 +762,7 @@ def test_run_evaluate_and_list(ddlib, whole, tmp_path):
     )
     assert ddlib("list", "--method", "dmm")[:2] == (2, "")
     assert ddlib("evaluate", whole.path.with_suffix(".safetensors"), "--seed", "-1")[2] == (
-        "ddlib: seed must be at least 0, not -1\n"
+        "ddlib: seed must be an integer of at least 0, not -1\n"
     )
     code, out, _ = ddlib("list", "--results", tmp_path)
     assert code == 0 and out.startswith(f"no records in {tmp_path}")

@@ -150,10 +150,23 @@ def test_the_front_page_takes_the_nearest_run_of_known_code(tmp_path):
     far = record(tmp_path, **place, profile="small", scores=(48.0, 48.9, 49.0))
     nearest = record(tmp_path, **place, profile="paper", scores=(48.9,) * 5)
     nearest.path.write_text(json.dumps(nearest.record | {"commit": None}))
-    coreset = record(tmp_path, "random", **place, profile="paper")
-    table = tables.runs([near, far, Run(nearest.path), coreset])
-    (row,) = tables.front_page(table).to_dict("records")
-    assert (row["method"], row["ours"], row["verdict"]) == ("dm", "45.0 ± 0.8", "reduced budget")
+    real = [record(tmp_path, "random", **place, protocol=name) for name in ("dsa", "dc")]
+    unpublished = record(tmp_path, "random", **place, protocol="idc")
+    table = tables.runs([*real, unpublished, near, far, Run(nearest.path)])
+    first, *others = tables.front_page(table).to_dict("records")  # distilled sets come first
+    assert (first["method"], first["ours"]) == ("dm", "45.0 ± 0.8")
+    assert first["verdict"] == "reduced budget"
+    assert sorted(row["method"] for row in others) == ["random (dc)", "random (dsa)"]
+
+
+def test_the_front_page_has_every_method_before_a_second_row_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "HEADLINES", 3)
+    place = {"dataset": "cifar10", "profile": "paper", "scores": (50.0,) * 5}
+    full = [record(tmp_path, ipc=ipc, **place) for ipc in (1, 10, 50)]
+    less = record(tmp_path, "dsa", ipc=10, **place, iterations=1)
+    real = record(tmp_path, "random", ipc=10, **place)
+    shown = tables.front_page(tables.runs([*full, less, real]))
+    assert sorted(shown.method) == ["dm", "dm", "dsa"]
 
 
 def test_a_key_younger_than_a_record_has_its_default(tmp_path):
@@ -251,6 +264,20 @@ def test_headline_keeps_all_seeds_of_the_setting_nearest_to_the_preset(tmp_path)
         ("dsa", "iterations=5", 0),
     ]
     assert tables.headline(tables.runs([])).empty
+
+
+def test_a_line_is_of_one_protocol_that_of_the_printed_figures(tmp_path):
+    place = {"dataset": "mnist", "profile": "paper"}
+    dc = {"protocol": "dc", "eval_augment": "dc:crop_scale_rotate"}
+    runs = [
+        record(tmp_path, "random", ipc=1, **place),  # DSA's protocol, which no paper prints
+        record(tmp_path, "random", ipc=10, **place, protocol="dc", eval_augment="none"),
+        *(record(tmp_path, "random", ipc=ipc, **place, **dc) for ipc in (1, 10)),
+    ]
+    kept = tables.headline(tables.runs(runs))
+    assert [*kept.ipc] == [1, 10]
+    assert {values["eval_augment"] for values in kept["values"]} == {"dc:crop_scale_rotate"}
+    assert [*kept.columns] == tables.COLUMNS
 
 
 def test_transfers_are_the_own_network_and_the_kept_others_under_the_same_protocol(tmp_path):

@@ -18,7 +18,7 @@ from ddlib.experts import Experts, train_experts
 from ddlib.files import load_tensors, save_tensors
 from ddlib.match.trajectory import FlatNet, match, parse_engine
 from ddlib.methods import trajectory
-from ddlib.methods.trajectory import Config, Trajectory, soft_cross_entropy
+from ddlib.methods.trajectory import DATM, FTD, TESLA, Config, Trajectory, soft_cross_entropy
 from ddlib.nets.build import build
 
 NET, OPS = "convnet:width=8", "color_crop_cutout_scale_rotate"
@@ -66,7 +66,8 @@ def place(tmp_path_factory, data):
 
 
 def work(data, seed=0, ipc=1, **changes) -> Trajectory:
-    return Trajectory(replace(CONFIG, **changes), data, ipc, NET, seed)
+    cls = {"learned": DATM, "assigned": TESLA}.get(changes.get("labels"), FTD)
+    return cls(replace(CONFIG, **changes), data, ipc, NET, seed)
 
 
 def tensors(method: Trajectory) -> dict[str, torch.Tensor]:
@@ -243,6 +244,7 @@ def test_window_grows_by_the_formula(monkeypatch):
     made_up(monkeypatch, [[0.0, 0.0, 0.0]], epochs=30, noise=0.1)
     config = replace(
         CONFIG,
+        labels="learned",
         experts=1,
         expert_total=30,
         min_start=3,
@@ -251,7 +253,7 @@ def test_window_grows_by_the_formula(monkeypatch):
         grow_until=1000,
         syn_steps=1,
     )
-    method = Trajectory(config, blocks(), 1, NET, 0)
+    method = DATM(config, blocks(), 1, NET, 0)
     for step, window in (
         (0, 10),
         (99, 10),
@@ -262,15 +264,15 @@ def test_window_grows_by_the_formula(monkeypatch):
         (5000, 20),
     ):
         method.steps = step
-        assert method._window() == window
+        assert method.last_start() == window
     for step, stop in ((0, 10), (5000, 20)):
         method.steps, starts = step, set()
         for k in range(300):
             segment, _ = method.segment(generator(k, "window"))
             starts |= {e for e in range(31) if torch.equal(segment.start, method._theta(0, e))}
         assert starts == set(range(3, stop))
-    fixed = Trajectory(replace(config, grow_from=0), blocks(), 1, NET, 0)
-    assert fixed._window() == 20
+    fixed = DATM(replace(config, grow_from=0), blocks(), 1, NET, 0)
+    assert fixed.last_start() == 20
 
 
 def test_threshold_skips_images_labels_and_beta(data):
@@ -301,7 +303,7 @@ def test_label_logits_are_the_mean_over_the_experts_that_are_right(monkeypatch):
         [0.0, 4.0, 2.0],
     ]  # the answers: class 0, class 0, class 1
     made_up(monkeypatch, biases)
-    method = Trajectory(replace(CONFIG, experts=3, labels="learned"), blocks(), 2, NET, 0)
+    method = DATM(replace(CONFIG, experts=3, labels="learned"), blocks(), 2, NET, 0)
     wanted = (
         [[4.0, -0.5, 0.5]] * 2 + [[0.0, 4.0, 2.0]] * 2 + [[0.0, 0.0, 5.0]] * 2
     )  # class 2: none is right
@@ -310,7 +312,7 @@ def test_label_logits_are_the_mean_over_the_experts_that_are_right(monkeypatch):
 
 
 def test_correct_images_are_those_that_the_expert_gets_right(data):
-    method = work(data, ipc=5, init="correct", seed=1)
+    method = work(data, ipc=5, init="correct", labels="learned", seed=1)
     answers = method._logits(method.raw, 1, -1).argmax(1)
     pool = data.sample(55, generator(1, "trajectory", "init"))
     found = method._logits(data.batch("train", pool.flatten()), 1, -1).argmax(1).view_as(pool)

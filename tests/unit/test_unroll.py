@@ -10,6 +10,7 @@ from torch.autograd import grad
 from ddlib.augment.siamese import augment, draw
 from ddlib.core import DDError, generator
 from ddlib.engine.meter import SavedTensors
+from ddlib.match.inner import CompiledStep
 from ddlib.match.trajectory import FlatNet, Segment, match
 from ddlib.methods.trajectory import soft_cross_entropy
 from ddlib.nets.build import build
@@ -155,6 +156,24 @@ def test_inputs_are_left_alone():
         all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and p.images.grad is None
     )
     assert p.images.requires_grad and not p.labels.requires_grad and not p.rates.requires_grad
+
+
+@pytest.mark.parametrize(("labels", "momentum"), [("logits", 0.7), ("hard", 0.0)])
+def test_compiled_steps_give_the_same_numbers(labels, momentum, monkeypatch):
+    """Of the graphs that are compiled, run as they are: a compiler takes half a minute for each."""
+    monkeypatch.setattr("ddlib.match.inner.compiled", lambda graph: graph)
+    p = problem(batches="overlapping", labels=labels, dsa=True)
+    inner = CompiledStep(p.net, p.criterion)
+    ways = [("adjoint", {"keep": 3}), ("window=2", {"micro": 3})]
+    ways += [] if momentum else [("tesla", {"keep": 2})]
+    for engine, options in ways:
+        wanted = p.match(engine, momentum=momentum, **options)
+        found = p.match(engine, momentum=momentum, inner=inner, **options)
+        for name, value in vars(wanted).items():
+            mine = getattr(found, name)
+            assert (mine is None) == (value is None)
+            assert value is None or gap(mine, value) < 1e-12, (engine, options, name)
+            assert value is None or not mine.requires_grad
 
 
 @pytest.mark.parametrize("engine", ["adjoint", "tesla", "window=2"])

@@ -1,0 +1,99 @@
+"""The oldest and the newest torch that ddlib supports on every Python that it supports: `make compat`.
+
+Each pair is installed into an environment of its own, some 6 GB and minutes each, in a folder that is removed again, and
+tried by the tests of TESTS. What cannot be had on a machine, a Python that is not there or a torch that its index does
+not offer, is named in one sentence and is no failure. `--only 3.12` or `--only 3.12-oldest` takes a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.11", "3.12", "3.13")
+TESTS = ("test_synthetic", "test_faults", "test_dm", "test_unroll", "test_runs")
+BUILDS = ("torch", "torchvision")
+
+
+def versions(which: str) -> list[str]:
+    """The requirements of torch and torchvision: the pins, or the lower bounds of pyproject.toml."""
+    if which == "newest":
+        pins = (ROOT / "constraints.txt").read_text()
+        return [re.search(rf"^{name}==\S+", pins, re.MULTILINE)[0] for name in BUILDS]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = [text.replace(">=", "==") + ".*" for text in project["dependencies"]]
+    return [text for text in bounds if text.partition("==")[0] in BUILDS]
+
+
+def found(python: str) -> str | None:
+    """A Python of this version that runs: on the path, or one of pyenv's."""
+    root = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    ours = root.glob(f"versions/{python}*/bin/python{python}")
+    for path in (shutil.which(f"python{python}"), *map(str, sorted(ours))):
+        if path and not subprocess.run([path, "-V"], check=False, capture_output=True).returncode:
+            return path
+    return None
+
+
+def environment(python: str, which: str, place: Path) -> Path | None:
+    """The interpreter of a new environment; None where this Python or this torch cannot be had."""
+    interpreter = found(python)
+    if not interpreter:
+        return None
+    subprocess.run([interpreter, "-m", "venv", place], check=True)
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    kept = [line for line in pins if line.partition("==")[0] not in BUILDS]
+    (place / "constraints.txt").write_text("\n".join([*kept, *versions(which)]))
+    words = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    words += ["-c", place / "constraints.txt", "-e", f"{ROOT}[test]"]
+    done = subprocess.run(
+        [place / "bin" / "python", *words], check=False, capture_output=True, text=True
+    )
+    if done.returncode and "No matching distribution" not in done.stderr:
+        raise SystemExit(done.stderr[-2000:])
+    return None if done.returncode else place / "bin" / "python"
+
+
+def tried(python: str, which: str) -> str:
+    """What became of one pair: missing, or the last line of its tests."""
+    with tempfile.TemporaryDirectory() as place:
+        interpreter = environment(python, which, Path(place) / "env")
+        if interpreter is None:
+            return "missing"
+        files = [str(ROOT / "tests" / "unit" / f"{name}.py") for name in TESTS]
+        words = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=ROOT)
+        said = done.stdout.strip().splitlines()
+        print(*(line for line in said if line.startswith(("FAILED", "ERROR"))), sep="\n")
+        return (
+            f"{'passed' if done.returncode == 0 else 'FAILED'}: {said[-1] if said else done.stderr}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[""])
+    only = tuple(parser.parse_args().only)
+    rows = {}
+    for python in PYTHONS:
+        for which in ("oldest", "newest"):
+            name = f"{python}-{which}"
+            if name.startswith(only):
+                rows[name] = tried(python, which)
+                print(f"{name:12} {' '.join(versions(which)):40} {rows[name]}", flush=True)
+    missing = [name for name, said in rows.items() if said == "missing"]
+    if missing:
+        print(f"not to be had on this machine, so not tried: {', '.join(missing)}")
+    return int(any(said.startswith("FAILED") for said in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
