@@ -19,6 +19,8 @@ from ..files import load_tensors, save_tensors
 from . import heap
 from .meter import PeakMemory, commit
 
+SAVE_SECONDS = 300  # a checkpoint at least so often
+
 
 @contextmanager
 def threads_of(profile: str) -> Iterator[None]:
@@ -78,29 +80,48 @@ def guard() -> Iterator[Signals]:
 
 
 class Progress:
-    """Where a run stands: its method's tensors, history, evaluations, snapshots, seconds; saved and restored."""
+    """Where a run stands: its method's tensors, history, evaluations, snapshots, seconds; saved and restored.
 
-    KEPT = ("step", "history", "evaluations", "seconds", "peak", "threads")
+    `scores` are those of the networks that an evaluation under way has behind it.
+    """
+
+    KEPT = ("step", "history", "evaluations", "seconds", "peak", "threads", "scores")
 
     def __init__(self, spec: Spec, path: Path, method: Any, data: str, peak: PeakMemory):
         self.spec, self.path, self.method, self.data = spec, path, method, data
         self.meter, self.total = peak, spec.config.iterations
         self.step, self.history, self.evaluations, self.snapshots = 0, [], [], {}
+        self.scores: list[dict[str, float]] = []
         self.seconds = {"distill": 0.0, "evaluate": 0.0}
         self.peak = 0
         self.threads = [torch.get_num_threads()]  # more than one where a resume had another number
         self.commit = commit()  # of the code that runs, whatever is committed while it does
-        self.saved, self.since = 0, time.perf_counter()
+        self.saved = 0
+        self.start_clock()
 
     def start_clock(self) -> None:
         """Count the seconds of the distillation from here on."""
-        self.since = time.perf_counter()
+        self.part = "distill"
+        self.counted = self.saved_at = time.perf_counter()
+
+    def turn_to(self, part: str) -> None:
+        """Count the seconds from here on as those of this part: "distill" or "evaluate"."""
+        self._count()
+        self.part = part
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self.part] += now - self.counted
+        self.counted = now
+
+    def late(self) -> bool:
+        """Whether the last checkpoint is so old that another one is due."""
+        return time.perf_counter() - self.saved_at > SAVE_SECONDS
 
     def save(self) -> None:
         """Write the checkpoint."""
-        now = time.perf_counter()
-        self.seconds["distill"] += now - self.since
-        self.since, self.saved = now, self.step
+        self._count()
+        self.saved, self.saved_at = self.step, self.counted
         self.peak = max(self.peak, self.meter.read())
         tensors = {f"method.{k}": v for k, v in self.method.state_dict().items()}
         tensors |= {f"snapshot.{k}": v for k, v in self.snapshots.items()}
@@ -113,6 +134,7 @@ class Progress:
             return
         cure = "delete it to start this run from the beginning"
         tensors, header = load_tensors(self.path, "checkpoint", cure)
+        header.setdefault("scores", [])  # which checkpoints of earlier versions lack
         if header.get("name") != self.spec.name or header.get("data", self.data) != self.data:
             raise DDError(
                 f"the checkpoint {self.path} belongs to another run or other images; delete it to "

@@ -28,8 +28,6 @@ from .checkpoint import Progress, Signals, guard, threads_of
 from .meter import PeakMemory, machine
 from .record import Run, fits, refuse_other_images, summary
 
-_SAVE_SECONDS = 300  # a checkpoint at least so often
-
 
 def run(
     method: str,
@@ -224,19 +222,17 @@ def _loop(state: Progress, data: Dataset, signals: Signals, progress: bool, ever
             while True:
                 # At the top, so that a run that was stopped while it evaluated does not skip it.
                 if state.step in tests and all(e["step"] != state.step for e in state.evaluations):
-                    _test(state, data, bar)
-                    state.start_clock()
+                    _test(state, data, signals, bar)
                 if state.step == total:
                     return
                 with signals.held():
                     _step(state, bar)
                     if state.step in pictures:
                         _picture(state)
-                    late = time.perf_counter() - state.since > _SAVE_SECONDS
-                    if state.step % every == 0 or state.step in tests or late:
+                    if state.step % every == 0 or state.step in tests or state.late():
                         _save(state)
         except KeyboardInterrupt:
-            if state.step > state.saved:
+            if state.step > state.saved or state.scores:
                 _save(state)
             raise
 
@@ -283,11 +279,18 @@ def _diverged(state: Progress, what: str) -> DDError:
     )
 
 
-def _test(state: Progress, data: Dataset, bar: tqdm) -> None:
-    """Evaluate the set as it is now."""
+def _test(state: Progress, data: Dataset, signals: Signals, bar: tqdm) -> None:
+    """Evaluate the set as it is now; networks that are behind it are not trained again after a stop."""
     spec = state.spec
     networks = spec.run.networks
     bar.set_description(f"{spec.method} ipc {spec.ipc}: evaluating {networks} networks")
+
+    def after_network() -> None:
+        if state.late():
+            with signals.held():
+                _save(state)
+
+    state.turn_to("evaluate")
     result = evaluate(
         _synthetic(state, data),
         data,
@@ -295,11 +298,14 @@ def _test(state: Progress, data: Dataset, bar: tqdm) -> None:
         seed=spec.seed,
         compile=spec.run.compile,
         precision=spec.run.eval_precision,
+        scores=state.scores,
+        after_network=after_network,
     )
+    state.turn_to("distill")
     bar.set_description(f"{_words(spec)}, {result.mean:.1f} %")
-    state.seconds["evaluate"] += result.seconds
     earlier = [score for score in state.evaluations if score["step"] < state.step]
     state.evaluations = [*earlier, summary(state.step, result)]
+    state.scores = []
 
 
 def _write(path: Path, state: Progress, data: Dataset) -> None:

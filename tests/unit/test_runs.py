@@ -31,6 +31,7 @@ from ddlib.engine import run as runs
 from ddlib.files import load_tensors, results_folder
 from ddlib.methods import METHODS
 from ddlib.methods.dm import DM
+from ddlib.train import evaluate as evaluation
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"iterations": 60, "eval_epochs": 2, "networks": 2, "evaluations": 2, "snapshots": 3}
@@ -379,6 +380,26 @@ def test_a_stop_while_evaluating_repeats_that_evaluation(
     _, header = load_tensors(checkpoint(tmp_path), "checkpoint", "")
     assert header["step"] == 30 * evaluation
     assert same(run(tmp_path, checkpoint_every=7), whole)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_stop_between_two_networks_trains_none_twice(whole, tmp_path, monkeypatch, error):
+    monkeypatch.setattr("ddlib.engine.checkpoint.SAVE_SECONDS", 0)  # a checkpoint a network
+    trained, real = [], evaluation.train
+
+    def train(*args, **options):
+        trained.append(1)
+        if len(trained) == 2:
+            raise error
+        return real(*args, **options)
+
+    monkeypatch.setattr(evaluation, "train", train)
+    with pytest.raises((core.Interrupted, RuntimeError)):
+        run(tmp_path)
+    _, header = load_tensors(checkpoint(tmp_path), "checkpoint", "")
+    assert header["step"] == 30 and len(header["scores"]) == 1
+    assert same(run(tmp_path), whole)
+    assert len(trained) == 5  # two evaluations of two networks, and the one that was stopped
 
 
 def test_more_evaluations_than_steps(tmp_path):
