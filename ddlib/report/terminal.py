@@ -30,7 +30,10 @@ def table(rows: pd.DataFrame, width: int | None = None) -> str:
 
 
 def runs(rows: pd.DataFrame, width: int | None = None) -> str:
-    """The rows of `tables.runs` as a table; what all have in common stands above it, once."""
+    """The rows of `tables.runs` as a table; what all have in common stands above it, once.
+
+    "best" is shown where an evaluation on the way was better than the last.
+    """
     counts = [
         f"{mean:.1f} ± {spread:.1f}"
         for mean, spread in zip(rows.accuracy, rows["std"], strict=True)
@@ -43,14 +46,14 @@ def runs(rows: pd.DataFrame, width: int | None = None) -> str:
             "profile": rows.profile,
             "seed": rows.seed,
             "accuracy (%)": counts,
-            "best (%)": rows.best,
+            "best (%)": rows.best.where(rows.best > rows.accuracy),
             "seconds": rows.seconds.round().astype(int),
             "MiB": (rows.peak_bytes / 2**20).round().astype(int),
             "settings": rows.overrides.replace("", None),
         }
     )
-    common, shown = shared(shown)
-    above = ", ".join(f"{name} {value}" for name, value in common.items() if value is not None)
+    common, shown = shared(shown.dropna(axis=1, how="all"))
+    above = ", ".join(f"{name} {value}" for name, value in common.items())
     return f"{above}\n\n{table(shown, width)}" if above else table(shown, width)
 
 
