@@ -340,7 +340,10 @@ class Gradient(BaseMethod):
 @register("dc", paper="arXiv 2006.05929")
 class DC(Gradient):
     """Zhao, Mopuri and Bilen, ICLR 2021: d is 1 - cosine over all weights, X begins as noise and is not augmented
-    (A is the identity), and the network is trained on X itself (algorithm 1)."""
+    (A is the identity), and the network is trained on X itself (algorithm 1).
+
+    `dc` attains 27.8 ± 0.4 % on CIFAR-10 (JPEG) at IPC 1 (profile `paper`, n=5; 5446 s, AMD EPYC, 1 thread).
+    """
 
     only: ClassVar = {
         "net_data": ("synthetic",),
@@ -364,7 +367,10 @@ class DC(Gradient):
 @register("dsa", paper="arXiv 2102.08259")
 class DSA(DC):
     """Zhao and Bilen, ICML 2021: DC from real images, seen through A: one transform per class for its real and its
-    synthetic images alike, and one operation per batch in the network's training (`augment`)."""
+    synthetic images alike, and one operation per batch in the network's training (`augment`).
+
+    `dsa` attains 26.4 ± 0.4 % on CIFAR-10 (JPEG) at IPC 1 (profile `paper`, n=5; 4701 s, AMD EPYC, 1 thread).
+    """
 
     # L(X) = sum_c d( g(A(x_real^c; omega_c)), g(A(X^c; omega_c)) ): any A, where DC's is the identity
     only: ClassVar = {
@@ -375,7 +381,10 @@ class DSA(DC):
 @register("idc", paper="arXiv 2205.14959")
 class IDC(Gradient):
     """Kim et al., ICML 2022: d is squares over the convolutions, X holds pixels in [0, 1] of `factor`^2 training images
-    in each image, and the network is trained on real images with CutMix."""
+    in each image, and the network is trained on real images with CutMix.
+
+    `idc` attains 47.5 % on CIFAR-10 (JPEG) at IPC 10 (profile `small`, n=1; 4587 s, AMD EPYC, 1 thread).
+    """
 
     only: ClassVar = {
         "net_data": ("real",),

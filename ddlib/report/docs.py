@@ -1,7 +1,10 @@
-"""The tables in README and docs that come from the records, each between markers that name it. Nothing is run.
+"""What comes from the records in README, docs and docstrings. Nothing is run.
+
+A table stands between markers that name it:
 
 `<!-- KIND:begin WORDS (how to renew it) -->` ... `<!-- KIND:end -->`, KIND one of `headline` (README), `results` (the
-long tables), `claims` (verdicts by paper) and `records`, whose words are the methods of a page.
+long tables), `claims` (verdicts by paper) and `records`, whose words are the methods of a page. In the docstring of a
+method's class the line "`METHOD` attains ..." says what its run nearest to the paper reached.
 """
 
 from __future__ import annotations
@@ -25,20 +28,23 @@ BLOCK = re.compile(
     r"(<!-- (headline|results|claims|records):begin([\w ]*)\(.*?\) -->\n).*?(<!-- \2:end -->)",
     re.DOTALL,
 )
+ATTAINS = re.compile(r"^( +`(\w+)` attains ).*$", re.MULTILINE)
 
 
 def fill(text: str, results: str | Path | None = None) -> str:
-    """A page with its blocks renewed from the records."""
+    """A page, or a module, with what comes from the records renewed."""
 
     def renewed(block: re.Match) -> str:
         return block[1] + KINDS[block[2]](block[3].split(), results) + "\n" + block[4]
 
-    return BLOCK.sub(renewed, text)
+    text = BLOCK.sub(renewed, text)
+    return ATTAINS.sub(lambda line: line[1] + _attained(line[2], results), text)
 
 
 def pages() -> list[Path]:
-    """The files that have such blocks: README and everything in docs."""
-    return [SOURCE / "README.md", *sorted((SOURCE / "docs").rglob("*.md"))]
+    """The files that have such parts: README, everything in docs, and the methods."""
+    docs, methods = (SOURCE / "docs").rglob("*.md"), (SOURCE / "ddlib" / "methods").glob("*.py")
+    return [SOURCE / "README.md", *sorted(docs), *sorted(methods)]
 
 
 def write(results: str | Path | None = None) -> list[Path]:
@@ -105,6 +111,23 @@ def markdown(table: pd.DataFrame) -> str:
 
 def _counted(networks: int, seeds: int) -> str:
     return f"{networks} in {seeds} seeds" if seeds > 1 else str(networks)
+
+
+def _attained(method: str, results: str | Path | None) -> str:
+    """Accuracy, number of networks, seconds and hardware of a method's run nearest to the paper, in one line."""
+    kept = _runs(results, [method])
+    rows = tables.judge(pd.concat(kept.values())) if kept else pd.DataFrame({"figure": []})
+    rows = rows[rows.figure.notna()]
+    if rows.empty:
+        return "nothing yet beside a printed figure."
+    nearest = min(rows.index, key=lambda k: tables.nearness(rows.differs[k], rows.loc[k]))
+    row = rows.loc[nearest]
+    score = tables.with_spread(row.accuracy, row.pooled, row.networks)
+    hardware = re.sub(r"\b1 threads$", "1 thread", row.device)
+    return (
+        f"{score} % on {short(row.dataset)} at IPC {row.ipc} (profile `{row.profile}`, n={row.networks}; "
+        f"{row.distill + row.evaluate:.0f} s, {hardware})."
+    )
 
 
 def _results(_: list[str], results: str | Path | None) -> str:

@@ -9,18 +9,29 @@ from pathlib import Path
 
 import pytest
 
+import ddlib as dd
+from ddlib.methods.coreset import KINDS
 from ddlib.report import docs
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_the_tables_are_what_the_records_say(page):
-    text = (ROOT / page).read_text()
-    assert docs.BLOCK.search(text), page
+@pytest.mark.parametrize("path", docs.pages(), ids=lambda path: path.name)
+def test_what_comes_from_the_records_is_what_they_say(path):
     # The kept profiles alone: smoke's records are made on each machine anew, and are not committed.
-    assert docs.fill(text, ROOT / "results") == text, f"{page}: run python -m ddlib docs"
+    text = path.read_text()
+    assert docs.fill(text, ROOT / "results") == text, f"{path.name}: run python -m ddlib docs"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_a_page_of_figures_has_tables_from_the_records(page):
+    assert docs.BLOCK.search((ROOT / page).read_text())
+
+
+@pytest.mark.parametrize("name", sorted(set(dd.METHODS) - set(KINDS)))
+def test_the_docstring_of_a_method_says_what_it_attains(name):
+    assert [name] == [said for _, said in docs.ATTAINS.findall(dd.METHODS[name].__doc__)]
 
 
 LINK = re.compile(r"\]\(([^)#]+)(#[^)]*)?\)")
