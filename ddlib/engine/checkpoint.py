@@ -82,16 +82,18 @@ def guard() -> Iterator[Signals]:
 class Progress:
     """Where a run stands: its method's tensors, history, evaluations, snapshots, seconds; saved and restored.
 
-    `scores` are those of the networks that an evaluation under way has behind it.
+    `scores` are those of the networks that an evaluation under way has behind it, `smaller` the settings that were
+    lowered where the device ran out of memory.
     """
 
-    KEPT = ("step", "history", "evaluations", "seconds", "peak", "threads", "scores")
+    KEPT = ("step", "history", "evaluations", "seconds", "peak", "threads", "scores", "smaller")
 
     def __init__(self, spec: Spec, path: Path, method: Any, data: str, peak: PeakMemory):
         self.spec, self.path, self.method, self.data = spec, path, method, data
         self.meter, self.total = peak, spec.config.iterations
         self.step, self.history, self.evaluations, self.snapshots = 0, [], [], {}
         self.scores: list[dict[str, float]] = []
+        self.smaller: dict[str, int] = {}
         self.seconds = {"distill": 0.0, "evaluate": 0.0}
         self.peak = 0
         self.threads = [torch.get_num_threads()]  # more than one where a resume had another number
@@ -134,7 +136,10 @@ class Progress:
             return
         cure = "delete it to start this run from the beginning"
         tensors, header = load_tensors(self.path, "checkpoint", cure)
-        header.setdefault("scores", [])  # which checkpoints of earlier versions lack
+        header = {
+            "scores": [],
+            "smaller": {},
+        } | header  # which checkpoints of earlier versions lack
         if header.get("name") != self.spec.name or header.get("data", self.data) != self.data:
             raise DDError(
                 f"the checkpoint {self.path} belongs to another run or other images; delete it to "

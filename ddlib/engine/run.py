@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import platform
 import time
+import warnings
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,36 @@ def run(
             _teach(spec, data, progress)
         if fresh:
             checkpoint.unlink(missing_ok=True)
-        peak = PeakMemory(data.device)
-        state = Progress(spec, checkpoint, _method(spec, data), data.checksum, peak)
-        state.restore(any_threads)
-        with peak:
-            _distil(state, data, done, progress, every)
+        _compute(spec, data, done, checkpoint, any_threads, progress, every)
         checkpoint.unlink(missing_ok=True)
     return done
+
+
+def _compute(
+    spec: Spec,
+    data: Dataset,
+    done: Run,
+    checkpoint: Path,
+    any_threads: bool,
+    progress: bool,
+    every: int,
+) -> None:
+    """Distil, evaluate and write the record; where memory runs out, with fewer images in one pass from there on."""
+    peak, smaller = PeakMemory(data.device), {}
+    while True:
+        state = Progress(spec, checkpoint, _method(spec, data, smaller), data.checksum, peak)
+        state.restore(any_threads)
+        state.smaller |= smaller
+        try:
+            with peak:
+                return _distil(state, data, done, progress, every)
+        except OutOfMemory as error:
+            smaller = _halved(state, data)
+            if not smaller:
+                raise
+            words = ", ".join(f"{key}={value}" for key, value in smaller.items())
+            warnings.warn(f"{error}, or go on as this run does now, with {words}", stacklevel=3)
+        del state  # and what it holds of the memory
 
 
 def _forget(checkpoint: Path, done: Run) -> None:
@@ -120,9 +144,31 @@ def _check(spec: Spec, data: Dataset) -> None:
     build(run.eval_backbone or run.backbone, data.shape, data.num_classes)
 
 
-def _method(spec: Spec, data: Dataset) -> Any:
+class OutOfMemory(DDError):
+    """The device has no room for a step."""
+
+
+def _halved(state: Progress, data: Dataset) -> dict[str, int]:
+    """The setting of the method that halves the images in one pass, {} where it has none or can go no further.
+
+    Such a setting moves a sum's last bits and nothing else.
+    """
+    config = state.spec.config
+    for key in ("chunk", "micro"):
+        if hasattr(config, key):
+            # 0 stands for what suits the device: at most all images
+            each = max(
+                state.spec.ipc * getattr(config, "factor", 1) ** 2, getattr(config, "batch_real", 0)
+            )
+            now = state.smaller.get(key) or getattr(config, key) or data.num_classes * each
+            return {key: now // 2} if now > 1 else {}
+    return {}
+
+
+def _method(spec: Spec, data: Dataset, smaller: dict[str, int]) -> Any:
+    config = replace(spec.config, **smaller)
     try:
-        method = METHODS[spec.method](spec.config, data, spec.ipc, spec.run.backbone, spec.seed)
+        method = METHODS[spec.method](config, data, spec.ipc, spec.run.backbone, spec.seed)
     except ExpertsError as error:
         raise DDError(f"{error}: {spec.command('experts')}") from None
     return contract.started(spec.method, method, data, spec.ipc)
@@ -140,11 +186,9 @@ def _distil(state: Progress, data: Dataset, done: Run, progress: bool, every: in
             f"stopped at step {state.step} of {state.total}; run the same command to go on"
         ) from None
     except torch.OutOfMemoryError:
-        smaller = [key for key in ("chunk", "micro") if hasattr(state.spec.config, key)]
-        remedy = f"set a smaller {' or '.join(smaller)}, or " if smaller else ""
-        raise DDError(
+        raise OutOfMemory(
             f"{machine(data.device)} ran out of memory at step {state.step} of {state.total}; "
-            f"{state.kept()}; {remedy}take a device with more"
+            f"{state.kept()}; take a device with more"
         ) from None
     except torch.AcceleratorError as error:
         raise DDError(
@@ -333,6 +377,7 @@ def _write(path: Path, state: Progress, data: Dataset) -> None:
         "peak_method": state.meter.method,
         "device": machine(data.device),
         "threads": state.threads,
+        **({"smaller": state.smaller} if state.smaller else {}),
         "dataset_checksum": data.checksum,
         "commit": state.commit,
         "versions": {

@@ -425,12 +425,41 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(tmp_path):
         run(tmp_path / "b", lr_img=1e30)
 
 
+def full_above(room: int, step):
+    """A step that needs more memory than there is where more than `room` images go through the network at once."""
+
+    def failing(method):
+        each = [method.ipc * (part.stop - part.start) for part in method.chunks(method.ipc)]
+        if method.steps == 3 and max(each) > room:
+            raise torch.OutOfMemoryError("2 GiB")
+        return step(method)
+
+    return failing
+
+
+def test_out_of_memory_halves_the_images_in_one_pass(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(DM, "step", full_above(3, DM.step))
+    with pytest.warns(UserWarning, match="out of memory at step 3 .* with chunk=") as said:
+        done = run(tmp_path, checkpoint_every=2)
+    # halved until 3 synthetic images or fewer, one a class, are in a pass
+    assert done.record["smaller"] == {"chunk": 2} and "chunk=2" in str(said[-1].message)
+    assert done.path.name == whole.path.name
+    torch.testing.assert_close(done.synthetic.images, whole.synthetic.images, atol=1e-3, rtol=0)
+
+
+def test_no_memory_for_one_image_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(DM, "step", full_above(0, DM.step))
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(DDError, match="ran out of memory at step 3 .* take a device with more"),
+    ):
+        run(tmp_path, checkpoint_every=2)
+    assert load_tensors(checkpoint(tmp_path), "checkpoint", "")[1]["step"] == 2
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
-    [
-        (torch.OutOfMemoryError("2 GiB"), "ran out of memory at step 3 .* set a smaller chunk, or"),
-        (torch.AcceleratorError("CUDA error: gone\nmore"), "cpu failed at step 3 .*gone.*to go on"),
-    ],
+    [(torch.AcceleratorError("CUDA error: gone\nmore"), "cpu failed at step 3 .*gone.*to go on")],
 )
 def test_a_device_that_fails_is_a_sentence_and_nothing_is_lost(
     whole, tmp_path, monkeypatch, error, message
