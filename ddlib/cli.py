@@ -229,15 +229,13 @@ def _list(args: argparse.Namespace) -> None:
     from .methods import METHODS
     from .report import docs, tables, terminal
 
-    found = tables.stored(args.results, args.profile)
-    if args.method:
-        choose("method", args.method, METHODS)
-        found = [run for run in found if run.record["method"] == args.method]
-    table = tables.runs(found)
+    every = tables.runs(tables.stored(args.results, args.profile))
+    methods = [choose("method", args.method, METHODS)] if args.method else METHODS
+    table = every[every.method.isin(methods)]
     if args.json:
         print(json.dumps(json.loads(table.to_json(orient="records")), indent=1))
     elif args.markdown:
-        print(docs.markdown(table))
+        print(docs.markdown(every, methods))
     elif table.empty:
         which = f" of {args.method}" if args.method else ""
         print(

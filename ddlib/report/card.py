@@ -122,7 +122,8 @@ def _what(run: Run, spec: Spec) -> str:
 def _accuracy(run: Run) -> str:
     last, best = (run.record["accuracy"][key] for key in ("last", "best"))
     best = best.get("best", best)
-    rows = tables.compare(tables.runs([run]))
+    table = tables.runs([*_random_beside(run), run])
+    rows = tables.compare(table)[tables.judge(table).method == run.record["method"]]
     figure = f"{last['mean']:.1f} ± {last['std']:.1f} over {len(last['networks'])} networks"
     lines = [
         "| test accuracy (%) | |",
@@ -136,6 +137,12 @@ def _accuracy(run: Run) -> str:
         if column in rows
     ]
     return "\n".join(lines)
+
+
+def _random_beside(run: Run) -> list[Run]:
+    """The random images whose records lie beside the run's, which a verdict needs."""
+    stored = tables.stored(run.path.parents[1], run.record["profile"])
+    return [one for one in stored if one.record["method"] == "random" != run.record["method"]]
 
 
 def _protocol(syn) -> str:

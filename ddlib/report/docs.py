@@ -10,7 +10,7 @@ method's class the line "`METHOD` attains ..." says what its run nearest to the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -60,14 +60,10 @@ def write(results: str | Path | None = None) -> list[Path]:
     return changed
 
 
-def _runs(results: str | Path | None, methods: list[str]) -> dict[str, pd.DataFrame]:
-    """Kept profile -> its runs, of all methods where none is named."""
+def _runs(results: str | Path | None) -> dict[str, pd.DataFrame]:
+    """Kept profile -> its runs."""
     found = {profile: tables.stored(results, profile) for profile in answers.KEPT}
-    kept = {
-        profile: [run for run in runs if not methods or run.record["method"] in methods]
-        for profile, runs in found.items()
-    }
-    return {profile: tables.runs(runs) for profile, runs in kept.items() if runs}
+    return {profile: tables.runs(runs) for profile, runs in found.items() if runs}
 
 
 def _headline(_: list[str], results: str | Path | None) -> str:
@@ -91,12 +87,19 @@ def _headline(_: list[str], results: str | Path | None) -> str:
     return f"{line}\n\n{tables.as_markdown(front) if len(front) else 'No record yet.'}"
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """`tables.compare` with the counts, the seconds and the whole verdict of each row, as a Markdown table."""
-    if table.empty:
+def markdown(table: pd.DataFrame, methods: Collection[str] = ()) -> str:
+    """`tables.compare` with the counts, the seconds and the whole verdict of each row, as a Markdown table.
+
+    Only `methods`, if any are named: their rows are judged beside the others, whose random images a verdict needs.
+    """
+    methods = methods or set(table.method)
+    if not table.method.isin(methods).any():
         return "No record yet."
-    judged = tables.judge(table)
-    rows = tables.compare(table).drop(columns="verdict")
+    judged, rows = tables.judge(table), tables.compare(table).drop(columns="verdict")
+    asked = judged.method.isin(methods)
+    judged, rows = judged[asked], rows[asked]
+    if not any(rows.get("random", ())):
+        rows = rows.drop(columns="random", errors="ignore")
     rows["dataset"] = rows.dataset.map(short)
     rows["networks"] = [_counted(row.networks, row.seeds) for row in judged.itertuples()]
     rows["seconds"] = [f"{row.distill:.0f} + {row.evaluate:.0f}" for row in judged.itertuples()]
@@ -133,7 +136,7 @@ def _attained(method: str, results: str | Path | None) -> str:
 def _results(_: list[str], results: str | Path | None) -> str:
     parts = [
         f"### {SIZES[profile].capitalize()} (`{profile}` profile)\n\n{markdown(table)}"
-        for profile, table in _runs(results, []).items()
+        for profile, table in _runs(results).items()
     ]
     return "\n\n".join(parts) or "No record yet."
 
@@ -178,10 +181,14 @@ def _records(methods: list[str], results: str | Path | None) -> str:
     if not answered.all():
         printed_alone = rows.loc[~answered, columns].drop(columns=["ours", "verdict"])
         parts.append(_folded(f"{len(printed_alone)} figures not attempted", printed_alone))
-    kept = _runs(results, methods)
+    kept = {
+        profile: table
+        for profile, table in _runs(results).items()
+        if table.method.isin(methods).any()
+    }
     parts += [
         f"**Kept runs and their cost**, {SIZES[profile]} (`{profile}` profile); seconds of "
-        f"distillation + evaluation:\n\n{markdown(table)}"
+        f"distillation + evaluation:\n\n{markdown(table, methods)}"
         for profile, table in kept.items()
     ]
     return "\n\n".join(parts if kept else [*parts, "No run is kept yet."])

@@ -15,7 +15,7 @@ from test_tables import record
 import ddlib as dd
 from ddlib.core import DDError
 from ddlib.methods import METHODS
-from ddlib.report import claims, docs, tables, verdict
+from ddlib.report import card, claims, docs, tables, verdict
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
@@ -603,3 +603,24 @@ def test_a_coreset_of_an_unpublished_extractor_counts_for_nothing():
     assert str(found) == "extractor_epochs 20 for unpublished" and not found.less
     same = dd.tables.paper_settings("random", "cifar10", 10, protocol="dc")
     assert same == dd.resolve("random", "cifar10", 10, "paper", protocol="dc").values
+
+
+@pytest.mark.parametrize("profile", claims.KEPT)
+def test_a_run_has_one_verdict_in_the_long_table_on_its_methods_page_and_on_its_card(profile):
+    def verdicts(text: str) -> dict[tuple, str]:
+        rows = [line.split("|") for line in text.splitlines()[2:]]
+        return {tuple(cells[1:6]): cells[-2] for cells in rows}  # data set, IPC, method, paper, ours
+
+    found = tables.stored(ROOT / "results", profile)
+    table = tables.runs(found)
+    judged = tables.judge(table)
+    long = verdicts(docs.markdown(table))
+    for method in set(judged.method):
+        page = verdicts(docs.markdown(table, [method]))
+        assert page and page.items() <= long.items()
+    alone = judged[judged.seeds == 1].set_index([*tables.SETTING]).verdict
+    rows = table.set_index("name")[[*tables.SETTING]]
+    for run in found:
+        setting = tuple(rows.loc[run.path.stem])
+        if setting in alone.index and run.record["method"] != "random":
+            assert f"| verdict | {alone[setting].short} |" in card._accuracy(run), run.path.stem
