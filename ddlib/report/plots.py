@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -71,6 +71,13 @@ TITLES = {
     "svhn": "SVHN",
     "tinyimagenet": "TinyImageNet",
 }
+# What shares a panel where all methods would crowd it; random images stand in each.
+FAMILIES = {
+    "real images": ("random", "herding", "kcenter", "kmeans", "forgetting"),
+    "features, gradients": ("dm", "dc", "dsa", "idc", "dream", "dream_plus"),
+    "trajectories, regression": ("mtt", "tesla", "ftd", "datm", "frepo"),
+}
+MOST = 8  # curves of methods a panel
 SIZES = {"smoke": "quick run", "small": "shortened run", "paper": "the paper's setting"}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no method
 MARKERS = "os^Dvph"
@@ -225,7 +232,7 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list]:
         layout="constrained",
     )
     for axis in axes.flat[count:]:
-        axis.set_axis_off()
+        axis.remove()
     return figure, list(axes.flat[:count])
 
 
@@ -240,28 +247,66 @@ def accuracy_vs_ipc(
     """Accuracy against IPC: ours solid with the pooled spread, the papers' dashed, hollow from memory.
 
     One panel a dataset and profile of `table`, with the papers' figures of its methods at its IPCs;
-    with `datasets`, one more for each other name in it, and all that the papers print of `methods`.
-    `full`: our accuracy on the whole training set by dataset, a line. A panel whose runs share one
-    IPC shows a row a method instead of a curve of one point.
+    with `datasets`, one a dataset, with one more for each other name in it, and all that the papers
+    print of `methods`; of runs in several profiles the nearest to the paper's. More than `MOST`
+    methods are split by `FAMILIES`, on one scale. `full`: our accuracy on the whole training set by
+    dataset, a line. A panel whose runs share one IPC shows a row a method instead of a curve of one
+    point.
     """
     rows, every = tables.summary(table), bool(datasets)
     rows = rows.sort_values("method", key=_rank, kind="stable")
-    panels = [(*where, here) for where, here in rows.groupby(["dataset", "profile"], sort=False)]
-    drawn = {canonical(dataset) for dataset, *_ in panels}
-    panels += [(name, "", rows[:0]) for name in datasets if name not in drawn]
-    tall = max(3.6, *(0.34 * here.groupby(["method", "overrides"]).ngroups for *_, here in panels))
-    figure, axes = _panels(len(panels), 5.2, tall)
-    for axis, (dataset, profile, here) in zip(axes, panels, strict=True):
+    panels = []
+    for dataset, profile, here in _places(rows, datasets):
         ipcs = sorted(map(int, here.ipc.unique()))
-        ours = _ours(here)
         theirs = _theirs(methods or dict.fromkeys(here.method), dataset, () if every else ipcs)
-        tops = _ceilings(dataset, full)
+        drawn = {*here.method, *theirs}
         curves = every or len(ipcs) > 1
-        (_curves if curves else _rows)(axis, ours, theirs if papers else {}, tops, ipcs, every)
-        axis.set_title(place(dataset, profile), fontsize=10)
+        for family, names in _families(drawn).items() if curves else {"": drawn}.items():
+            ours = _ours(here[here.method.isin(names)])
+            known = {name: line for name, line in theirs.items() if name in names and papers}
+            parts = (ours, known, _ceilings(dataset, full), ipcs)
+            panels.append((place(dataset, profile), family, curves, parts))
+    panels.sort(key=lambda panel: not panel[1])  # three families make a row
+    small = len(panels) > 2
+    tall = max(3.6, *(0.34 * len(parts[0]) for *_, parts in panels))
+    figure, axes = _panels(len(panels), 3.6 if small else 5.2, 3.1 if small else tall)
+    ends, scales = [], {}
+    for axis, (where, family, curves, parts) in zip(axes, panels, strict=True):
+        if family:
+            axis.sharey(scales.setdefault(where, axis))
+        axis.set_title(f"{where}\n{family}".strip(), fontsize=9 if small else 10)
         axis.grid(alpha=0.3)
+        ends.append((_curves if curves else _rows)(axis, *parts, every))
+    for axis, names in zip(axes, ends, strict=True):
+        _name_ends(axis, names)
     _legend(figure, axes)
     return figure
+
+
+def _places(rows: pd.DataFrame, datasets: Sequence[str]) -> list[tuple[str, str, pd.DataFrame]]:
+    """(dataset, profile, rows of `tables.summary`) a panel, the profile "" where the rows are of several."""
+    if not datasets:
+        return [(*where, here) for where, here in rows.groupby(["dataset", "profile"], sort=False)]
+    nearest = rows.sort_values("profile", key=lambda names: names.map([*PROFILES].index))
+    nearest = rows.loc[nearest.drop_duplicates(["method", "dataset", "ipc"], keep="last").index]
+    places = []
+    for dataset, here in nearest.sort_index().groupby("dataset", sort=False):
+        profiles = here.profile.unique()
+        places.append((dataset, profiles[0] if len(profiles) == 1 else "", here))
+    drawn = {canonical(dataset) for dataset, *_ in places}
+    return places + [(name, "", rows[:0]) for name in datasets if name not in drawn]
+
+
+def _families(methods: Collection[str]) -> dict[str, set[str]]:
+    """The methods of each panel: all in one, or those of `FAMILIES` and others where they are many."""
+    if len(methods) <= MOST:
+        return {"": {*methods}}
+    others = {*methods}.difference(*FAMILIES.values())
+    found = {}
+    for family, names in (FAMILIES | {"others": others}).items():
+        if (here := {*names} & {*methods}) - {"random"}:
+            found[family] = here | {"random"} & {*methods}
+    return found
 
 
 def _rank(methods: pd.Series) -> pd.Series:
@@ -298,8 +343,8 @@ def _ceilings(dataset: str, full: dict[str, float] | None) -> dict[str, float]:
     return {whose: value for whose, value in known.items() if not math.isnan(value)}
 
 
-def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every: bool) -> None:
-    """Lines over the IPCs; each is named at its right end, ours in bold."""
+def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every: bool) -> list:
+    """Lines over the IPCs, and what is to be named at their right ends, ours in bold."""
     ends = []
     for k, (label, (method, line)) in enumerate(ours.items()):
         x = line.ipc * 1.03 ** (k - (len(ours) - 1) / 2)  # a little apart, so that all are seen
@@ -332,13 +377,15 @@ def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every:
     for whose, value in tops.items():
         style = "-" if whose == "ours" else "--"
         axis.axhline(value, color="black", ls=style, lw=1, label=f"whole set, {whose}")
-    axis.set(xscale="log", xlabel="images per class (IPC)", ylabel="test accuracy (%), mean ± std")
+    axis.set(xscale="log", xlabel="images per class (IPC)")
+    if axis.get_subplotspec().is_first_col():
+        axis.set_ylabel("test accuracy (%), mean ± std")
     if not every:
         axis.set_xlim(ipcs[0] / 1.6, ipcs[-1] * 1.6)
     ticks = [1, 10, 50, *[1000] * int(axis.dataLim.x1 >= 1000)] if every else ipcs
     axis.set_xticks(ticks, ticks)
     axis.minorticks_off()
-    _name_ends(axis, ends)
+    return ends
 
 
 def _name_ends(axis: Axes, ends: list[tuple]) -> None:
@@ -376,8 +423,8 @@ def _dark(colour: str) -> tuple[float, ...]:
     return tuple(part * min(1.0, 0.55 / max(bright, 1e-6)) for part in rgb)
 
 
-def _rows(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every: bool) -> None:
-    """One IPC: a row a method, ours a disc and the paper's a square, joined by a thin line."""
+def _rows(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every: bool) -> list:
+    """One IPC: a row a method, ours a disc and the paper's a square, joined by a thin line; no line to name."""
     names = list(ours)
     for k, (label, (method, line)) in enumerate(ours.items()):
         mine, colour = line.iloc[0], colour_of(method)
@@ -413,6 +460,7 @@ def _rows(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every: b
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel(f"test accuracy (%) at IPC {ipcs[0]}, mean ± std")
+    return []
 
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:

@@ -1,6 +1,6 @@
 """Figures: what is drawn, read back from the axes."""
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import matplotlib
 
@@ -106,11 +106,32 @@ def test_names_at_the_line_ends_do_not_cover_one_another(tmp_path):
     ]
     figure = plots.accuracy_vs_ipc(tables.runs(found), papers=False)
     figure.canvas.draw()
-    texts = figure.axes[0].texts
-    boxes = sorted((Text.get_window_extent(text).y0, text.get_text()) for text in texts)
-    assert {name for _, name in boxes} == set(kinds)
-    assert min(b[0] - a[0] for a, b in pairwise(boxes)) > 5
+    named = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert sorted(chain(*named)) == sorted(kinds) and max(map(len, named)) <= plots.MOST
+    for axis in figure.axes:
+        heights = sorted(Text.get_window_extent(text).y0 for text in axis.texts)
+        assert min(b - a for a, b in pairwise(heights)) > 5
     assert len(figure.legends[0].get_texts()) <= 8
+
+
+def test_many_methods_are_split_by_family_on_one_scale_with_random_images_in_each(tmp_path):
+    kinds = [name for names in plots.FAMILIES.values() for name in names]
+    assert set(kinds) == set(dd.METHODS)
+    found = [
+        record(tmp_path, name, dataset="cifar10", ipc=ipc, profile=profile, scores=(k, k))
+        for k, name in enumerate(kinds)
+        for ipc, profile in ((1, "small"), (10, "small"), (10, "paper"))
+    ]
+    figure = plots.accuracy_vs_ipc(tables.runs(found), datasets=["cifar10", "svhn"], methods=kinds)
+    *split, svhn = figure.axes
+    titles = [axis.get_title() for axis in split]
+    assert titles == [f"CIFAR-10\n{family}" for family in plots.FAMILIES]
+    assert svhn.get_title() == "SVHN" and len({axis.get_ylim() for axis in split}) == 1
+    for axis, names in zip(split, plots.FAMILIES.values(), strict=True):
+        ours = {c.get_label() for c in axis.containers if c.get_label().endswith(", ours")}
+        assert ours == {f"{name}, ours" for name in {*names, "random"}}
+    (dm,) = (c for c in split[1].containers if c.get_label() == "dm, ours")
+    assert len(dm[0].get_xdata()) == 2  # of two runs at IPC 10 the paper's setting
 
 
 def test_accuracy_vs_ipc_without_a_published_figure(tmp_path):
