@@ -142,7 +142,7 @@ def _export(args: argparse.Namespace) -> None:
 
     ddlib export results/small/NAME.safetensors --to cats_and_dogs
     ddlib export results/small/NAME.safetensors --to set.pt      torch.load(..., weights_only=True)
-    ddlib export frepo.safetensors --to photos --dataset cifar10      whitened: needs its dataset
+    ddlib export frepo.safetensors --to photos --dataset cifar10      whitened: needs its dataset, or a look
     """
     from .distilled import Synthetic
     from .exchange.outward import save_images, save_pt
@@ -151,10 +151,26 @@ def _export(args: argparse.Namespace) -> None:
     if args.to.endswith(".pt"):
         print(f"wrote {save_pt(syn, args.to)}")
         return
-    data = None
     if args.dataset:
-        data = _data_of(syn, args.dataset, "cpu")
-    print(f"wrote {save_images(syn, args.to, data)}")
+        written = save_images(syn, args.to, _data_of(syn, args.dataset, "cpu"))
+    else:
+        written = save_images(syn, args.to, seen=_seen(args.file) if syn.zca else None)
+    print(f"wrote {written}")
+
+
+def _seen(file: str):
+    """The pixels of a whitened set that `ddlib look` has kept beside it."""
+    from pathlib import Path
+
+    from .core import DDError
+    from .engine.record import Run
+    from .report import look
+
+    run = Run(Path(file).with_suffix(".json"))
+    pixels = look.load(run).get("pixels") if run.path.is_file() else None
+    if pixels is None:
+        raise DDError("this set is whitened, and no look is kept beside it: name its --dataset")
+    return pixels
 
 
 def _import(args: argparse.Namespace) -> None:

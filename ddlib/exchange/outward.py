@@ -62,11 +62,13 @@ def save_pt(syn: Synthetic, path: str | Path) -> Path:
     return write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
-def save_images(syn: Synthetic, folder: str | Path, data: Dataset | None = None) -> Path:
+def save_images(
+    syn: Synthetic, folder: str | Path, data: Dataset | None = None, *, seen: Tensor | None = None
+) -> Path:
     """PNG files as `torchvision.datasets.ImageFolder` reads them: FOLDER/CLASS/0000.png, decoded, and set.json.
 
     Pixels are clamped to [0, 1] and rounded to 8 bits, which costs some accuracy; a whitened set needs `data`, its
-    dataset, to be seen. Labels that are no classes stand in labels.csv. A folder that holds anything is a `DDError`.
+    dataset, to be seen, or its pixels as `ddlib look` has kept them, `seen`: uint8 [n, C, H, W]. Labels that are no classes stand in labels.csv. A folder that holds anything is a `DDError`.
     """
     folder = path_of("the folder", folder)
     if not folder.name:
@@ -74,7 +76,7 @@ def save_images(syn: Synthetic, folder: str | Path, data: Dataset | None = None)
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise DDError(f"{folder} holds other files: name a new or an empty folder to export into")
     images, labels = by_class(syn)
-    pixels = (syn.pixels(data, images) * 255).round().to(torch.uint8)
+    pixels = (syn.pixels(data, images) * 255).round().to(torch.uint8) if seen is None else seen
     names = _folders(syn.classes)
     each = len(images) // len(names)
     files = [f"{name}/{k:04d}.png" for name in names for k in range(each)]

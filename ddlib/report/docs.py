@@ -90,11 +90,12 @@ def _headline(_: list[str], results: str | Path | None) -> str:
 def markdown(table: pd.DataFrame, methods: Collection[str] = ()) -> str:
     """`tables.compare` with the counts, the seconds and the whole verdict of each row, as a Markdown table.
 
-    Only `methods`, if any are named: their rows are judged beside the others, whose random images a verdict needs.
+    Only `methods`, if any are named, judged beside the random images of the table.
     """
     methods = methods or set(table.method)
     if not table.method.isin(methods).any():
         return "No record yet."
+    table = _beside_random(table, methods)
     judged, rows = tables.judge(table), tables.compare(table).drop(columns="verdict")
     asked = judged.method.isin(methods)
     judged, rows = judged[asked], rows[asked]
@@ -112,15 +113,22 @@ def markdown(table: pd.DataFrame, methods: Collection[str] = ()) -> str:
     return tables.as_markdown(rows.rename(columns={"dataset": "data set", "ipc": "IPC"}))
 
 
+def _beside_random(table: pd.DataFrame, methods: Collection[str]) -> pd.DataFrame:
+    """The runs of `methods`, and the random images, which a verdict needs."""
+    return table[table.method.isin({*methods, "random"})]
+
+
 def _counted(networks: int, seeds: int) -> str:
     return f"{networks} in {seeds} seeds" if seeds > 1 else str(networks)
 
 
 def _attained(method: str, results: str | Path | None) -> str:
     """Accuracy, number of networks, seconds and hardware of a method's run nearest to the paper, in one line."""
-    kept = _runs(results, [method])
-    rows = tables.judge(pd.concat(kept.values())) if kept else pd.DataFrame({"figure": []})
-    rows = rows[rows.figure.notna()]
+    kept = _runs(results)
+    if not kept:
+        return "nothing yet beside a printed figure."
+    rows = tables.judge(_beside_random(pd.concat(kept.values()), [method]))
+    rows = rows[(rows.method == method) & rows.figure.notna()]
     if rows.empty:
         return "nothing yet beside a printed figure."
     nearest = min(rows.index, key=lambda k: tables.nearness(rows.differs[k], rows.loc[k]))

@@ -433,9 +433,8 @@ def _captions() -> dict[str, str]:
         for cell in _read(path)["cells"]:
             source = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
-                lines = [line for line in source.splitlines() if line.strip()]
-                heading = next((line.strip("# ") for line in lines if line.startswith("#")), "")
-                above = heading or above
+                headings = re.findall(r"^#+ (.+)", source, re.MULTILINE)
+                above = headings[-1] if headings else above
             elif above:
                 told[source] = f"{above}: notebook [{path.stem}](notebooks/{path.stem}.md)"
     return told

@@ -32,7 +32,8 @@ def table(rows: pd.DataFrame, width: int | None = None) -> str:
 def runs(rows: pd.DataFrame, width: int | None = None) -> str:
     """The rows of `tables.runs` as a table; what all have in common stands above it, once.
 
-    "best" is shown where an evaluation on the way was better than the last.
+    "best" is shown where an evaluation on the way was better than the last; "name" is the end of the
+    files' names, by which a shell finds them: results/PROFILE/*NAME.safetensors.
     """
     counts = [
         f"{mean:.1f} ± {spread:.1f}"
@@ -46,9 +47,9 @@ def runs(rows: pd.DataFrame, width: int | None = None) -> str:
             "profile": rows.profile,
             "seed": rows.seed,
             "accuracy (%)": counts,
-            "best (%)": rows.best.where(rows.best > rows.accuracy),
+            "best (%)": rows.best.where(rows.best.round(1) > rows.accuracy.round(1)),
             "seconds": rows.seconds.round().astype(int),
-            "MiB": (rows.peak_bytes / 2**20).round().astype(int),
+            "name": rows.name.str[-8:],
             "settings": rows.overrides.replace("", None),
         }
     )

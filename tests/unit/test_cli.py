@@ -95,6 +95,7 @@ def test_the_kept_runs_fit_a_terminal():
     for width in (60, 100):
         text = terminal.runs(rows, width)
         assert len(text.splitlines()) > len(rows) and max(map(len, text.splitlines())) <= width
+    assert all(f" {name[-8:]}" in text for name in rows.name)  # by which a shell finds the files
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +19,15 @@ from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
 from ddlib.data.zca import ZCA
 from ddlib.distilled import Synthetic
+from ddlib.engine.record import Run
 from ddlib.exchange.inward import import_set
 from ddlib.exchange.outward import by_class, save_images, save_pt, tensor_dataset
+from ddlib.report import look
 from ddlib.report.card import card, of_file
 
 NET = {"backbone": "convnet:width=4", "eval_epochs": 1, "eval_backbone": ""}
 SIDE = 8
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +259,21 @@ def test_soft_labels_stand_in_a_table_and_class_folders_keep_their_order(tmp_pat
     with pytest.raises(DDError, match="pass its dataset"):
         save_images(white, tmp_path / "white")
     assert not (tmp_path / "white").exists()
+
+
+def test_a_whitened_set_becomes_pictures_by_the_look_beside_it(tmp_path, monkeypatch, capsys):
+    (path,) = RESULTS.glob("small/frepo-*.look.safetensors")
+    kept = Run(path.with_name(path.name.replace(".look.safetensors", ".json")))
+    file = kept.path.with_suffix(".safetensors")
+    words = ["ddlib", "export", str(file), "--to", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert cli.main() == 0
+    read = [np.array(image) for image, _ in ImageFolder(tmp_path / "out")]
+    seen = look.load(kept)["pixels"].permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(np.stack(read), seen)
+    alone = shutil.copy(file, tmp_path)  # neither data nor a look
+    monkeypatch.setattr(sys, "argv", ["ddlib", "export", str(alone), "--to", str(tmp_path / "no")])
+    assert cli.main() == 2 and "no look is kept beside it" in capsys.readouterr().err
 
 
 def test_one_pt_file_of_plain_tensors(tmp_path, run):
