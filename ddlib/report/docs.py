@@ -79,7 +79,8 @@ def _headline(_: list[str], results: str | Path | None) -> str:
     if len(front):
         words_alone = front.verdict.str.partition(",")[0]  # the long table has its marks
         front = front.assign(dataset=front.dataset.map(short), verdict=words_alone)
-        front = front.drop(columns="Δ").rename(columns={"dataset": "data set", "ipc": "IPC"})
+        front = _unbroken(front.drop(columns="Δ"), "dataset", "paper", "ours", "random")
+        front = front.rename(columns={"dataset": "data set", "ipc": "IPC"})
     stands = judged[judged.kind.isin(COUNTED)]
     real = stands.method.isin(REAL).sum()
     line = f"Of {len(judged)} claims of the five papers {len(stands)} stand: "
@@ -108,9 +109,15 @@ def markdown(table: pd.DataFrame, methods: Collection[str] = ()) -> str:
         "; ".join(filter(None, (f"**{given.word}**", ", ".join(given.marks), given.why)))
         for given in judged.verdict
     ]
-    for column in {"dataset", "paper", "ours", "random", "seconds"} & {*rows}:  # not to be broken
-        rows[column] = rows[column].str.replace(" ", NO_BREAK)
+    rows = _unbroken(rows, "dataset", "paper", "ours", "random", "seconds")
     return tables.as_markdown(rows.rename(columns={"dataset": "data set", "ipc": "IPC"}))
+
+
+def _unbroken(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The rows with spaces at which no line breaks in these columns, where they are there."""
+    return rows.assign(
+        **{name: rows[name].replace(" ", NO_BREAK, regex=True) for name in columns if name in rows}
+    )
 
 
 def _beside_random(table: pd.DataFrame, methods: Collection[str]) -> pd.DataFrame:
@@ -174,7 +181,8 @@ def _records(methods: list[str], results: str | Path | None) -> str:
     rows["protocol"] = printed.protocol.tolist()
     rows["data set"] = rows["data set"].map(short)
     for column in ("paper", "ours"):
-        rows[column] = [text.removesuffix(" %").replace(" ", NO_BREAK) for text in rows[column]]
+        rows[column] = [text.removesuffix(" %") for text in rows[column]]
+    rows = _unbroken(rows, "paper", "ours")
     columns = ["method", "data set", "IPC", "protocol", "paper", "evidence", "ours", "verdict"]
     columns = [name for name in columns if name != "method" or len(methods) > 1]
     answered = judged.kind != "not attempted"

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core import DDError, choose
 from ..files import SOURCE, CannotWrite, lock, read_json, results_folder, write_atomically
 from . import tables, terminal
+from .plots import short
 from .slim import slim
 
 # What the notebooks reproduce on where no dataset is named.
@@ -133,7 +134,7 @@ def _execute(papermill: object, source: Path, target: Path, values: dict[str, ob
         kernel_name="python3",
         progress_bar=False,
         # The kernel's log (its port is not encrypted, its debugger is slow) is not the reader's.
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=CRITICAL"],
     )
     # Without this machine's paths.
     executed.metadata["papermill"] |= {"input_path": source.name, "output_path": target.name}
@@ -184,7 +185,8 @@ def _report(folder: Path, profile: str, start: float, targets: dict, figures: Pa
         setting = list(tables.SETTING)
         nearest = tables.headline(runs).set_index(setting).index
         main = tables.judge(runs).set_index(setting).index.isin(nearest)
-        print(f"\n{terminal.table(tables.compare(runs)[main])}")
+        rows = tables.compare(runs)[main]
+        print(f"\n{terminal.table(rows.assign(dataset=rows.dataset.map(short)))}")
         print(
             f"\nThe setting nearest to each method's preset, of {len(runs)} runs; the notebooks have the rest."
         )

@@ -127,6 +127,9 @@ def pages(results: str | Path | None = None) -> Pages:
     made |= _sets(results)
     made["reference/api.md"] = _api()
     made["reference/command_line.md"] = _command_line()
+    made["index.md"] += (
+        "- Here too: [gallery](gallery.md), [kept sets](sets/index.md), [every claim](claims.md).\n"
+    )
     return made
 
 
@@ -141,12 +144,14 @@ def nav(made: Pages) -> list:
         inside = [path for path in names if path.rpartition("/")[0] == folder]
         return sorted(inside, key=lambda path: _place(Path(path).stem, order))
 
+    front = _linked((SOURCE / "README.md").read_text().lower(), "md")
+    methods = _linked((docs / "methods" / "README.md").read_text(), "md")
     results = ["results.md", "claims.md", "gallery.md"]
-    rest = [path for path in of("") if path not in ("index.md", *results)]
+    rest = [path for path in of("", front) if path not in ("index.md", *results)]
     return [
         {"Home": "index.md"},
-        {"Guides": [*of("guides"), *rest]},
-        {"Methods": of("methods")},
+        {"Guides": [*of("guides", front), *rest]},
+        {"Methods": of("methods", methods)},
         {"Notebooks": of("notebooks", guided_path())},
         {"Results": [*results, {"Kept sets": of("sets")}]},
         {"Reference": of("reference")},
@@ -157,7 +162,12 @@ def guided_path() -> list[str]:
     """The notebooks in the order in which start_here.ipynb leads to them, itself the first."""
     cells = _read(SOURCE / "notebooks" / "start_here.ipynb")["cells"]
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-    return list(dict.fromkeys(["start_here", *re.findall(r"\]\((\w+)\.ipynb\)", "".join(texts))]))
+    return ["start_here", *_linked("".join(texts), "ipynb")]
+
+
+def _linked(text: str, suffix: str) -> list[str]:
+    """The files of this kind to which a text leads, by name, in its order."""
+    return list(dict.fromkeys(re.findall(rf"\]\((?:[\w/]+/)?(\w+)\.{suffix}\)", text)))
 
 
 def _place(name: str, order: Sequence[str]) -> int:
