@@ -59,7 +59,8 @@ class Card:
         return rows.sort_values("quantity", key=lambda q: q.map(names.index), kind="stable")
 
     def table(self, names: Sequence[str], caption: str, digits: int = 1) -> Styler:
-        """Quantities (rows) by method (columns), mean and 95 % interval, or the mean alone where there is none."""
+        """Quantities (rows) by method (columns), mean and 95 % interval, or the mean alone where there is none; a
+        caption says so where there is no row at all."""
         part = self.only(names)
         cells = [
             f"{r.mean:.{digits}f}"
@@ -70,7 +71,7 @@ class Card:
         methods = list(dict.fromkeys(self.rows.method))
         wide = wide.reindex(index=list(names), columns=methods).dropna(how="all")
         wide = wide.rename_axis(columns=None).reset_index()
-        return tables.titled(wide, f"{caption}: {self.place}")
+        return tables.titled(wide, f"{caption}: {self.place}{'' if len(wide) else ', no record'}")
 
     def spread(self) -> Styler:
         """The native accuracy with its spread by seed and by network."""
