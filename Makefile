@@ -50,8 +50,8 @@ test: env ## the tests, and every notebook from top to bottom
 campaign: env ## MINUTES=30 of kills, full disks, processes that meet, damaged files and odd arguments; counts in results/campaigns
 	$(VENV) -m tests.campaigns --minutes $(or $(MINUTES),30)
 
-compat: ## oldest and newest torch on Python 3.11 to 3.13, each in an environment of its own; says which are missing
-	"$(PYTHON)" tools/compat.py
+compat: env ## oldest and newest torch on Python 3.11 to 3.13, each in an environment of its own; says which are missing
+	$(VENV) tools/compat.py
 
 lab: env ## JupyterLab, opened on the first notebook
 	$(VENV) -m jupyterlab notebooks/start_here.ipynb

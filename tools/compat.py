@@ -2,12 +2,14 @@
 
 Each pair is installed into an environment of its own, some 6 GB and minutes each, in a folder that is removed again, and
 tried by the tests of TESTS. What cannot be had on a machine, a Python that is not there or a torch that its index does
-not offer, is named in one sentence and is no failure. `--only 3.12` or `--only 3.12-oldest` takes a part.
+not offer, is named in one sentence and is no failure. `--only 3.12` or `--only 3.12-oldest` takes a part. The record is
+results/campaigns/compat.json, a row a pair: the versions, the last line of the tests, the commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -17,10 +19,18 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from ddlib.engine.meter import commit
+from ddlib.files import update_json
+
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 TESTS = ("test_synthetic", "test_faults", "test_dm", "test_unroll", "test_runs")
 BUILDS = ("torch", "torchvision")
+RECORD = ROOT / "results" / "campaigns" / "compat.json"
+VERSIONS = (
+    "import json, platform, torch, torchvision as vision;"
+    "print(json.dumps(dict(python=platform.python_version(), torch=torch.__version__, torchvision=vision.__version__)))"
+)
 
 
 def versions(which: str) -> list[str]:
@@ -62,37 +72,43 @@ def environment(python: str, which: str, place: Path) -> Path | None:
     return None if done.returncode else place / "bin" / "python"
 
 
-def tried(python: str, which: str) -> str:
-    """What became of one pair: missing, or the last line of its tests."""
+def tried(python: str, which: str) -> dict[str, str] | None:
+    """One pair's row of the record; None where it cannot be had."""
     with tempfile.TemporaryDirectory() as place:
         interpreter = environment(python, which, Path(place) / "env")
         if interpreter is None:
-            return "missing"
+            return None
+        installed = subprocess.run([interpreter, "-c", VERSIONS], check=True, capture_output=True)
         files = [str(ROOT / "tests" / "unit" / f"{name}.py") for name in TESTS]
         words = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=ROOT)
-        said = done.stdout.strip().splitlines()
-        print(*(line for line in said if line.startswith(("FAILED", "ERROR"))), sep="\n")
-        return (
-            f"{'passed' if done.returncode == 0 else 'FAILED'}: {said[-1] if said else done.stderr}"
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `make test` does
+        done = subprocess.run(
+            words, check=False, capture_output=True, text=True, cwd=ROOT, env=alone
         )
+    said = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    print(*(line for line in said if line.startswith(("FAILED", "ERROR"))), sep="\n")
+    end = {"tests": said[-1].strip("= "), "passed": done.returncode == 0}
+    return json.loads(installed.stdout) | end | {"commit": commit()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[""])
-    only = tuple(parser.parse_args().only)
-    rows = {}
-    for python in PYTHONS:
-        for which in ("oldest", "newest"):
-            name = f"{python}-{which}"
-            if name.startswith(only):
-                rows[name] = tried(python, which)
-                print(f"{name:12} {' '.join(versions(which)):40} {rows[name]}", flush=True)
-    missing = [name for name, said in rows.items() if said == "missing"]
+    parser.add_argument("--out", type=Path, default=RECORD)
+    args = parser.parse_args()
+    names = [f"{python}-{which}" for python in PYTHONS for which in ("oldest", "newest")]
+    missing, failed = [], False
+    for name in (name for name in names if name.startswith(tuple(args.only))):
+        row = tried(*name.split("-"))
+        if row is None:
+            missing.append(name)
+            continue
+        update_json(args.out, "record of the pairs", "run make compat", {name: row})
+        print(name, *row.values(), flush=True)
+        failed |= not row["passed"]
     if missing:
         print(f"not to be had on this machine, so not tried: {', '.join(missing)}")
-    return int(any(said.startswith("FAILED") for said in rows.values()))
+    return int(failed)
 
 
 if __name__ == "__main__":

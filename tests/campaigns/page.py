@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md, from the records of the campaigns and of what must not move a number."""
+"""The tables of docs/reliability.md, from the records of the campaigns, of what must not move a number and of the versions."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ from tests.contract import agreement
 
 PAGE = SOURCE / "docs" / "reliability.md"
 RECORD = SOURCE / "results" / "campaigns" / "faults.json"
+PAIRS = SOURCE / "results" / "campaigns" / "compat.json"
 COLUMNS = ("tried", "refused", "lost", "wrong", "traceback", "hung")
 RARE = ("computed twice", "program started", "more than one line")
 
@@ -24,10 +25,22 @@ def table(record: Path = RECORD) -> str:
     return "\n".join(lines)
 
 
+def compat(record: Path = PAIRS) -> str:
+    """Markdown: a row per pair of Python and torch that was tried."""
+    kept = read_json(record, "record of the pairs", "run make compat")
+    lines = ["| Python | torch | torchvision | tests |", "| --- | --- | --- | --- |"]
+    for _, row in sorted(kept.items()):
+        lines.append(
+            f"| {row['python']} | {row['torch']} | {row['torchvision']} | {row['tests']} |"
+        )
+    return "\n".join(lines)
+
+
 def filled() -> str:
     """The page with its tables anew."""
     text = PAGE.read_text()
-    for name, made in (("campaigns", table()), ("agreement", agreement.table())):
+    tables = {"campaigns": table(), "agreement": agreement.table(), "compat": compat()}
+    for name, made in tables.items():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = marks.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
     return text
