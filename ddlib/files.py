@@ -138,7 +138,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict) -> 
     tensors = {
         name: value.detach().cpu().contiguous().clone() for name, value in sorted(tensors.items())
     }
-    seal = _seal(header, [*tensors], checksum(*tensors.values()))
+    seal = _seal(json.loads(json.dumps(header)), [*tensors], checksum(*tensors.values()))
     meta = {"ddlib": json.dumps({**header, "sha256": seal}, sort_keys=True)}
     return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
 
@@ -189,7 +189,7 @@ def write_json(path: Path, value: dict[str, Any]) -> Path:
     First, where no text stands before it: a few lost bytes that join a text to the next key, the seal's, leave an
     object that is valid and has no seal, which would pass for an older file.
     """
-    text = json.dumps({"seal": _seal(value), **value}, indent=1)
+    text = json.dumps({"seal": _seal(json.loads(json.dumps(value))), **value}, indent=1)
     return write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
@@ -233,6 +233,6 @@ def sealed(path: Path) -> bool:
 
 
 def _seal(value: dict[str, Any], *more: object) -> str:
-    """sha256, as hex, of a JSON object as it will be read, and of what comes with it."""
-    text = json.dumps([json.loads(json.dumps(value)), *more], sort_keys=True)
+    """sha256, as hex, of a JSON object as it is read, and of what comes with it."""
+    text = json.dumps([value, *more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

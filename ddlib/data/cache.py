@@ -310,8 +310,11 @@ def _cache_path(
     shape: tuple,
 ) -> Path:
     key = hashlib.sha256(repr((_VERSION, str(root.resolve()), resolution, shape)).encode())
-    for (file, _), state in zip(samples, found, strict=True):
-        key.update(f"{file}\0{state}\0".encode(errors="surrogateescape"))
+    lines = (
+        f"{file}\0({size}, {time})\0"
+        for (file, _), (size, time) in zip(samples, found, strict=True)
+    )
+    key.update("".join(lines).encode(errors="surrogateescape"))
     return cache_folder() / f"{root.name}-{split}-{key.hexdigest()[:16]}.npy"
 
 
@@ -322,29 +325,24 @@ def _states(root: Path, files: Sequence[str]) -> list[tuple[int, int]]:
     """
     found = []
     for folder, group in groupby(files, lambda file: file.rpartition("/")[0]):
+        name = folder
         try:
             handle = os.open(root / folder, os.O_RDONLY)
+            try:
+                for name in group:
+                    stat = os.stat(name[len(folder) + 1 :], dir_fd=handle)
+                    if not S_ISREG(stat.st_mode):
+                        raise DDError(
+                            f"the image {root / name} is not a regular file; replace or remove it"
+                        )
+                    found.append((stat.st_size, stat.st_mtime_ns))
+            finally:
+                os.close(handle)
         except OSError as error:
-            raise _unreadable(root, folder, error) from error
-        try:
-            found += [_state(root, file, handle) for file in group]
-        finally:
-            os.close(handle)
+            raise DDError(
+                f"{root} lists the image {name}, which cannot be read: {error.strerror}"
+            ) from error
     return found
-
-
-def _state(root: Path, file: str, folder: int) -> tuple[int, int]:
-    try:
-        stat = os.stat(file.rpartition("/")[2], dir_fd=folder)
-    except OSError as error:
-        raise _unreadable(root, file, error) from error
-    if not S_ISREG(stat.st_mode):
-        raise DDError(f"the image {root / file} is not a regular file; replace or remove it")
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _unreadable(root: Path, name: str, error: OSError) -> DDError:
-    return DDError(f"{root} lists the image {name}, which cannot be read: {error.strerror}")
 
 
 def _from_cache(

@@ -157,23 +157,23 @@ def _samples(root: Path, split: str, classes: Sequence[str]) -> list[tuple[str, 
     for label, name in enumerate(classes):
         folder = root / split / name
         folder = folder / "images" if (folder / "images").is_dir() else folder
-        images = [e.path for e in _entries(folder) if e.name.lower().endswith(EXTENSIONS)]
+        images = [file for file in _entries(folder) if file.lower().endswith(EXTENSIONS)]
         if not images:
             raise DDError(
                 f"the class folder {folder} holds no image; remove it or add some ({' '.join(EXTENSIONS)})"
             )
-        samples += [(path[len(str(root)) + 1 :], label) for path in images]
+        below = str(folder)[len(str(root)) + 1 :]
+        samples += [(f"{below}/{file}", label) for file in images]
     return samples
 
 
 def _subfolders(folder: Path, want: str) -> tuple[str, ...]:
-    entries = _entries(folder, want)
-    return tuple(e.name for e in entries if os.path.isdir(e.path) and e.name != "__MACOSX")
+    names = (name for name in _entries(folder, want) if name != "__MACOSX")
+    return tuple(name for name in names if os.path.isdir(folder / name))
 
 
-def _entries(folder: Path, want: str = "remove it or make it readable") -> list[os.DirEntry]:
+def _entries(folder: Path, want: str = "remove it or make it readable") -> list[str]:
     try:
-        with os.scandir(folder) as found:
-            return sorted((e for e in found if e.name[0] != "."), key=lambda e: e.name)
+        return sorted(name for name in os.listdir(folder) if name[0] != ".")
     except OSError as error:
         raise DDError(f"cannot read the folder {folder}: {error.strerror}; {want}") from error

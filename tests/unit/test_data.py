@@ -338,14 +338,14 @@ def test_folder_errors_name_the_culprit(tmp_path, monkeypatch):
         "temporary files must not stay behind"
     )
 
-    scan = os.scandir
+    listed = os.listdir
 
     def refuse(path):
         if str(path).endswith("test/dog"):
             raise PermissionError(13, "Permission denied")
-        return scan(path)
+        return listed(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(DDError, match="cannot read the folder .*test/dog: Permission denied"):
         load(f"folder:{root}")
 
