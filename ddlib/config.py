@@ -178,7 +178,7 @@ def preset(path: Path) -> dict:
         found = yaml.load(path.read_text(), _Unambiguous) or {}
     except DDError as error:
         raise DDError(f"preset {path.name}: {error}") from None
-    except yaml.YAMLError as error:
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise DDError(f"preset {path.name} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise DDError(

@@ -78,7 +78,7 @@ def read(
         rows = yaml.safe_load(path.read_text())
     except OSError as error:
         raise DDError(f"cannot read the queue {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         raise DDError(f"the queue {path} is no YAML; it is a list of rows with {KEYS}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DDError(f"the queue {path} must be a list of rows with the keys {', '.join(KEYS)}")

@@ -162,13 +162,14 @@ def _frepo(path: Path) -> Found:
         if size > LARGEST:
             raise DDError(f"{path} would unpack to more than {LARGEST >> 30} GiB: refused")
         with np.load(path, allow_pickle=False) as arrays:
-            images, labels = (torch.from_numpy(np.array(arrays[key])) for key in ("image", "label"))
-    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, DDError):
-            raise
+            pair = [torch.from_numpy(np.array(arrays[key])) for key in ("image", "label")]
+    except DDError:
+        raise
+    except Exception as error:  # a damaged archive: BadZipFile, zlib.error, NotImplementedError, ...
         raise DDError(
             f"{path} is not FRePo's .npz of plain arrays 'image' and 'label' ({type(error).__name__})"
         ) from error
+    images, labels = _pair(path, pair)
     if images.ndim != 4:
         raise DDError(f"image of {path} must be [n, H, W, C], not {list(images.shape)}")
     return Found(images.permute(0, 3, 1, 2), labels, ("frepo",))
@@ -248,6 +249,8 @@ def _pair(path: Path, pair: object) -> tuple[Tensor, Tensor]:
     whole = isinstance(pair, list | tuple) and len(pair) == 2
     if not whole or not all(isinstance(part, Tensor) and _dense(part) for part in pair):
         raise DDError(f"{path} must hold images and labels as two dense tensors")
+    if any(part.numel() * 4 > LARGEST for part in pair):
+        raise DDError(f"the set in {path} would fill more than {LARGEST >> 30} GiB: refused")
     images, labels = (part.detach() for part in pair)
     return images, labels
 
@@ -269,8 +272,6 @@ def _checked(path: Path, found: Found, method: str) -> tuple[Tensor, Tensor, int
     images, labels = found.images, found.labels
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise DDError(f"images of {path} must be [n, 1 or 3, H, W], not {list(images.shape)}")
-    if images.numel() * 4 > LARGEST:
-        raise DDError(f"the images of {path} would fill more than {LARGEST >> 30} GiB: refused")
     if labels.ndim not in (1, 2) or len(labels) != len(images):
         raise DDError(
             f"labels of {path} must be [{len(images)}] or [{len(images)}, classes], not "
@@ -283,6 +284,11 @@ def _checked(path: Path, found: Found, method: str) -> tuple[Tensor, Tensor, int
         return images, labels, labels.shape[1]
     if int(labels.min()) < 0:
         raise DDError(f"labels of {path} must not be negative, as {int(labels.min())} is")
+    if int(labels.max()) >= len(labels):
+        raise DDError(
+            f"the {len(labels)} images of {path} make at most as many classes, and the largest label "
+            f"is {int(labels.max())}"
+        )
     sizes = torch.bincount(labels)
     if sizes.unique().numel() > 1:
         raise DDError(

@@ -175,10 +175,20 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, data, 
             r"labels of .* must be \[10\] or \[10, classes\]",
         ),
         (torch.zeros(10, 3, 8, 8), torch.arange(10) - 1, "must not be negative, as -1 is"),
+        (
+            torch.zeros(10, 3, 8, 8),
+            torch.arange(10) * 2**40,
+            "make at most as many classes, and the largest label is 9895604649984",
+        ),
         (torch.zeros(10, 8, 8), torch.arange(10), r"must be \[n, 1 or 3, H, W\], not \[10, 8, 8\]"),
         (
             torch.zeros(1).expand(2**16, 3, 2**10, 2**10),
             torch.arange(2**16),
+            "would fill more than 4 GiB: refused",
+        ),
+        (
+            torch.zeros(2**20, 3, 8, 8)[:10],
+            torch.zeros(1).expand(10, 2**40),
             "would fill more than 4 GiB: refused",
         ),
         (torch.eye(3).to_sparse(), torch.arange(3), "images and labels as two dense tensors"),
@@ -188,6 +198,19 @@ def test_sets_that_do_not_fit(tmp_path, data, images, labels, message):
     torch.save({"data": [[images, labels]]}, tmp_path / "res_DM_CIFAR10_ConvNet_1ipc.pt")
     with pytest.raises(DDError, match=message):
         import_set(tmp_path / "res_DM_CIFAR10_ConvNet_1ipc.pt", data)
+
+
+def test_a_damaged_archive_of_arrays_is_one_sentence_or_harmless(tmp_path, data):
+    path, images = tmp_path / "step1.npz", np.zeros((10, 8, 8, 3), np.float32)
+    np.savez_compressed(path, image=images, label=np.eye(10, dtype=np.float32))
+    whole, refused = path.read_bytes(), 0
+    for at, byte in enumerate(whole):
+        path.write_bytes(whole[:at] + bytes([byte ^ 0xFF]) + whole[at + 1 :])
+        try:
+            import_set(path, data)
+        except DDError:
+            refused += 1
+    assert refused > len(whole) / 2
 
 
 def test_unknown_layouts(tmp_path, data):

@@ -49,6 +49,8 @@ def test_a_row_stands_for_all_its_combinations(tmp_path):
         ([row(set={"lr": 1})], "unknown preset key"),
         ({"method": "dm"}, "must be a list of rows"),
         ("[", "is no YAML"),
+        ("[" * 3000, "is no YAML"),
+        ("- {method: 2001-02-30}", "is no YAML"),
     ],
 )
 def test_a_wrong_queue_is_named(tmp_path, rows, message):
