@@ -11,11 +11,15 @@ import tempfile
 import time
 from collections import Counter
 from functools import cache
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 import ddlib as dd
 from ddlib import files
+from ddlib.data import cache as cached
 
 from .server import case, interrupted, start, wait
 
@@ -42,9 +46,12 @@ EXPERTS = {
 }
 EXTRACTOR = {"extractor_epochs": 1}
 STEPS = {"iterations": 2}
+FOLDER = {
+    "dataset": "folder:pictures"
+}  # images that are decoded and kept, where the others read the digits
 # Every method of ours, and what makes it short.
 METHODS = {
-    "random": {},
+    "random": FOLDER,
     "herding": EXTRACTOR,
     "kcenter": EXTRACTOR,
     "kmeans": EXTRACTOR,
@@ -54,8 +61,8 @@ METHODS = {
     "idc": STEPS,
     "dream": STEPS,
     "dream_plus": STEPS,
-    "dm": {"iterations": 3},
-    "frepo": {"iterations": 3, "pool_size": 2, "max_age": 1},
+    "dm": FOLDER | {"iterations": 3},
+    "frepo": {"iterations": 3, "pool_size": 2, "max_age": 1, "zca": "frepo"},
     "mtt": EXPERTS,
     "tesla": EXPERTS,
     "ftd": EXPERTS,
@@ -68,8 +75,21 @@ PLACES = ("before", "half", "after")
 
 
 def run(method: str, results: str, **more) -> dd.Run:
-    os.environ["DDLIB_RESULTS"] = results
-    return dd.run(method, "digits", **TINY | METHODS[method] | more)
+    os.environ |= {"DDLIB_RESULTS": results, "DDLIB_CACHE": f"{results}/cache"}
+    return dd.run(method, **{"dataset": "digits"} | TINY | METHODS[method] | more)
+
+
+@cache
+def pictures() -> tempfile.TemporaryDirectory:
+    """The images of FOLDER, which no fault reaches; children find them below DDLIB_DATA."""
+    place = tempfile.TemporaryDirectory()
+    os.environ["DDLIB_DATA"] = place.name
+    draw = np.random.default_rng(0)
+    for name in product(("train", "test"), "ab", range(4)):
+        path = Path(place.name, "pictures", *map(str, name)).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(256, size=(8, 8), dtype=np.uint8)).save(path)
+    return place
 
 
 def digest(method: str, results: str) -> str:
@@ -98,6 +118,7 @@ class Operations:
             setattr(owner, name, self.watched(getattr(owner, name)))
         Path.write_text = self.watched(Path.write_text, lambda path, *_: path)
         files.save_file = self.watched(files.save_file, lambda tensors, path, **_: path)
+        cached._write_images = self.watched(cached._write_images, lambda path, *_: path)
 
     def watched(self, real, written=None):
         def operation(*arguments, **options):
@@ -175,6 +196,7 @@ def fail(draw: random.Random, method: str, results: str) -> tuple[str, str]:
 def campaign(fault, draw: random.Random, end, methods=METHODS) -> Counter:
     """Faults (`kill` or `fail`) until `end(tried)`; each is followed by an undisturbed call."""
     counts = Counter()
+    pictures()
     for method in cycle(methods):
         if end(counts["tried"]):
             return counts
@@ -213,6 +235,7 @@ def stepped(method: str, results: str, notes: str) -> str:
 def meetings(draw: random.Random, end, many: int = 4, methods=METHODS) -> Counter:
     """Several processes ask for one run, then for as many transfers of it, at the same moment."""
     counts = Counter()
+    pictures()
     for method in cycle(methods):
         if end(counts["tried"]):
             return counts

@@ -12,7 +12,8 @@ def test_every_method_is_killed():
 
 
 def test_every_function_and_command_is_called(tmp_path, monkeypatch):
-    monkeypatch.setenv("DDLIB_RESULTS", str(tmp_path))
+    for name in ("DDLIB_RESULTS", "DDLIB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path))
     paths = odd.originals(str(tmp_path))
     tried = {name.partition(".")[0] for name in calls.functions(paths, random.Random(0))}
     plain = {"DDError", "METHODS", "PROFILES"}  # which are not called
