@@ -195,19 +195,27 @@ def write_json(path: Path, value: dict[str, Any]) -> Path:
 
 def read_json(path: Path, kind: str, cure: str) -> dict[str, Any]:
     """Read what `write_json` wrote, or an older file without a checksum; what is amiss is a `DDError` with the cure."""
-    value = _read_object(path, kind, cure)
+    value = _read(path, kind, cure, dict)
     seal = value.pop("seal", None)
     if seal is not None and seal != _seal(value):
         raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
     return value
 
 
-def _read_object(path: Path, kind: str, cure: str) -> dict[str, Any]:
+def read_rows(path: Path, kind: str, cure: str) -> list[dict[str, Any]]:
+    """Read a JSON list of objects, as the benchmarks keep them, without a checksum; what is amiss is a `DDError`."""
+    rows = _read(path, kind, cure, list)
+    if not all(isinstance(row, dict) for row in rows):
+        raise DDError(f"the {kind} {path} is no list of rows; {cure}")
+    return rows
+
+
+def _read(path: Path, kind: str, cure: str, form: type) -> Any:
     if not is_there(path):
         raise DDError(f"no {kind} at {path}; {cure}")
     try:
         value = json.loads(path.read_text())
-        if not isinstance(value, dict):
+        if not isinstance(value, form):
             raise TypeError
         return value
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -227,7 +235,7 @@ def update_json(path: Path, kind: str, cure: str, changes: dict[str, Any]) -> di
 def sealed(path: Path) -> bool:
     """Whether the checksum of the file, a JSON or safetensors one, covers all of it; False for the older forms."""
     if path.suffix == ".json":
-        return "seal" in _read_object(path, "file", "make it anew")
+        return "seal" in _read(path, "file", "make it anew", dict)
     tensors, header, seal = _read_tensors(path, "file", "make it anew")
     return seal == _seal(header, [*tensors], checksum(*tensors.values()))
 

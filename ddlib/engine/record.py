@@ -22,6 +22,7 @@ from .checkpoint import threads_of
 from .meter import machine
 
 _CURE = "delete it and run again"
+SIDE_FILES = (".transfer.json", ".confusion.json")  # rows beside a record, true of its set alone
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..config import Spec, dataset_of, resolve
-from ..core import DDError, Interrupted, instance, pick_device, plain, whole
+from ..core import DDError, Interrupted, checksum, instance, pick_device, plain, whole
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..experts import ExpertsError
@@ -27,7 +27,7 @@ from ..train.evaluate import evaluate
 from . import contract
 from .checkpoint import Progress, Signals, guard, threads_of
 from .meter import PeakMemory, machine
-from .record import Run, fits, refuse_other_images, summary
+from .record import SIDE_FILES, Run, fits, refuse_other_images, summary
 
 
 def run(
@@ -352,11 +352,26 @@ def _test(state: Progress, data: Dataset, signals: Signals, bar: tqdm) -> None:
     state.scores = []
 
 
+def _same(kept: Run, syn: Synthetic, data: Dataset) -> bool:
+    """Whether the kept run has this set of these images, so that the rows beside it stay true."""
+    images = data.checksum
+    with suppress(DDError):  # no record or a damaged one: its set tells alone
+        images = kept.record.get("dataset_checksum", images)
+    with suppress(DDError):
+        old = kept.synthetic
+        sets = [checksum(each.images, each.labels) for each in (old, syn)]
+        return images == data.checksum and sets[0] == sets[1]
+    return False
+
+
 def _write(path: Path, state: Progress, data: Dataset) -> None:
     """The two files of a finished run: the set, then its record."""
     spec, scores = state.spec, state.evaluations
     peak = max(state.peak, state.meter.read())
     syn, path_of_set = _synthetic(state, data, snapshots=True), path.with_suffix(".safetensors")
+    if not _same(Run(path), syn, data):
+        for suffix in SIDE_FILES:
+            path.with_suffix(suffix).unlink(missing_ok=True)
     syn.save(path_of_set)
     accuracy = {"last": scores[-1], "best": max(scores, key=lambda e: e.get("best", e)["mean"])}
     judged = [score for score in scores if "val" in score]

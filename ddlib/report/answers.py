@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ import pandas as pd
 from ..config import resolve
 from ..core import DDError
 from ..engine.record import Run, side_file
-from ..files import read_json, results_folder
+from ..files import read_json, read_rows, results_folder
 from ..methods.coreset import KINDS
 from ..studies.architecture_search import correlations
 from . import tables, verdict
@@ -181,7 +180,8 @@ def _sources(pattern: str, kept: Kept) -> Iterable[pd.DataFrame]:
         for _, machine in rows.groupby("device", sort=False):
             yield machine.assign(dataset=machine["data"], file=machine.name, plain=True)
     elif pattern.startswith("bench/"):
-        files = {path: json.loads(path.read_text()) for path in sorted(kept.folder.glob(pattern))}
+        paths = sorted(kept.folder.glob(pattern))
+        files = {path: read_rows(path, "benchmark", "run it again") for path in paths}
         facts = {"marks": (), "plain": True}
         yield _table(kept, {path: (facts, rows) for path, rows in files.items()})
     else:

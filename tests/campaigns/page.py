@@ -30,9 +30,8 @@ def compat(record: Path = PAIRS) -> str:
     kept = read_json(record, "record of the pairs", "run make compat")
     lines = ["| Python | torch | torchvision | tests |", "| --- | --- | --- | --- |"]
     for _, row in sorted(kept.items()):
-        lines.append(
-            f"| {row['python']} | {row['torch']} | {row['torchvision']} | {row['tests']} |"
-        )
+        cells = [f"`{row[name]}`" for name in ("python", "torch", "torchvision")]
+        lines.append(f"| {' | '.join(cells)} | {row['tests'].partition(' in ')[0]} |")
     return "\n".join(lines)
 
 

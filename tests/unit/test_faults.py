@@ -31,7 +31,7 @@ from ddlib.engine import checkpoint
 from ddlib.engine import record as records
 from ddlib.experts import _timing
 from ddlib.methods.dm import DM
-from ddlib.report import docs, plots, reproduce, site
+from ddlib.report import answers, docs, plots, reproduce, site
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -111,6 +111,18 @@ def test_a_folder_that_changed_in_place(results, tmp_path, cache):
         dm(name, subset=2, fresh=True).record["dataset_checksum"] != run.record["dataset_checksum"]
     )
     assert dm(name, subset=2).path == run.path
+
+
+def test_rows_of_a_replaced_set_go_with_it(results, tmp_path, cache):
+    name = f"folder:{pets(tmp_path / 'pets', 0)}"
+    run = dm(name)
+    row, beside = run.transfer("mlp", networks=1), run.path.with_suffix(".transfer.json")
+    dm(name, fresh=True)
+    assert [*records.side_file(beside).values()] == [row]  # the same set, the same row
+    pets(tmp_path / "pets", 1)
+    run = dm(name, fresh=True)
+    assert not beside.exists()
+    assert run.transfer("mlp", networks=1) != row
 
 
 def test_a_folder_that_goes_while_it_is_looked_at(tmp_path, cache):
@@ -488,6 +500,14 @@ def test_a_damaged_side_file_is_one_sentence(kept, text):
     if text != '{"rows": 5}':
         with pytest.raises(DDError, match="the side file .* cannot be read .*; delete it and run"):
             kept.transfer("mlp", networks=1)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[5]", "[" * 3000])
+def test_a_damaged_benchmark_is_one_sentence(tmp_path, text):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "dm_cpu.json").write_text(text)
+    with pytest.raises(DDError, match="the benchmark .*dm_cpu.json .*; run it again"):
+        [*answers._sources("bench/dm_*.json", answers.Kept(tmp_path))]
 
 
 def test_ctrl_c_ends_the_kernels_of_reproduce(monkeypatch):
