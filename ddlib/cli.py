@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from contextlib import suppress
 from typing import NoReturn
 
@@ -142,7 +143,7 @@ def _export(args: argparse.Namespace) -> None:
 
     ddlib export results/small/NAME.safetensors --to cats_and_dogs
     ddlib export results/small/NAME.safetensors --to set.pt      torch.load(..., weights_only=True)
-    ddlib export frepo.safetensors --to photos --dataset cifar10      whitened: needs its dataset, or a look
+    ddlib export frepo.safetensors --to photos --dataset cifar10     whitened, no look kept
     """
     from .distilled import Synthetic
     from .exchange.outward import save_images, save_pt
@@ -489,7 +490,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=summary,
-            description=summary,
+            description=textwrap.fill(summary, 78),
             epilog=f"examples:\n{lines}",
             formatter_class=raw,
         )

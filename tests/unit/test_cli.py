@@ -51,6 +51,7 @@ def test_bare_ddlib_helps(ddlib):
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_a_help_page_has_examples_that_parse(ddlib, name):
     code, out, _ = ddlib(name, "--help")
+    assert max(map(len, out.splitlines())) <= terminal.WIDEST
     lines = [line for line in out.splitlines() if line.startswith(f"  ddlib {name}")]
     assert code == 0 and lines
     for line in lines:
