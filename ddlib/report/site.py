@@ -560,8 +560,10 @@ def _command_line() -> str:
 
 
 def is_wide(page: str) -> bool:
-    """Whether a page's tables need the room of the list of contents."""
-    return page in ("results.md", "claims.md") or page.startswith(("methods/", "notebooks/"))
+    """Whether what a page shows needs the room of the list of contents."""
+    return page in ("results.md", "claims.md", "gallery.md") or page.startswith(
+        ("methods/", "notebooks/")
+    )
 
 
 def filled(text: str, page: str, results: str | Path | None, known: Collection[str]) -> str:
