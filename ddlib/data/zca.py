@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..core import DDError, checksum, choose
-from ..files import load_tensors, save_tensors
+from ..files import CannotWrite, load_tensors, lock, save_tensors
 
+_PARTS = ("mean", "matrix", "inverse")
 KINDS = ("mtt", "frepo", "frepo_checkerboard")
 LARGEST = (
     12_288  # 3 x 64 x 64: the matrix takes 0.6 GB, its float64 eigendecomposition four times that
@@ -108,16 +109,17 @@ class ZCA:
         name = _identity(kind, pixel_sha)
         path = folder / f"zca-{kind}-{name}.safetensors"
         with suppress(DDError, OSError):
-            return ZCA(kind, name, **load_tensors(path, "ZCA", "it is fitted again")[0]).to(device)
-        zca = ZCA.fit(pixels, kind, device)
-        with suppress(DDError):  # nowhere to keep it: it is fitted again next time
-            save_tensors(path, {"mean": zca.mean, "matrix": zca.matrix, "inverse": zca.inverse}, {})
-        return zca
+            return _kept(path, kind, name).to(device)
+        zca = None
+        with suppress(CannotWrite), lock(path, "the whitening of these images"):
+            with suppress(DDError, OSError):  # another process may have fitted it
+                return _kept(path, kind, name).to(device)
+            zca = ZCA.fit(pixels, kind, device)
+            save_tensors(path, {part: getattr(zca, part) for part in _PARTS}, {})
+        return zca or ZCA.fit(pixels, kind, device)  # nowhere to keep it: it is fitted again
 
     def to(self, device: torch.device | str) -> ZCA:
-        return replace(
-            self, **{name: getattr(self, name).to(device) for name in ("mean", "matrix", "inverse")}
-        )
+        return replace(self, **{part: getattr(self, part).to(device) for part in _PARTS})
 
     def whiten(self, x: Tensor) -> Tensor:
         """[...,C,H,W] in [0,1] -> whitened, same shape."""
@@ -128,6 +130,10 @@ class ZCA:
         """The inverse of `whiten`."""
         with torch.autocast(z.device.type, enabled=False):
             return _join(_split(z, _tiles(self.kind)) @ self.inverse + self.mean, z.shape)
+
+
+def _kept(path: Path, kind: str, name: str) -> ZCA:
+    return ZCA(kind, name, **load_tensors(path, "ZCA", "it is fitted again")[0])
 
 
 def _tiles(kind: str) -> int:

@@ -52,7 +52,7 @@ CAMPAIGNS = {
         partial(faults.campaign, faults.fail),
     ),
     "meetings": Campaign(
-        "one run and its transfers asked for by four processes at once",
+        "runs that share files, one run and its transfers asked for by four processes at once",
         500,
         0.15,
         faults.meetings,

@@ -232,13 +232,40 @@ def stepped(method: str, results: str, notes: str) -> str:
     return digest(method, results)
 
 
+def neighbour(method: str, results: str, seed: int, notes: str) -> float:
+    """The accuracy of one of several runs, leaving a file in `notes` for every file that it writes."""
+    real = os.replace
+
+    def replace(source, target):
+        Path(tempfile.mkstemp(dir=notes)[1]).write_text(str(target))
+        real(source, target)
+
+    os.replace = replace
+    return run(method, results, seed=seed).accuracy
+
+
+def twice(notes: str) -> int:
+    """How many files were written again by another process; a run writes its checkpoint again and again."""
+    written = Counter(path.read_text() for path in Path(notes).iterdir())
+    once = [path for path in written if "checkpoints" not in path]
+    return sum(written[path] - 1 for path in once)
+
+
 def meetings(draw: random.Random, end, many: int = 4, methods=METHODS) -> Counter:
-    """Several processes ask for one run, then for as many transfers of it, at the same moment."""
+    """Several processes ask for one run, for as many transfers of it, or for runs that share what they stand on."""
     counts = Counter()
     pictures()
     for method in cycle(methods):
         if end(counts["tried"]):
             return counts
+        with tempfile.TemporaryDirectory() as results, tempfile.TemporaryDirectory() as notes:
+            seeds = draw.sample(range(9), many)
+            children = [start(neighbour, method, results, seed, notes) for seed in seeds]
+            answers = [wait(child) for child in children]
+            counts["tried"] += many
+            counts["lost"] += sum(what != "done" for what, _ in answers)
+            counts["traceback"] += sum(what == "traceback" for what, _ in answers)
+            counts["computed twice"] += twice(notes)
         with tempfile.TemporaryDirectory() as results, tempfile.TemporaryDirectory() as notes:
             children = [start(stepped, method, results, notes) for _ in range(many)]
             answers = [wait(child) for child in children]

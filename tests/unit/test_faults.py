@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -351,6 +352,23 @@ def test_one_computes_and_the_others_wait_and_read(results, monkeypatch):
     with ThreadPoolExecutor(3) as pool:
         runs = list(pool.map(lambda _: dm(), range(3)))
     assert len(made) == SHORT["iterations"] and len({run.accuracy for run in runs}) == 1
+
+
+def test_one_fits_the_whitening_and_the_others_read_it(tmp_path, monkeypatch):
+    fitted = []
+    real = ZCA.fit
+
+    def fit(*arguments):
+        fitted.append(1)
+        time.sleep(0.2)
+        return real(*arguments)
+
+    monkeypatch.setattr(ZCA, "fit", fit)
+    pixels = torch.arange(4 * 3 * 64).mul(37).remainder(256).view(4, 3, 8, 8).to(torch.uint8)
+    ask = lambda _: ZCA.fit_cached(pixels, "mtt", torch.device("cpu"), "0" * 64, tmp_path)
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(ask, range(3))
+    assert len(fitted) == 1 and all(torch.equal(zca.matrix, first.matrix) for zca in others)
 
 
 def test_a_run_at_work_elsewhere_can_be_seen_and_a_dead_ones_lock_is_free(results):
