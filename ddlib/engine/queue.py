@@ -17,6 +17,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Hashable, Iterable
 from contextlib import suppress
@@ -212,10 +213,12 @@ def _minutes(seconds: float) -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The plan as text of at most 100 columns: what, TFLOP, minutes, peak MiB, whether it is kept."""
+    """The plan as text of at most 100 columns, long names folded: what, TFLOP, minutes, peak MiB, whether it is kept."""
     lines = [f"{'run':60} {'TFLOP':>9} {'time':>12} {'peak MiB':>9}"]
     for row in rows:
         time_needed = "kept" if row.done else _minutes(row.cost.seconds)
         peak = row.cost.peak_bytes / 2**20
-        lines.append(f"{str(row)[:60]:60} {row.cost.tflop:9.1f} {time_needed:>12} {peak:9.0f}")
+        name, *rest = textwrap.wrap(str(row), 60, subsequent_indent="  ")
+        lines.append(f"{name:60} {row.cost.tflop:9.1f} {time_needed:>12} {peak:9.0f}")
+        lines += rest
     return "\n".join(lines)
