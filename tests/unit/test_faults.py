@@ -123,7 +123,8 @@ def test_rows_of_a_replaced_set_go_with_it(results, tmp_path, cache):
     pets(tmp_path / "pets", 1)
     run = dm(name, fresh=True)
     assert not beside.exists()
-    assert run.transfer("mlp", networks=1) != row
+    run.transfer("mlp", networks=1)
+    assert beside.exists()  # made anew; the accuracy on so few images may be the same
 
 
 def test_a_folder_that_goes_while_it_is_looked_at(tmp_path, cache):
