@@ -178,7 +178,9 @@ def preset(path: Path) -> dict:
         found = yaml.load(path.read_text(), _Unambiguous) or {}
     except DDError as error:
         raise DDError(f"preset {path.name}: {error}") from None
-    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise DDError(f"cannot read the preset {path.name}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise DDError(f"preset {path.name} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise DDError(

@@ -136,10 +136,8 @@ class Progress:
             return
         cure = "delete it to start this run from the beginning"
         tensors, header = load_tensors(self.path, "checkpoint", cure)
-        header = {
-            "scores": [],
-            "smaller": {},
-        } | header  # which checkpoints of earlier versions lack
+        # Checkpoints of earlier versions lack these two.
+        header = {"scores": [], "smaller": {}} | header
         if header.get("name") != self.spec.name or header.get("data", self.data) != self.data:
             raise DDError(
                 f"the checkpoint {self.path} belongs to another run or other images; delete it to "

@@ -115,7 +115,7 @@ def _compute(
             if not smaller:
                 raise
             words = ", ".join(f"{key}={value}" for key, value in smaller.items())
-            warnings.warn(f"{error}, or go on as this run does now, with {words}", stacklevel=3)
+            warnings.warn(f"{error}; meanwhile this run goes on with {words}", stacklevel=3)
         del state  # and what it holds of the memory
 
 

@@ -165,9 +165,8 @@ def _frepo(path: Path) -> Found:
             pair = [torch.from_numpy(np.array(arrays[key])) for key in ("image", "label")]
     except DDError:
         raise
-    except (
-        Exception
-    ) as error:  # a damaged archive: BadZipFile, zlib.error, NotImplementedError, ...
+    except Exception as error:
+        # A damaged archive: BadZipFile, zlib.error, NotImplementedError, ...
         raise DDError(
             f"{path} is not FRePo's .npz of plain arrays 'image' and 'label' ({type(error).__name__})"
         ) from error

@@ -609,9 +609,8 @@ def test_a_coreset_of_an_unpublished_extractor_counts_for_nothing():
 def test_a_run_has_one_verdict_in_the_long_table_on_its_methods_page_and_on_its_card(profile):
     def verdicts(text: str) -> dict[tuple, str]:
         rows = [line.split("|") for line in text.splitlines()[2:]]
-        return {
-            tuple(cells[1:6]): cells[-2] for cells in rows
-        }  # data set, IPC, method, paper, ours
+        # by data set, IPC, method, paper, ours
+        return {tuple(cells[1:6]): cells[-2] for cells in rows}
 
     found = tables.stored(ROOT / "results", profile)
     table = tables.runs(found)
