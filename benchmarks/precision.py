@@ -27,7 +27,7 @@ from ddlib.data.dataset import Dataset
 from ddlib.distilled import Synthetic
 from ddlib.engine.meter import machine
 from ddlib.engine.record import dataset_of, resolve_record
-from ddlib.files import write_atomically
+from ddlib.files import read_json, write_atomically
 from ddlib.nets.build import build
 from ddlib.train.evaluate import evaluate
 from ddlib.train.loop import PRECISIONS, compiled, lowered
@@ -128,7 +128,7 @@ def main(words: list[str] | None = None) -> dict:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(words)
     device = pick_device(args.device)
-    kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    kept = read_json(args.out, "benchmark", "delete it and run again") if args.out.is_file() else {}
     record = {"device": machine(device), "networks": args.networks}
     record["speed"] = kept.get("speed", [])
     if args.turns:
