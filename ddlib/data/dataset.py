@@ -49,7 +49,8 @@ class Dataset:
 
     images: split -> uint8 [N,C,H,W]; labels: split -> int64 [N]; mean, std: float32 [C,1,1]; checksum: hex over
     images and labels. Images too large for the device (half of its free memory) stay on the CPU, memory-mapped where
-    they came from a folder, and `batch` moves the rows asked for; `device` is where batches appear.
+    they came from a folder, and `batch` moves the rows asked for; `device` is where batches appear. `part` says what
+    `subset` and `minival` took of the dataset of this name, "" for all of it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Dataset:
     std: Tensor
     checksum: str
     zca: ZCA | None = None
+    part: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -179,6 +181,7 @@ class Dataset:
             images=self.images | images,
             labels=self.labels | labels,
             checksum=derived(self.checksum, how),
+            part=f"{self.part}, {how}" if self.part else how,
         )
 
 
@@ -315,7 +318,8 @@ def from_arrays(
     C of 1 or 3; labels integers [N] in 0..classes-1, every class present in train; test may be empty.
 
     classes: names; default "0", "1", ... up to the largest train label. The arrays are copied.
-    Raises DDError for shapes that do not fit, other types, NaN, values outside [0,1] and labels out of range.
+    Raises DDError for shapes that do not fit, other types, NaN, values outside [0,1], labels out of range and a name
+    that `load` knows.
     """
     _check_names(name, classes)
     splits = {}
@@ -362,6 +366,8 @@ def from_arrays(
 def _check_names(name: object, classes: object) -> None:
     if not isinstance(name, str):
         raise DDError(f"name must be a text, not {shown(name)}")
+    if name in NAMES or name.startswith("folder:"):
+        raise DDError(f"the name {name!r} is that of a dataset of ddlib's own: choose another one")
     names = isinstance(classes, (list, tuple, range, type(None)))
     if not names and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
         raise DDError(f"classes must be a list of names, not {shown(classes)}")

@@ -119,7 +119,8 @@ class Run:
         spec, syn = resolve_record(self.record), self.synthetic
         if changes.get("hard"):
             syn = syn.hardened()
-        refuse_other_images(self, spec, data if data and fits(data, spec) else None)
+        data = usable(data, spec)
+        refuse_other_images(self, spec, data)
         data = data or dataset_of(spec, pick_device(device))
         result = evaluate(
             syn,
@@ -212,16 +213,31 @@ def _check_score(score: dict[str, Any]) -> None:
         raise ValueError(f"a score is {shown(values)}")
 
 
-def fits(data: Dataset, spec: Spec) -> bool:
-    """Whether `data` is what `dataset_of(spec)` would load."""
+def usable(data: Dataset | None, spec: Spec) -> Dataset | None:
+    """`data` where it is what `dataset_of(spec)` would load, None where that has the images in another form.
+
+    Raises `DDError` for data of another name, and for a part of the named ones, which would pass for all of them.
+    """
+    if data is None:
+        return None
+    if data.name != spec.dataset:
+        raise DDError(
+            f"the data are {data.name!r} and the run is of {spec.dataset!r}: give both one name, or "
+            "leave the data out"
+        )
+    if data.part:
+        raise DDError(
+            f"the data are a part of {data.name!r} ({data.part}): leave them out and say "
+            "subset=IMAGES_PER_CLASS or minival=SHARE, which the record keeps"
+        )
     run = spec.run
-    return (
-        data.name == spec.dataset
-        and (data.zca.kind if data.zca else "") == run.zca
+    fits = (
+        (data.zca.kind if data.zca else "") == run.zca
         and not run.subset
         and not run.minival
         and run.resolution in (0, data.shape[-1])
     )
+    return data if fits else None
 
 
 def refuse_other_images(run: Run, spec: Spec, data: Dataset | None) -> None:

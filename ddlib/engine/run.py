@@ -27,7 +27,7 @@ from ..train.evaluate import evaluate
 from . import contract
 from .checkpoint import Progress, Signals, guard, threads_of
 from .meter import PeakMemory, machine
-from .record import SIDE_FILES, Run, fits, refuse_other_images, summary
+from .record import SIDE_FILES, Run, refuse_other_images, summary, usable
 
 
 def run(
@@ -51,7 +51,7 @@ def run(
     """The record of one run: at once if `results/` holds it, else distil (or resume), evaluate and write it.
 
     `overrides` are keys of the method's Config or of `RunConfig`. `data` spares the loading where a notebook already
-    has it. `fresh` ignores an old record and checkpoint. `teach` first trains the experts that a run needs and lacks
+    has the whole dataset; one of another name, or a part, is refused. `fresh` ignores an old record and checkpoint. `teach` first trains the experts that a run needs and lacks
     (`prepare`); a kept record needs none.
 
     A killed run resumes from its last checkpoint, written every `checkpoint_every` steps, every five minutes and at
@@ -67,7 +67,7 @@ def run(
     flags = {"fresh": fresh, "progress": progress, "teach": teach, "wait": wait}
     for name, value in (flags | {"any_threads": any_threads}).items():
         instance(name, plain(value), bool)
-    data = data if data and fits(data, spec) else None
+    data = usable(data, spec)
     checkpoint = folder / "checkpoints" / f"{spec.name}.safetensors"
     if not fresh and done.complete:
         refuse_other_images(done, spec, data)

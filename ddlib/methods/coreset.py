@@ -6,8 +6,8 @@ Random, herding (Welling, ICML 2009), k-center greedy (Sener and Savarese, ICLR 
 Differences from what the distillation papers report:
 1. They do not say how their extractor was trained; ours is in the record's `extra`. Forgetting events are counted
    while it trains, in as many epochs; DeepCore (Guo et al., 2022) trains 200.
-2. Their classical columns were scored without augmentation (the "dc" protocol). Score coresets under the protocol
-   of the set that they are compared with: random gains 2 to 6 points on CIFAR-10 from the "dsa" protocol alone.
+2. Their classical columns were scored without augmentation (the "dc" protocol), on MNIST apparently with some. Score
+   coresets under the protocol of the set that they are compared with: random gains from the "dsa" protocol alone.
 
 Accuracy, seconds, hardware and number of runs, as `python -m ddlib docs` renews them from the
 records: docs/methods/coresets.md.

@@ -12,7 +12,7 @@ In the regression it runs on its running BatchNorm statistics, real and syntheti
 
 Differences from the released JAX code:
 1. The kernels and their Cholesky factor are float64; where the factorisation fails, lambda is raised tenfold and the
-   step is counted. In float32 the gradient is wrong by a factor of 3 to 8 once n reaches the feature dimension.
+   step is counted. In float32 the gradient can be lost to rounding once n reaches the feature dimension.
 2. Real batches are slices of a random order drawn for every epoch, its tail dropped, not of a shuffle buffer.
 3. The first images are drawn uniformly from each class; networks, batches and orders come from (seed, step).
 4. BatchNorm's running variance is PyTorch's unbiased one.

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..config import resolve
 from ..core import DDError
-from ..engine.record import Run, side_file
+from ..engine.record import Run
 from ..files import read_json, read_rows, results_folder
 from ..methods.coreset import KINDS
 from ..studies.architecture_search import correlations
@@ -22,8 +22,6 @@ from .verdict import DEFAULT_COUNT, Differences, Published, Verdict
 
 # The profiles whose records are kept, the better first; smoke's are made anew everywhere.
 KEPT = ("paper", "small")
-# What a kept evaluation on another network may change besides; such a one is no claim's.
-CHANGES = {"protocol", "epochs", "augment", "hard"}
 STUDY = re.compile(r"-(?P<place>\w+)-ipc(?P<ipc>\d+)-\w+$")  # the name of a study's file
 PRESET = re.compile(r"(?P<method>\w+)-(?P<dataset>\w+)-ipc(?P<ipc>\d+)-paper-seed(?P<seed>\d+)-")
 
@@ -68,12 +66,14 @@ def answer(claim: pd.Series, kept: Kept) -> Answer:
 def _from_runs(claim: pd.Series, kept: Kept) -> Answer | None:
     """The answer of the run nearest to the claim's setting, which is the paper's with what the claim itself changes.
 
-    A run must have what the claim changes; a variant that no overrides, `extra` or iteration describe has no runs.
+    A run must have what the claim changes; a variant that no overrides, `extra` or iteration describe has no runs. The
+    images that a method begins with answer for its iteration 0 alone.
     """
     rows = kept.table
     rows = rows[(rows.method == claim.method) & (rows.data == claim.dataset)]
     rows = rows[rows.ipc == claim.ipc]
     iteration = claim.variant.rpartition("iteration=")[2] if "iteration=" in claim.variant else ""
+    rows = rows if iteration else tables.made(rows)
     named = claim.overrides is not None or claim.extra or iteration
     if rows.empty or (claim.variant and not named):
         return None
@@ -136,10 +136,11 @@ def _scored(
 def _score(claim: pd.Series, path: Path, iteration: str) -> dict[str, Any] | None:
     """The last score of a record, or one on the way, of another predictor or on another backbone, as the claim asks."""
     if claim.network_eval != claim.network:
-        others = path.with_suffix(".transfer.json")
-        found = side_file(others).values()
-        same = [e for e in found if e["backbone"] == claim.network_eval]
-        return next((e for e in same if not CHANGES & e.keys()), None)
+        others = tables.transfers(
+            [Run(path)] if path.with_suffix(".transfer.json").exists() else []
+        )
+        found = others[others.backbone == claim.network_eval].to_dict("records")
+        return found[0] if found else None
     record = Run(path).record
     if iteration:
         return next((e for e in record["evaluations"] if e["step"] == int(iteration)), None)

@@ -134,7 +134,7 @@ def _attained(method: str, results: str | Path | None) -> str:
     kept = _runs(results)
     if not kept:
         return "nothing yet beside a printed figure."
-    rows = tables.judge(_beside_random(pd.concat(kept.values()), [method]))
+    rows = tables.made(tables.judge(_beside_random(pd.concat(kept.values()), [method])))
     rows = rows[(rows.method == method) & rows.figure.notna()]
     if rows.empty:
         return "nothing yet beside a printed figure."

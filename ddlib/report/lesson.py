@@ -143,19 +143,27 @@ def beside(live: pd.DataFrame, methods: Iterable[str], *, every: bool = False) -
 def paper_and_ours(
     live: pd.DataFrame, methods: Iterable[str], *, every: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The kept runs of `methods` (the setting nearest to each preset, or `every` one), then the `live` ones.
+    """The kept runs of `methods` (the setting nearest to each preset, or `every` one), then the `live` ones, together
+    with the kept runs of other seeds of their settings.
 
     The first table has at most seven columns, the second the rest, row by row. Both follow the order of `methods`, with
     random images last. Those are under the evaluation of the first of `methods`; a row of them that no paper has a
     figure for stands in its column alone.
     """
     first, *others = methods
+    if live.empty:
+        raise DDError("there is no run to show: give the table of at least one")
     where = live.iloc[0]
     protocol = resolve(first, where.dataset, int(where.ipc), where.profile).run.protocol
     stored = [kept(["random"], every=True), kept([first, *others], every=every)]
     stored = pd.concat(stored, ignore_index=True)
     real = stored.method == "random"  # what is live stands beside the kept runs too
-    parts = [part for part in (stored[real | ~stored.name.isin(live.name)], live) if len(part)]
+    setting = list(tables.SETTING)
+    asked_for = set(live[setting].itertuples(index=False))
+    again = pd.Series([s in asked_for for s in stored[setting].itertuples(index=False)], dtype=bool)
+    seeds = stored[again & ~stored.name.isin(live.name)]
+    live = pd.concat([live, seeds], ignore_index=True)
+    parts = [part for part in (stored[real | ~again], live) if len(part)]
     parts = [part.reset_index(drop=True) for part in parts]
     shown = [_ordered(tables.compare(part), [first, *others]) for part in parts]
     rows = pd.concat(shown, keys=range(len(parts)))

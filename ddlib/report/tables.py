@@ -354,14 +354,15 @@ def _evaluation(values: dict[str, Any]) -> tuple:
 
 
 def random_beside(row: pd.Series, table: pd.DataFrame) -> list[list[float]]:
-    """Accuracies by seed of the random real images in a table of runs that were evaluated as the row was; often []."""
+    """Accuracies by seed of the random real images in a table of runs that were evaluated as the row was; often [].
+
+    Those of the row's own profile, where it has any.
+    """
     rows = table[(table.method == "random") & (table.data == row.data) & (table.ipc == row.ipc)]
     wanted = _evaluation(row["values"])
-    return [
-        scores
-        for scores, values in zip(rows.networks, rows["values"], strict=True)
-        if _evaluation(values) == wanted
-    ]
+    rows = rows[[_evaluation(values) == wanted for values in rows["values"]]]
+    own = rows[rows.profile == row.profile]
+    return list((own if len(own) else rows).networks)
 
 
 def lead(figure: Published, row: pd.Series, table: pd.DataFrame) -> float:
@@ -467,17 +468,23 @@ def nearness(differs: Differences, row: pd.Series) -> tuple:
     return len(differs.changed), -differs.share, len(differs.less), len(row.marks), -row.networks
 
 
+def made(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows but those of the images that a method begins with (`iterations=0`), which are no set that it made."""
+    return rows[(rows.iterations > 0) | rows.method.isin(KINDS)]
+
+
 def front_page(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `compare` for README: per method, dataset and IPC the run nearest to the paper's setting, whatever it
     scores; of a coreset per protocol too, which its name then says.
 
     At most `HEADLINES`: distilled sets before real images, of those the nearest of each method before its others. A
-    record without a commit stays out, and so does a row that no published figure stands beside.
+    record without a commit stays out, and so do a row that no published figure stands beside and the images that a
+    method begins with.
     """
     known = table.loc[[verdict.UNKNOWN_CODE not in marks for marks in table.marks]]
     if known.empty:
         return pd.DataFrame()
-    rows = judge(known)
+    rows = made(judge(known))
     rows = rows[rows.figure.notna()]
     order = sorted(rows.index, key=lambda k: nearness(rows.differs[k], rows.loc[k]))
     rows = rows.loc[order].assign(real=rows.method.isin(KINDS))

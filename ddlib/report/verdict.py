@@ -1,7 +1,7 @@
 """One verdict for README, notebooks, pages and claims: how a figure of ours stands to a printed one.
 
-Pure functions of plain data; nothing is read and nothing is trained. The rules are fixed before the runs that they
-judge, and the first that applies decides:
+Pure functions of plain data; nothing is read and nothing is trained. The rules are older than the runs of the profile
+`paper` that they judge (those of `small` are older than the rules), and the first that applies decides:
 
 1. *changed method*: a setting that is neither neutral nor budget differs, or the network. Named, never counted.
 2. *inconclusive*: our standard error is over one point, or unknown because there is one network alone.
@@ -212,11 +212,12 @@ def accuracy(
     if differs.less:
         word = "matched on less" if gap >= -min(near, close) else "reduced budget"
         return Verdict(word, str(differs), marks)
+    distance = f"{gap:+.1f} points, {near:.1f} are near"
     if abs(gap) > near:
-        return Verdict("contradicted", f"{gap:+.1f} points, {near:.1f} are near", marks)
+        return Verdict("contradicted", distance, marks)
     if math.isnan(lead) or abs(gap) > close:
         return Verdict("inconclusive", _beside_random(lead), marks)
-    return Verdict("reproduced", "", marks)
+    return Verdict("reproduced", distance, marks)
 
 
 def _also(why: str, differs: Differences) -> str:

@@ -53,6 +53,7 @@ def part(
         images=images,
         labels=labels,
         checksum=hashlib.sha256(f"{data.checksum} {name}".encode()).hexdigest(),
+        part="",  # its name says it
     )
 
 

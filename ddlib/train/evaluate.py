@@ -77,8 +77,8 @@ def evaluate(
     """Train `networks` fresh networks on `syn` under its own protocol (or `recipe`) and test each on `data`.
 
     The last epoch counts; no epoch is picked. Network k depends on (seed, k) alone. `precision` "bf16" trains and
-    tests under autocast (`loop.lowered`; the extra "krr" stays float32): 1.9 times as fast on a CPU with bf16
-    instructions, compiled. An evaluation that was stopped goes on from `scores`, the accuracies of its first networks:
+    tests under autocast (`loop.lowered`; the extra "krr" stays float32), which is faster on a CPU with bf16
+    instructions (results/bench/precision_cpu.json). An evaluation that was stopped goes on from `scores`, the accuracies of its first networks:
     each further network's are appended, then `after_network()` is called, which may save them. Raises `DDError` where
     set and data do not belong together.
     """

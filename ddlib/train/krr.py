@@ -5,7 +5,7 @@ With features F_s [n, d] of a training set, its targets Y [n, C] and features F_
     P = F_t F_s^T (F_s F_s^T + lambda mean(diag(F_s F_s^T)) I)^-1 Y
 
 Kernel and Cholesky factor are float64; where the factorisation fails, lambda is raised tenfold. In float32 the gradient
-is wrong by a factor of 3 to 8 once n reaches the feature dimension.
+can be lost to rounding once n reaches the feature dimension.
 """
 
 from __future__ import annotations

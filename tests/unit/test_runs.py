@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +174,24 @@ def test_given_data_spare_the_loading_unless_they_are_others(whole, tmp_path, mo
         same(run(tmp_path / "b", data=whitened), whole) and loaded
     )  # whitened, which this spec is not
     with pytest.raises(DDError, match="made from other images of the name 'digits'"):
-        run(tmp_path, data=data.minival())
+        run(tmp_path, data=replace(data, checksum="of others"))
+
+
+@pytest.mark.parametrize("part", [lambda data: data.subset(5), lambda data: data.minival()])
+def test_a_part_does_not_pass_for_the_whole(tmp_path, part):
+    data = dd.load("digits", device="cpu")
+    with pytest.raises(DDError, match=r"a part of 'digits' \((subset|minival).*say subset="):
+        run(tmp_path, data=part(data))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_data_of_another_name_are_not_dropped(tmp_path):
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
+    mine = dd.from_arrays(images, labels, images, labels, device="cpu")
+    with pytest.raises(DDError, match="the data are 'arrays' and the run is of 'digits'"):
+        run(tmp_path, data=mine)
+    with pytest.raises(DDError, match="'digits' is that of a dataset of ddlib's own"):
+        dd.from_arrays(images, labels, images, labels, name="digits")
 
 
 def test_arrays_of_ones_own(tmp_path):
@@ -534,7 +551,7 @@ def test_a_checkpoint_of_other_images_is_refused(tmp_path, monkeypatch):
         run(tmp_path, data=data)
     monkeypatch.undo()
     with pytest.raises(DDError, match="belongs to another run or other images"):
-        run(tmp_path, data=data.minival())
+        run(tmp_path, data=replace(data, checksum="of others"))
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_one_sentence(tmp_path, monkeypatch):
