@@ -136,11 +136,8 @@ def _scored(
 def _score(claim: pd.Series, path: Path, iteration: str) -> dict[str, Any] | None:
     """The last score of a record, or one on the way, of another predictor or on another backbone, as the claim asks."""
     if claim.network_eval != claim.network:
-        others = tables.transfers(
-            [Run(path)] if path.with_suffix(".transfer.json").exists() else []
-        )
-        found = others[others.backbone == claim.network_eval].to_dict("records")
-        return found[0] if found else None
+        others = tables.on_other_networks(path)
+        return next((e for e in others if e["backbone"] == claim.network_eval), None)
     record = Run(path).record
     if iteration:
         return next((e for e in record["evaluations"] if e["step"] == int(iteration)), None)

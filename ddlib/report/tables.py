@@ -360,7 +360,7 @@ def random_beside(row: pd.Series, table: pd.DataFrame) -> list[list[float]]:
     """
     rows = table[(table.method == "random") & (table.data == row.data) & (table.ipc == row.ipc)]
     wanted = _evaluation(row["values"])
-    rows = rows[[_evaluation(values) == wanted for values in rows["values"]]]
+    rows = rows.loc[[_evaluation(values) == wanted for values in rows["values"]]]
     own = rows[rows.profile == row.profile]
     return list((own if len(own) else rows).networks)
 
@@ -534,6 +534,21 @@ def across(scores: Iterable[dict[str, Any]]) -> pd.DataFrame:
     return cells.reindex(order["backbone"])[order["method"]].rename_axis(columns=None).reset_index()
 
 
+def on_other_networks(path: Path) -> list[dict[str, Any]]:
+    """What `Run.transfer` kept of the record at `path` with nothing changed but the network, the most networks first."""
+    kept = side_file(path.with_suffix(".transfer.json"))
+    same = [
+        score
+        for key, score in kept.items()
+        if key.split(" x ")[1].partition(", ")[2] == f"version {VERSION}"
+    ]
+    return sorted(same, key=_fewness)
+
+
+def _fewness(score: dict[str, Any]) -> int:
+    return -len(score["networks"])
+
+
 def transfers(found: Iterable[Run]) -> pd.DataFrame:
     """Every kept evaluation of the runs' sets under their own protocol, on their own backbone and on others.
 
@@ -542,17 +557,12 @@ def transfers(found: Iterable[Run]) -> pd.DataFrame:
     """
     rows = []
     for run in found:
-        kept = side_file(run.path.with_suffix(".transfer.json"))
-        same = [
-            score
-            for key, score in kept.items()
-            if key.split(" x ")[1].partition(", ")[2] == f"version {VERSION}"
-        ]
+        same = on_other_networks(run.path)
         own = {"backbone": run.synthetic.backbone, **run.record["accuracy"]["last"]}
         rows += [
             {key: run.record[key] for key in ("method", "dataset", "ipc", "seed")}
             | {key: score[key] for key in ("backbone", "mean", "std", "networks")}
-            for score in sorted((own, *same), key=lambda score: -len(score["networks"]))
+            for score in sorted((own, *same), key=_fewness)
         ]
     columns = ["method", "dataset", "ipc", "seed", "backbone", "mean", "std", "networks"]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(

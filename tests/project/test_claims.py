@@ -177,7 +177,8 @@ def test_an_unknown_folder_answers_no_claim(tmp_path):
 def test_code_that_no_record_names_is_marked(tmp_path):
     run = record(tmp_path, "dm", "cifar10", 10, "paper", scores=around(48.9))
     run.path.write_text(json.dumps(run.record | {"commit": None}))
-    assert judged(tmp_path, **TABLE1).verdict == "reproduced, code unknown"
+    found = judged(tmp_path, **TABLE1)
+    assert found.verdict == "reproduced, code unknown: +0.0 points, 0.6 are near"
 
 
 def test_what_is_not_attempted_can_say_what_it_would_cost(tmp_path):
@@ -220,7 +221,9 @@ def test_variants_protocols_and_backbones_take_their_own_runs_alone(tmp_path):
         "std": 0.5,
         "networks": [59.0, 59.0, 59.5, 60.0, 60.0],
     }
-    kept = {"a": other | {"hard": True, "mean": 1.0}, "b": other}
+    key = "vgg11:norm=bn x 5, version"
+    kept = {f"{key} 1, hard=True": other | {"hard": True, "mean": 1.0}, f"{key} 1": other}
+    kept[f"{key} 0"] = other | {"mean": 2.0}  # of another evaluation
     run.path.with_suffix(".transfer.json").write_text(json.dumps(kept))
     found = judged(tmp_path, **bn, network_eval="vgg11:norm=bn")
     assert (found.kind, found.ours) == ("reproduced", 59.5)

@@ -65,6 +65,24 @@ def test_live_random_images_stand_beside_the_kept_runs_and_others_stay_out():
     assert (main.method == "random").sum() == 1
 
 
+def test_the_kept_seeds_of_a_live_run_are_pooled_with_it():
+    every = lesson.kept(["dm"], every=True)
+    setting = list(tables.SETTING)
+    (seeds,) = (
+        rows
+        for _, rows in every.groupby(setting)
+        if len(rows) == 3 and rows.overrides.iloc[0] == ""
+    )
+    _, details = lesson.paper_and_ours(seeds.head(1), ["dm"])
+    mine = details[(details.profile == "small") & (details.overrides == "") & (details.ipc == 1)]
+    assert [*mine[mine.method == "dm"].seeds] == [3]
+
+
+def test_a_table_without_runs_is_one_sentence():
+    with pytest.raises(dd.DDError, match="there is no run to show"):
+        lesson.beside(tables.runs([]), ["dm"])
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_executed_copies_have_both_columns_filled(name, rows_filled):
     """As the site shows them; conftest.py asks the same of what is executed here on the defaults."""

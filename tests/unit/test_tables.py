@@ -10,7 +10,7 @@ import pytest
 import ddlib as dd
 from ddlib.engine.record import Run
 from ddlib.recipe import VERSION
-from ddlib.report import tables, verdict
+from ddlib.report import claims, docs, tables, verdict
 
 JPEG = next(iter(verdict.COPIES))  # the checksum of the known copy of CIFAR-10
 
@@ -157,6 +157,30 @@ def test_the_front_page_takes_the_nearest_run_of_known_code(tmp_path):
     assert (first["method"], first["ours"]) == ("dm", "45.0 ± 0.8")
     assert first["verdict"] == "reduced budget"
     assert sorted(row["method"] for row in others) == ["random (dc)", "random (dsa)"]
+
+
+def test_images_that_were_never_distilled_are_no_set_of_the_method(tmp_path):
+    values = {"dataset": "folder:cifar10", "ipc": 10, "profile": "paper", "scores": (49.0, 49.4)}
+    first = record(tmp_path, "idc", iterations=0, **values)
+    rows = tables.runs([first, record(tmp_path, "random", **values)])
+    assert set(tables.made(tables.judge(rows)).method) == {"random"}
+    assert set(tables.front_page(rows).method.str.partition(" ")[0]) == {"random"}
+    judged = claims.judge(claims.load(), tmp_path).set_index("variant")
+    idc = judged[(judged.method == "idc") & (judged.kind != "not attempted")]
+    assert [*idc.index] == ["iteration=0"]  # IDC's own curve alone, not its table's figure
+    assert "attains nothing yet" in docs.fill("    `idc` attains x", tmp_path)
+
+
+def test_random_images_beside_a_run_are_of_its_own_profile(tmp_path):
+    for profile, score in (("paper", 17.0), ("small", 19.0)):
+        record(tmp_path, "random", "folder:cifar10", profile=profile, scores=(score, score))
+    dm = record(tmp_path, "dm", "folder:cifar10", profile="paper")
+    row = tables.compare(tables.runs(tables.stored(tmp_path, "paper")))
+    assert [*row[row.method == "dm"].random] == ["17.0 ± 0.0"]
+    both = tables.runs([*tables.stored(tmp_path, "paper"), *tables.stored(tmp_path, "small")])
+    assert [*tables.compare(both).query("method == 'dm'").random] == ["17.0 ± 0.0"]
+    alone = tables.runs([dm, *tables.stored(tmp_path, "small")])
+    assert [*tables.compare(alone).query("method == 'dm'").random] in (["19.0 ± 0.0"], [""])
 
 
 def test_the_front_page_has_every_method_before_a_second_row_of_one(tmp_path, monkeypatch):

@@ -61,12 +61,15 @@ def test_at_the_papers_setting(scores, printed, lead, word):
     assert accuracy(scores, printed, Differences(), lead).word == word
 
 
+SAME = "reproduced: +0.0 points, 0.6 are near"
+
+
 @pytest.mark.parametrize(
     ("changes", "mean", "lead", "expected"),
     [
-        ({}, 48.9, 16.7, "reproduced"),
-        ({"compile": True, "chunk": 7, "eval_precision": "bf16"}, 48.9, 16.7, "reproduced"),
-        ({"networks": 20}, 48.9, 16.7, "reproduced"),  # more are only more certain
+        ({}, 48.9, 16.7, SAME),
+        ({"compile": True, "chunk": 7, "eval_precision": "bf16"}, 48.9, 16.7, SAME),
+        ({"networks": 20}, 48.9, 16.7, SAME),  # more are only more certain
         ({"iterations": 800}, 48.5, 16.7, "matched on less: iterations 800 of 20000 (25x less)"),
         ({"iterations": 800}, 52.0, 16.7, "matched on less: iterations 800 of 20000 (25x less)"),
         ({"iterations": 800}, 46.8, 16.7, "reduced budget: iterations 800 of 20000 (25x less)"),
@@ -159,4 +162,5 @@ def test_a_factor_at_another_setting_judges_nothing():
 def test_marks_stand_in_the_verdict():
     marks = ("on the JPEG copy", verdict.UNKNOWN_CODE)
     found = accuracy([around(48.9, 0.1)], DM, Differences(), 16.7, marks)
-    assert str(found) == "reproduced, on the JPEG copy, code unknown"
+    assert found.short == "reproduced, on the JPEG copy, code unknown"
+    assert found.why == "+0.0 points, 0.6 are near"
