@@ -242,7 +242,7 @@ def resolve(
     """Find the preset, apply `overrides` (keys of the method's Config and of `RunConfig`) and validate every value.
 
     Raises `DDError` naming the unknown or impossible part and what is allowed. In the profile `paper` a setting that
-    neither paper nor code gives is refused too, unless `overrides` give it.
+    paper and code give by dataset or IPC, and not for this one, is refused too, unless `overrides` give it.
     """
     spec = _resolved(method, dataset, ipc, profile, seed, overrides)
     if profile == "paper":
