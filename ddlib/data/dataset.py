@@ -49,8 +49,8 @@ class Dataset:
 
     images: split -> uint8 [N,C,H,W]; labels: split -> int64 [N]; mean, std: float32 [C,1,1]; checksum: hex over
     images and labels. Images too large for the device (half of its free memory) stay on the CPU, memory-mapped where
-    they came from a folder, and `batch` moves the rows asked for; `device` is where batches appear. `part` says what
-    `subset` and `minival` took of the dataset of this name, "" for all of it.
+    they came from a folder, and `batch` moves the rows asked for; `device` is where batches appear. `part` says
+    what is other than `load` gives under this name (`subset`, `minival`, `from_arrays`), "" for nothing.
     """
 
     name: str
@@ -318,8 +318,9 @@ def from_arrays(
     C of 1 or 3; labels integers [N] in 0..classes-1, every class present in train; test may be empty.
 
     classes: names; default "0", "1", ... up to the largest train label. The arrays are copied.
-    Raises DDError for shapes that do not fit, other types, NaN, values outside [0,1], labels out of range and a name
-    that `load` knows.
+    Under a name that `load` knows they serve to evaluate and to import sets, but no `run` takes them for the images that
+    `load` gives. Raises DDError for shapes that do not fit, other types, NaN, values outside [0,1] and labels out of
+    range.
     """
     _check_names(name, classes)
     splits = {}
@@ -360,14 +361,14 @@ def from_arrays(
             f"every class needs an image in train, and {len(absent)} have none: {classes[absent[0]]}"
             f"{', ...' if len(absent) > 1 else ''}"
         )
-    return _assemble(name, classes, splits, pick_device(device))
+    made = _assemble(name, classes, splits, pick_device(device))
+    known = name in NAMES or name.startswith("folder:")
+    return replace(made, part="arrays") if known else made
 
 
 def _check_names(name: object, classes: object) -> None:
     if not isinstance(name, str):
         raise DDError(f"name must be a text, not {shown(name)}")
-    if name in NAMES or name.startswith("folder:"):
-        raise DDError(f"the name {name!r} is that of a dataset of ddlib's own: choose another one")
     names = isinstance(classes, (list, tuple, range, type(None)))
     if not names and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
         raise DDError(f"classes must be a list of names, not {shown(classes)}")

@@ -216,7 +216,8 @@ def _check_score(score: dict[str, Any]) -> None:
 def usable(data: Dataset | None, spec: Spec) -> Dataset | None:
     """`data` where it is what `dataset_of(spec)` would load, None where that has the images in another form.
 
-    Raises `DDError` for data of another name, and for a part of the named ones, which would pass for all of them.
+    Raises `DDError` for data of another name, and for a part of the named ones or arrays under their name, whose run
+    would pass for one of the named.
     """
     if data is None:
         return None
@@ -227,8 +228,8 @@ def usable(data: Dataset | None, spec: Spec) -> Dataset | None:
         )
     if data.part:
         raise DDError(
-            f"the data are a part of {data.name!r} ({data.part}): leave them out and say "
-            "subset=IMAGES_PER_CLASS or minival=SHARE, which the record keeps"
+            f"the data are not what load({data.name!r}) gives ({data.part}): leave them out; of a part "
+            "say subset=IMAGES_PER_CLASS or minival=SHARE, which the record keeps"
         )
     run = spec.run
     fits = (

@@ -51,7 +51,7 @@ def run(
     """The record of one run: at once if `results/` holds it, else distil (or resume), evaluate and write it.
 
     `overrides` are keys of the method's Config or of `RunConfig`. `data` spares the loading where a notebook already
-    has the whole dataset; one of another name, or a part, is refused. `fresh` ignores an old record and checkpoint. `teach` first trains the experts that a run needs and lacks
+    has the whole dataset, as `load` gives it; others are refused. `fresh` ignores an old record and checkpoint. `teach` first trains the experts that a run needs and lacks
     (`prepare`); a kept record needs none.
 
     A killed run resumes from its last checkpoint, written every `checkpoint_every` steps, every five minutes and at
