@@ -202,8 +202,10 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
     Nearest is with the fewest overrides, then with the most iterations: ablations stay out where a main run is kept.
     All IPCs of a method are of one protocol and augmentation, so that they make a line: of several, those with a row
-    that differs in the fewest settings from a printed figure's, then in the fewest from the preset.
+    that differs in the fewest settings from a printed figure's, then in the fewest from the preset. Images that a
+    method begins with are none of it (`made`).
     """
+    table = made(table)
     if table.empty:
         return table
     overrides = table.overrides.map(_changes)
@@ -470,7 +472,7 @@ def nearness(differs: Differences, row: pd.Series) -> tuple:
 
 def made(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows but those of the images that a method begins with (`iterations=0`), which are no set that it made."""
-    return rows[(rows.iterations > 0) | rows.method.isin(KINDS)]
+    return rows if rows.empty else rows[(rows.iterations > 0) | rows.method.isin(KINDS)]
 
 
 def front_page(table: pd.DataFrame) -> pd.DataFrame:

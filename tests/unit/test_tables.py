@@ -164,6 +164,7 @@ def test_images_that_were_never_distilled_are_no_set_of_the_method(tmp_path):
     first = record(tmp_path, "idc", iterations=0, **values)
     rows = tables.runs([first, record(tmp_path, "random", **values)])
     assert set(tables.made(tables.judge(rows)).method) == {"random"}
+    assert set(tables.headline(rows).method) == {"random"}
     assert set(tables.front_page(rows).method.str.partition(" ")[0]) == {"random"}
     judged = claims.judge(claims.load(), tmp_path).set_index("variant")
     idc = judged[(judged.method == "idc") & (judged.kind != "not attempted")]
