@@ -159,8 +159,7 @@ def paper_and_ours(
     stored = pd.concat(stored, ignore_index=True)
     real = stored.method == "random"  # what is live stands beside the kept runs too
     setting = list(tables.SETTING)
-    asked_for = set(live[setting].itertuples(index=False))
-    again = pd.Series([s in asked_for for s in stored[setting].itertuples(index=False)], dtype=bool)
+    again = stored.set_index(setting).index.isin(live.set_index(setting).index)
     seeds = stored[again & ~stored.name.isin(live.name)]
     live = pd.concat([live, seeds], ignore_index=True)
     parts = [part for part in (stored[real | ~again], live) if len(part)]

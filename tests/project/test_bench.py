@@ -12,6 +12,7 @@ import torch
 
 import benchmarks.dm as bench
 from benchmarks import precision
+from ddlib.core import DDError
 from ddlib.engine import queue
 from ddlib.engine.run import run as distil
 from ddlib.files import SOURCE
@@ -102,6 +103,10 @@ def test_precisions_are_compared_pair_by_pair(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(precision, "both_ways", lambda *_: pytest.fail("evaluated again"))
     assert precision.main([*words, "--turns", "0", "--device", "cpu"]) == record
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(out.read_text()[:-9])
+    with pytest.raises(DDError, match="cannot be read .*delete it and run again"):
+        precision.main(["--out", str(damaged), "--turns", "0", "--device", "cpu"])
     for row in precision.speed(CPU, 1, True, "convnet:width=4"):
         positive(row, "float32", "bf16", "times faster")
 
