@@ -1,4 +1,4 @@
-"""The gradient of trajectory matching, exact and at constant memory.
+"""The gradient of trajectory matching, exact, with one step's graph in memory at a time.
 
 N steps of SGD on the synthetic images X (labels Y, step sizes beta_i) lead from an expert's weights theta_0 to theta_N:
 
@@ -11,9 +11,11 @@ at a time. With lambda_N = 2 (theta_N - theta*) / D and, without momentum, a_i =
     lambda_i = lambda_{i+1} + H_i a_i,   dL/dX += (d g_i / dX)^T a_i,   dL/dbeta_i = -lambda_{i+1} . g_i
 
 which is the derivative of the unrolled graph to rounding. `tesla` (Cui et al., arXiv 2211.10586) holds every theta_i
-fixed: lambda_{i+1} := lambda_N, no Hessian products; the same numbers for the last step only. `tesla_repo` halves its
-image gradient, as the released code does. `unroll` keeps the whole graph (MTT), `checkpoint` recomputes it step by step
-(torch.utils.checkpoint); both are oracles here. `window=K` is the adjoint over the last K steps, earlier ones dropped.
+fixed: lambda_{i+1} := lambda_N, no Hessian products; the same numbers for the last step only. Its steps need no order,
+so it walks the way a second time from theta_0 and keeps no weights at all, where the released code keeps those of every
+step. `tesla_repo` halves its image gradient, as that code does. `unroll` keeps the whole graph (MTT), `checkpoint`
+recomputes it step by step (torch.utils.checkpoint); both are oracles here. `window=K` is the adjoint over the last K
+steps, earlier ones dropped.
 """
 
 from __future__ import annotations
@@ -146,7 +148,14 @@ def match(
             "tesla's gradient is defined for inner steps without momentum; allowed with it: adjoint, unroll"
         )
     steps = _Steps(net, segment, images, labels, criterion, micro, inner)
-    return _adjoint(steps, rates, momentum, name, window, keep)
+    # In pieces the graphs are there to be small, so that none outlives its piece.
+    keep = 0 if micro else min(keep, len(rates))
+    if name == "adjoint":
+        return _adjoint(steps, rates, momentum, window, keep)
+    found = _tesla(steps, rates, keep)
+    if name == "tesla_repo":
+        found.images.div_(2)
+    return found
 
 
 def _through_graph(
@@ -265,8 +274,8 @@ class _Steps:
 
 @dataclass
 class _Way:
-    """What the way forward leaves for the way back: theta_0 to theta_{N-1}, velocities where there is momentum, and
-    the pieces of the last steps with their graphs, by step."""
+    """What the way forward leaves for the way back: from step `first` on each theta_i and, where there is momentum, each
+    velocity; and the pieces of the last steps with their graphs, by step."""
 
     thetas: list[Tensor]
     velocities: list[Tensor]
@@ -275,67 +284,96 @@ class _Way:
 
 
 def _forward(
-    steps: _Steps, rates: Tensor, momentum: float, keep: int, hessian: Callable[[int], bool]
+    steps: _Steps,
+    rates: Tensor,
+    momentum: float,
+    first: int,
+    keep: int,
+    hessian: Callable[[int], bool],
 ) -> _Way:
     theta = steps.segment.start.detach()
     velocity, way = torch.zeros_like(theta), _Way([], [], {}, theta)
     for i, rate in enumerate(rates):
         at = theta.detach().requires_grad_()
-        way.thetas.append(at)
         if i >= len(rates) - keep:
             pieces = way.kept[i] = list(steps.pieces(i, at, hessian(i), keep=True))
             g = sum(piece.g for piece in pieces)
         else:
             g = steps.gradient(i, at)
         velocity = momentum * velocity + g if momentum else g
-        if momentum:
-            way.velocities.append(velocity)
+        if i >= first:
+            way.thetas.append(at)
+            way.velocities += [velocity] if momentum else []
         theta = theta - rate * velocity
     way.final = theta
     return way
 
 
-def _adjoint(
-    steps: _Steps,
-    rates: Tensor,
-    momentum: float,
-    name: str,
-    window: int | None,
-    keep: int,
-) -> Match:
-    segment, count = steps.segment, len(rates)
+def _unfilled(steps: _Steps, rates: Tensor, final: Tensor) -> tuple[Match, Tensor]:
+    """L at `final` with gradients of zero, which the steps are to add to; and lambda_N."""
+    residual, distance = final - steps.segment.target, steps.segment.distance
+    labels = torch.zeros_like(steps.labels) if steps.soft else None
+    images, drates = torch.zeros_like(steps.images), torch.zeros_like(rates)
+    found = Match(residual.square().sum() / distance, images, labels, drates, final)
+    return found, 2 * residual / distance
+
+
+def _adjoint(steps: _Steps, rates: Tensor, momentum: float, window: int | None, keep: int) -> Match:
+    count = len(rates)
     first = max(0, count - (window or count))
-    hessian = lambda i: i > first and not name.startswith("tesla")
-    # In pieces the graphs are there to be small, so that none outlives its piece.
-    way = _forward(steps, rates, momentum, 0 if steps.micro else keep, hessian)
-    residual = way.final - segment.target
-    loss, last = residual.square().sum() / segment.distance, 2 * residual / segment.distance
-    dx, drates = torch.zeros_like(steps.images), torch.zeros_like(rates)
-    dy = torch.zeros_like(steps.labels) if steps.soft else None
-    adjoint, carried = last, torch.zeros_like(last)  # lambda_{i+1} of theta and of the velocity
+    hessian = lambda i: i > first
+    way = _forward(steps, rates, momentum, first, keep, hessian)
+    found, adjoint = _unfilled(steps, rates, way.final)  # lambda_{i+1} of theta
+    carried = torch.zeros_like(adjoint)  # and of the velocity
     for i in reversed(range(first, count)):
         direction, theta = carried - rates[i] * adjoint, way.thetas.pop()
         pieces = way.kept.pop(i, None) or steps.pieces(i, theta, hessian(i))
-        g, product = _product(pieces, direction, hessian(i), dx, dy)
-        drates[i] = -adjoint @ (way.velocities.pop() if momentum else g)
+        g, product = _product(pieces, direction, hessian(i), found)
+        found.rates[i] = -adjoint @ (way.velocities.pop() if momentum else g)
         if hessian(i):
             adjoint, carried = adjoint + product, momentum * direction
-    if name == "tesla_repo":
-        dx /= 2
-    return Match(loss, dx, dy, drates, way.final)
+    return found
+
+
+def _tesla(steps: _Steps, rates: Tensor, keep: int) -> Match:
+    """The last steps' graphs first, where they were kept, and then from the start again: each step finds the next
+    theta_i beside its share of the gradient."""
+    count = len(rates)
+    way = _forward(steps, rates, 0.0, count, keep, hessian=lambda i: False)
+    found, adjoint = _unfilled(steps, rates, way.final)
+
+    def add(i: int, pieces: Iterable[_Piece]) -> Tensor:
+        g, _ = _product(pieces, -rates[i] * adjoint, hessian=False, found=found)
+        found.rates[i] = -adjoint @ g
+        return g
+
+    while way.kept:
+        add(*way.kept.popitem())
+    theta = steps.segment.start.detach()
+    for i in range(count - keep):
+        at = theta.detach().requires_grad_()
+        theta = theta - rates[i] * add(i, steps.pieces(i, at, hessian=False))
+    return found
 
 
 def _product(
-    pieces: Iterable[_Piece], direction: Tensor, hessian: bool, dx: Tensor, dy: Tensor | None
+    pieces: Iterable[_Piece], direction: Tensor, hessian: bool, found: Match
 ) -> tuple[Tensor, Tensor]:
-    """g_i and, with `hessian`, H_i times `direction` [P]; adds (d g_i / dX)^T direction to dx, and to dy."""
+    """g_i and, with `hessian`, H_i times `direction` [P]; adds (d g_i / dX)^T direction to the images' gradient, and
+    likewise to the labels'."""
     g, product = torch.zeros_like(direction), torch.zeros_like(direction)
     for piece in pieces:
-        part, *found = piece.products(direction)
+        part, *pulls = piece.products(direction)
         g += part
         if hessian:
-            product += found.pop()
-        dx.index_add_(0, piece.rows, found[0])
-        if dy is not None:
-            dy.index_add_(0, piece.rows, found[1])
+            product += pulls.pop()
+        found.images.index_add_(0, piece.rows, pulls[0])
+        if found.labels is not None:
+            found.labels.index_add_(0, piece.rows, pulls[1])
     return g, product
+
+
+def stored_weights(engine: str, steps: int) -> int:
+    """How many weight vectors an engine keeps beside its graph, over so many steps: those of the adjoint's way back."""
+    name, window = parse_engine(engine)
+    return min(steps, window or steps) if name == "adjoint" else 0

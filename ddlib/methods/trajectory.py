@@ -8,7 +8,7 @@ images X, step size beta and, where they are learned, labels Y down the gradient
 `Trajectory` is that loop. The four methods, below it, say what the labels are, where segments start, what the result is,
 and which updates count; how the gradient is taken (`ddlib.match.trajectory`) and which experts are matched
 (`ddlib.experts`) are arguments of all four. Differences from the released codes:
-1. The default gradient is the exact adjoint, at TESLA's memory; the mtt, ftd and datm presets use it in place of the
+1. The default gradient is the exact adjoint, with one step's graph; the mtt, ftd and datm presets use it in place of the
    unrolled graph (same value), the tesla preset keeps `tesla_repo`, for which its image step sizes were chosen.
 2. beta changes by at most `clip_rate` of itself an iteration, which keeps it positive; 0 switches that off.
 3. TESLA's soft labels for the evaluation are the mean over experts at the last epoch that a segment can end in, not

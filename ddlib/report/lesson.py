@@ -315,7 +315,6 @@ def steps(rows: pd.DataFrame, place: str) -> Styler:
 def gradients(rows: pd.DataFrame, place: str) -> Styler:
     """`trajectories.unrolling` at one N as a table: MiB of graph and stored weights, seconds."""
     rows = rows.assign(graph=rows["graph bytes"] / 2**20, vectors=rows["vectors bytes"] / 2**20)
-    rows.loc[rows.engine == "unroll", "vectors"] = 0  # its graph has them
     shown = rows.rename(columns={"graph": "graph (MiB)", "vectors": "stored weights (MiB)"})
     shown = shown[["engine", "steps", "graph (MiB)", "stored weights (MiB)", "seconds"]]
     caption = f"One gradient: {place}; {rows.device.iloc[0]}"

@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..config import Spec
 from ..core import DDError
+from ..engine.meter import commit
 from ..files import lock, read_json, results_folder, write_json
 
 VERSION = 1  # of `trajectories`, part of every name: raise it when a change there changes the rows
@@ -34,7 +35,8 @@ def cached(
         return pd.DataFrame(_rows(path))
     with lock(path, f"the study {name}"):
         if not path.is_file():  # another process may have made it meanwhile
-            record = {"study": kind, "run": spec.name, "options": options, "rows": compute()}
+            origin = {"study": kind, "run": spec.name, "values": spec.values, "commit": commit()}
+            record = {**origin, "options": options, "rows": compute()}
             write_json(path, record)
     return pd.DataFrame(_rows(path))
 

@@ -26,7 +26,7 @@ from ..data.dataset import Dataset
 from ..engine.meter import PeakMemory, SavedTensors, machine, seconds
 from ..engine.record import Run, resolve_record
 from ..experts import ExpertsError, load_experts, sharpness
-from ..match.trajectory import FlatNet, Segment, match
+from ..match.trajectory import FlatNet, Segment, match, stored_weights
 from ..methods import METHODS
 from ..nets.build import build
 from ..train.loop import accuracy, train_on
@@ -47,9 +47,9 @@ def unrolling(
     """One matching gradient of the run `spec` by every engine at every number of unrolled steps.
 
     Columns: engine, steps, seconds; graph bytes (peak of what autograd holds, `meter.SavedTensors`; for checkpoint
-    only its inputs show there); vectors bytes (the stored theta); peak bytes (CUDA's allocator, else the process);
-    and, against the exact gradient: `cosine` and `norm ratio` of the images' gradient, `rate ratio` of the step
-    size's. `unroll` is left out where its graph would pass `largest` bytes, extrapolated from the row before.
+    only its inputs show there); vectors bytes (the theta_i stored beside it, the adjoint's alone); peak bytes (CUDA's
+    allocator, else the process); and, against the exact gradient: `cosine` and `norm ratio` of the images' gradient,
+    `rate ratio` of the step size's. `unroll` is left out where its graph would pass `largest` bytes, extrapolated from the row before.
     """
     steps, engines = sorted(steps), list(engines)
 
@@ -76,7 +76,7 @@ def unrolling(
                         "engine": engine,
                         "steps": n,
                         **row,
-                        "vectors bytes": 4 * method.net.size * n,
+                        "vectors bytes": 4 * method.net.size * stored_weights(engine, n),
                         "device": machine(at),
                         "cosine": float(F.cosine_similarity(a, b, dim=0)),
                         "norm ratio": float(a.norm() / b.norm()),
@@ -123,7 +123,8 @@ def predicted_memory(
     """Bytes of one matching gradient, counted on the meta device: nothing is computed, so any size can be asked for.
 
     graph bytes: what autograd holds at its peak (inner batches of `batch` images, float32, no augmentation); vectors
-    bytes: the stored theta. The allocator's peak on a GPU is higher by temporaries and convolution workspaces.
+    bytes: the theta_i stored beside them. The allocator's peak on a GPU is higher by temporaries and convolution
+    workspaces.
     """
     net = FlatNet(build(backbone, shape, classes).to("meta"))
     start, index = torch.empty(net.size, device="meta"), torch.arange(batch, device="meta")
@@ -143,7 +144,7 @@ def predicted_memory(
         "steps": steps,
         "batch": batch,
         "graph bytes": saved.peak,
-        "vectors bytes": 0 if engine == "unroll" else 4 * net.size * steps,
+        "vectors bytes": 4 * net.size * stored_weights(engine, steps),
     }
 
 
@@ -337,9 +338,8 @@ PANELS = {
 
 
 def with_memory(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `unrolling` with "memory (MiB)": the graph and, beside it, the stored weights where it lacks them."""
-    vectors = table["vectors bytes"].where(table.engine.isin(["tesla", "adjoint"]), 0)
-    return table.assign(**{"memory (MiB)": (table["graph bytes"] + vectors) / 2**20})
+    """The rows of `unrolling` with "memory (MiB)": the graph, and the weights that are stored beside it."""
+    return table.assign(**{"memory (MiB)": (table["graph bytes"] + table["vectors bytes"]) / 2**20})
 
 
 def growth(table: pd.DataFrame) -> str:
