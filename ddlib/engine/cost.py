@@ -2,13 +2,13 @@
 
 Work is counted in forward passes F of one image through the run's network: 3 F for a gradient, 7 F for the
 second-order gradient of a synthetic image, 10 F for a step of the adjoint. The rate is measured on training steps of
-that network here and now, so the seconds hold for this machine, this number of threads and its present load.
+that network here and now, with an evaluation's augmentation and precision where it is one's, so the seconds hold for this
+machine, this number of threads and its present load.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache, singledispatch
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..augment.siamese import augment, draw
 from ..config import Spec
 from ..core import DDError, generator
 from ..data.dataset import canonical
@@ -27,10 +28,11 @@ from ..methods.frepo import Config as FRePoConfig
 from ..methods.gradient import Config as GradientConfig
 from ..methods.trajectory import Config as TrajectoryConfig
 from ..nets.build import Backbone, build, count_flops
+from ..train.loop import lowered
+from . import meter
 from .meter import SavedTensors
 
 COMPILED = 0.6  # seconds of a compiled step over those of a plain one, on a CPU: benchmarks/dm.py
-BF16 = 0.55  # seconds of a compiled step in bf16 over float32, on a CPU: benchmarks/precision.py
 BATCH = 256  # images of 32 x 32 that go through a network together on a CPU
 FEW, MANY = 8, 32  # images of the two timed batches
 PROCESS = 1.2 * 2**30  # bytes that Python, torch and a compiler's cache hold before any image
@@ -87,7 +89,7 @@ class Network:
     """What a network costs on images of one shape.
 
     forward: FLOPs of a forward pass of one image. graph: bytes that a training step's graph keeps of one image.
-    start, each: a plain training step of n images takes start + each n seconds here.
+    start, each: an uncompiled training step of n images takes start + each n seconds here.
     """
 
     net: Backbone
@@ -158,13 +160,22 @@ def _(config: TrajectoryConfig) -> tuple[float, Hashable]:
 
 
 @cache
-def network(backbone: str, shape: tuple[int, int, int], classes: int, device: str) -> Network:
-    """The network's FLOPs, its memory, and its speed from two timed batches."""
+def network(
+    backbone: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    device: str,
+    precision: str = "float32",
+    strategy: str = "none",
+) -> Network:
+    """The network's FLOPs, its memory, and its speed from two timed batches in `precision`, augmented by `strategy`."""
     net = build(backbone, shape, classes, generator(0, "cost")).to(device)
     with SavedTensors() as saved:
         F.cross_entropy(net(torch.zeros((2, *shape), device=device)), _labels(2, classes, device))
-    _timed_step(net, shape, classes, FEW, device)  # warms up
-    few, many = (_timed_step(net, shape, classes, batch, device) for batch in (FEW, MANY))
+    few, many = (
+        _timed_step(net, shape, classes, batch, device, precision, strategy)
+        for batch in (FEW, MANY)
+    )
     each = max((many - few) / (MANY - FEW), many / MANY / 10)
     start = max(0.0, few - FEW * each)
     return Network(net, count_flops(net, shape), saved.peak / 2, start, each)
@@ -174,16 +185,24 @@ def _labels(count: int, classes: int, device: str) -> torch.Tensor:
     return torch.arange(count, device=device) % classes
 
 
-def _timed_step(net: Backbone, shape: tuple, classes: int, batch: int, device: str) -> float:
-    x = torch.randn((batch, *shape), generator=generator(0, "cost", batch)).to(device)
-    y, seconds = _labels(batch, classes, device), []
-    for _ in range(2):
-        start = time.perf_counter()
-        F.cross_entropy(net(x), y).backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _timed_step(
+    net: Backbone,
+    shape: tuple,
+    classes: int,
+    batch: int,
+    device: str,
+    precision: str,
+    strategy: str,
+) -> float:
+    rng = generator(0, "cost", batch)
+    x, y = torch.randn((batch, *shape), generator=rng).to(device), _labels(batch, classes, device)
+    forward = lowered(net, x.device, precision)
+
+    def step() -> None:
+        seen = augment(x, draw(strategy, batch, shape[1:], rng, op_every=batch))
+        F.cross_entropy(forward(seen), y).backward()
+
+    return meter.seconds(step, repeats=2, device=x.device)
 
 
 def predict(spec: Spec, device: str = "cpu", prepared: bool = False) -> Cost:
@@ -197,10 +216,11 @@ def predict(spec: Spec, device: str = "cpu", prepared: bool = False) -> Cost:
     epochs, _ = (0, None) if prepared else preparation(spec.config)
     prepare = 3 * own.forward * epochs * sizes.train
     low = getattr(spec.config, "extractor_precision", "float32")
+    taught = network(run.backbone, sizes.shape, sizes.classes, device, low)
     tested = run.networks * (run.evaluations if spec.config.iterations else 1)
     scored, scored_seconds = _evaluation(spec, sizes, device)
-    seconds = (distil + prepare * _share(low)) / (3 * own.forward) * own.each
-    seconds += tested * scored_seconds * _share(run.eval_precision)
+    seconds = (distil * own.each + prepare * taught.each) / (3 * own.forward)
+    seconds += tested * scored_seconds
     return Cost(
         (distil + prepare + tested * scored) / 1e12,
         seconds * (COMPILED if run.compile else 1.0),
@@ -217,16 +237,11 @@ def shared_key(spec: Spec) -> Hashable:
     return (spec.dataset, spec.run.backbone, spec.run.zca, seed, key)
 
 
-def _share(precision: str) -> float:
-    """Seconds of a step in `precision` over those in float32; bf16 is no faster where the CPU has no such product."""
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return BF16 if precision == "bf16" and fast else 1.0
-
-
 def _evaluation(spec: Spec, sizes: Sizes, device: str) -> tuple[float, float]:
-    """(FLOPs, plain seconds) of training one network on the set and testing it."""
+    """(FLOPs, uncompiled seconds) of training one network on the set and testing it."""
     run, recipe = spec.run, spec.recipe
-    other = network(run.eval_backbone or run.backbone, sizes.shape, sizes.classes, device)
+    backbone, conditions = run.eval_backbone or run.backbone, (run.eval_precision, recipe.augment)
+    other = network(backbone, sizes.shape, sizes.classes, device, *conditions)
     images = spec.ipc * sizes.classes * getattr(spec.config, "factor", 1) ** 2
     steps = recipe.epochs * math.ceil(images / recipe.batch)
     seconds = steps * other.start + (recipe.epochs * images + sizes.test / 3) * other.each

@@ -69,7 +69,7 @@ def test_a_missing_queue_and_no_time_are_one_sentence(tmp_path, capsys, monkeypa
 
 
 def test_the_papers_rows_are_resolved_and_cheapest_first(monkeypatch):
-    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, device: batch / 1e3)
+    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, *how: batch / 1e3)
     rows = queue.plan(queue.read())
     assert len(rows) > 50
     assert not any(math.isnan(row.cost.seconds) for row in rows)
@@ -91,7 +91,7 @@ def test_coresets_are_scored_under_the_columns_own_epochs():
 
 
 def test_costs_follow_the_work(monkeypatch):
-    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, device: batch / 1e3)
+    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, *how: batch / 1e3)
     one = cost.predict(dd.resolve("dm", "cifar10", 1, "paper"))
     half = cost.predict(dd.resolve("dm", "cifar10", 1, "paper", iterations=10_000))
     longer = cost.predict(dd.resolve("dm", "cifar10", 10, "paper"))
@@ -107,7 +107,7 @@ def test_costs_follow_the_work(monkeypatch):
 
 
 def test_an_extractor_and_experts_are_paid_for_once(monkeypatch):
-    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, device: batch / 1e3)
+    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, *how: batch / 1e3)
     coresets = [("herding", 1, 0), ("forgetting", 10, 0), ("herding", 10, 1)]
     specs = [dd.resolve(method, "mnist", ipc, "paper", seed) for method, ipc, seed in coresets]
     specs += [dd.resolve("mtt", "cifar10", ipc, "paper", experts=20) for ipc in (1, 10)]
