@@ -108,19 +108,8 @@ class Spec:
 
     def command(self, verb: str = "run") -> str:
         """What to type for this run (its seed apart), or for the experts that it needs."""
-        words = [
-            "python",
-            "-m",
-            "ddlib",
-            verb,
-            self.method,
-            "--dataset",
-            self.dataset,
-            "--ipc",
-            str(self.ipc),
-            "--profile",
-            self.profile,
-        ]
+        words = ["python", "-m", "ddlib", verb, self.method, "--dataset", self.dataset]
+        words += ["--ipc", str(self.ipc), "--profile", self.profile]
         for key, value in self.overrides.items():
             text = value if yaml.safe_load(str(value)) == value else json.dumps(value)
             words += ["--set", f"{key}={text}"]

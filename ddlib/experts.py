@@ -236,12 +236,8 @@ def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int)
     network or recipe.
     """
     net = build(backbone, data.shape, data.num_classes)
-    wanted, place, weights, seconds = (
-        _header(data, net, recipe),
-        folder(data, backbone, recipe),
-        [],
-        0.0,
-    )
+    wanted, place = _header(data, net, recipe), folder(data, backbone, recipe)
+    weights, seconds = [], 0.0
     for seed in range(count):
         path = place / f"expert-{seed:03d}.safetensors"
         if not path.is_file():

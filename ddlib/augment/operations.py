@@ -32,11 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CROP, CUTOUT, FREPO_CUTOUT = (
-    0.125,
-    0.5,
-    0.25,
-)  # of the image side: 32 px -> shifts of +-4, holes of 16 px and 8 px
+# Of the image side: 32 px -> shifts of +-4, holes of 16 px and 8 px.
+CROP, CUTOUT, FREPO_CUTOUT = 0.125, 0.5, 0.25
 SCALE, ZOOM, ROTATE = 1.2, 1.25, 15.0  # side ratios in [1/1.2, 1.2] and [1/1.25, 1.25]; degrees
 
 
@@ -209,9 +206,8 @@ def _rotate_pixels(x: Tensor, value: Tensor) -> Tensor:
 
 def _translate(x: Tensor, value: Tensor) -> Tensor:
     one, zero = torch.ones_like(value[0]), torch.zeros_like(value[0])
-    return _affine(
-        x, (one, zero, 2 * value[1], zero, one, 2 * value[0]), "border"
-    )  # [-1, 1] spans the image
+    # [-1, 1] spans the image.
+    return _affine(x, (one, zero, 2 * value[1], zero, one, 2 * value[0]), "border")
 
 
 def _square(x: Tensor, value: Tensor) -> Tensor:

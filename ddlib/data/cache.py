@@ -354,13 +354,9 @@ def _from_cache(
         return None
     # DDError, a ValueError, is a damaged note's.
     with suppress(OSError, ValueError, KeyError, TypeError, EOFError):
-        note, images = (
-            _note(path),
-            torch.from_numpy(np.load(path, mmap_mode="c")),
-        )
-        verify, name = (
-            (checksum, "sha256") if images.nbytes <= VERIFY_ALL_BELOW else (_sampled, "sampled")
-        )
+        note, images = _note(path), torch.from_numpy(np.load(path, mmap_mode="c"))
+        small = images.nbytes <= VERIFY_ALL_BELOW
+        verify, name = (checksum, "sha256") if small else (_sampled, "sampled")
         if (images.shape, images.dtype, verify(images)) == (shape, torch.uint8, note[name]):
             return images, note["sha256"]
     if warn:
@@ -371,9 +367,5 @@ def _from_cache(
 def _sampled(images: Tensor) -> str:
     """Checksum of 64 blocks of 1 MiB spread evenly over the bytes, the last block included."""
     flat, block = images.flatten(), 2**20
-    return checksum(
-        *(
-            flat[s : s + block]
-            for s in np.linspace(0, max(len(flat) - block, 0), 64).astype(np.int64)
-        )
-    )
+    starts = np.linspace(0, max(len(flat) - block, 0), 64).astype(np.int64)
+    return checksum(*(flat[start : start + block] for start in starts))

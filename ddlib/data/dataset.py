@@ -148,10 +148,8 @@ class Dataset:
         """split -> (row numbers of each class [C, largest class], padded; class sizes [C]), on the CPU."""
         tables = {}
         for split, labels in self.labels.items():
-            order, sizes = (
-                labels.cpu().argsort(stable=True),
-                torch.bincount(labels.cpu(), minlength=self.num_classes),
-            )
+            labels = labels.cpu()
+            order, sizes = labels.argsort(stable=True), labels.bincount(minlength=self.num_classes)
             at = (sizes.cumsum(0) - sizes)[:, None] + torch.arange(int(sizes.max()))
             tables[split] = order[at.clamp(max=max(len(order) - 1, 0))], sizes
         return tables
@@ -200,11 +198,9 @@ def derived(checksum: str, how: str) -> str:
 
 def canonical(name: str) -> str:
     """The short name: "folder:cifar10" -> "cifar10", "folder:/x/y/pets" -> "pets", any other name as it is."""
-    return (
-        os.path.basename(os.path.abspath(os.path.expanduser(name[7:])))
-        if name.startswith("folder:")
-        else name
-    )
+    if not name.startswith("folder:"):
+        return name
+    return os.path.basename(os.path.abspath(os.path.expanduser(name[7:])))
 
 
 def load(
@@ -235,13 +231,11 @@ def load(
     if name != "digits" and name not in TORCHVISION:
         files = tree(name, root)
         _, classes, samples = files
-        decoded = decoding.read(
-            files, resolution or _RESOLUTION.get(name), grey=name.startswith("folder:")
-        )
+        pixels = resolution or _RESOLUTION.get(name)
+        decoded = decoding.read(files, pixels, grey=name.startswith("folder:"))
         splits = {s: (x, _labels(samples[s])) for s, (x, _) in decoded.items()}
-        return _assemble(
-            name, classes, splits, device, zca, {s: sha for s, (_, sha) in decoded.items()}
-        )
+        sums = {s: sha for s, (_, sha) in decoded.items()}
+        return _assemble(name, classes, splits, device, zca, sums)
     classes, splits = _digits() if name == "digits" else _torchvision(name, root)
     size = splits["train"][0].shape[-1]
     if resolution not in (None, size):
@@ -327,12 +321,8 @@ def from_arrays(
     for split, *pair in (("train", train_images, train_labels), ("test", test_images, test_labels)):
         x, y = (_as_tensor(f"{split} {what}", v) for what, v in zip(_PARTS, pair, strict=True))
         x = _as_pixels(f"{split} images", x)
-        if (
-            y.shape != x.shape[:1]
-            or y.is_floating_point()
-            or y.is_complex()
-            or y.dtype == torch.bool
-        ):
+        whole_numbers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+        if y.shape != x.shape[:1] or not whole_numbers:
             raise DDError(
                 f"{split} labels must be integers of shape [{len(x)}], not {y.dtype} {list(y.shape)}"
             )
@@ -396,10 +386,8 @@ def _digits() -> tuple[Sequence[str], Splits]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    pixels, labels = (
-        _as_pixels("digits", torch.as_tensor(found.images / 16)),
-        torch.as_tensor(found.target).long(),
-    )
+    pixels = _as_pixels("digits", torch.as_tensor(found.images / 16))
+    labels = torch.as_tensor(found.target).long()
     test = carve(labels, 500 / 1797, generator(0, "digits"))
     return "0123456789", {
         "train": (pixels[~test], labels[~test]),
@@ -415,26 +403,22 @@ def _torchvision(name: str, root: Path) -> tuple[Sequence[str], Splits]:
         which = {"split": split} if name == "svhn" else {"train": split == "train"}
         try:
             found = getattr(torchvision.datasets, kind)(str(root), download=True, **which)
-        except (
-            Exception
-        ) as error:  # URLError, RuntimeError, TarError, EOFError, ...: torchvision lets all through
+        except Exception as error:
+            # URLError, RuntimeError, TarError, EOFError, ...: torchvision lets all through.
             raise DDError(
                 f"cannot read {name} from {root} or download it ({type(error).__name__}); "
                 f"without internet, put {by_hand} into {root}"
             ) from error
         labels = found.labels if name == "svhn" else found.targets
-        splits[split] = (
-            _as_pixels(name, torch.as_tensor(found.data)),
-            torch.as_tensor(labels, dtype=torch.int64),
-        )
+        pixels = _as_pixels(name, torch.as_tensor(found.data))
+        splits[split] = pixels, torch.as_tensor(labels, dtype=torch.int64)
     return getattr(found, "classes", "0123456789"), splits
 
 
 def _as_pixels(what: str, x: Tensor) -> Tensor:
     """uint8 [N,C,H,W] in memory of its own."""
-    axes = (
-        [1] if x.ndim == 3 else [axis for axis in (1, 3) if x.ndim == 4 and x.shape[axis] in (1, 3)]
-    )
+    possible = (1, 3) if x.ndim == 4 else ()
+    axes = [1] if x.ndim == 3 else [axis for axis in possible if x.shape[axis] in (1, 3)]
     if len(axes) != 1 or 0 in x.shape[1:]:
         raise DDError(
             f"{what} must be [N,H,W], [N,H,W,C] or [N,C,H,W] with C of 1 or 3, not {list(x.shape)}"

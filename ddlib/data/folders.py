@@ -56,9 +56,8 @@ def tree(name: str, root: Path) -> Tree:
             f"{name} needs {root}/train/WNID/images/*.JPEG with {root}/val/val_annotations.txt, or "
             f"{root}/train/WNID/*.JPEG with {root}/val/WNID/*.JPEG"
         )
-        return _splits(
-            root, next((split for split in ("val", "test") if (root / split).is_dir()), "val"), want
-        )
+        test = next((split for split in ("val", "test") if (root / split).is_dir()), "val")
+        return _splits(root, test, want)
     if not name.startswith("folder:"):
         root = root / "imagenet1k"
         want = f"{name} needs the 1,000 class folders {root}/train/WNID/*.JPEG and {root}/val/WNID/*.JPEG"
@@ -105,17 +104,12 @@ def folder_tree(root: Path) -> Tree:
     if below and not {"test", "val"}.isdisjoint(top):
         return _splits(root, "test" if "test" in top else "val", _WANTED)
     samples = _samples(root, train, classes)
-    taken = carve(
-        torch.tensor([label for _, label in samples]), 0.2, generator(0, "carve test")
-    ).tolist()
-    return (
-        root,
-        classes,
-        {
-            "train": [sample for sample, test in zip(samples, taken, strict=True) if not test],
-            "test": [sample for sample, test in zip(samples, taken, strict=True) if test],
-        },
-    )
+    labels = torch.tensor([label for _, label in samples])
+    taken = carve(labels, 0.2, generator(0, "carve test")).tolist()
+    splits = {"train": [], "test": []}
+    for sample, test in zip(samples, taken, strict=True):
+        splits["test" if test else "train"].append(sample)
+    return root, classes, splits
 
 
 def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tree:
@@ -129,9 +123,8 @@ def _splits(root: Path, test: str, want: str, subset: Sequence[int] = ()) -> Tre
     outside = [file for file, _ in rows if os.path.basename(file) != file]
     if outside:
         raise DDError(f"{notes} may name files of {test}/images only, not {shown(outside[0])}")
-    odd = sorted(
-        {*classes} ^ ({wnid for _, wnid in rows} if rows else {*_subfolders(root / test, want)})
-    )
+    tested = {wnid for _, wnid in rows} if rows else {*_subfolders(root / test, want)}
+    odd = sorted({*classes} ^ tested)
     if odd:
         raise DDError(
             f"{root}: train/ and {test}/ must hold the same class folders, but {len(odd)} are in one only: "

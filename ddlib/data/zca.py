@@ -15,9 +15,8 @@ from ..files import CannotWrite, load_tensors, lock, save_tensors
 
 _PARTS = ("mean", "matrix", "inverse")
 KINDS = ("mtt", "frepo", "frepo_checkerboard")
-LARGEST = (
-    12_288  # 3 x 64 x 64: the matrix takes 0.6 GB, its float64 eigendecomposition four times that
-)
+# 3 x 64 x 64: the matrix takes 0.6 GB, its float64 eigendecomposition four times that.
+LARGEST = 12_288
 _ROWS = 1024  # |pixel - 128| <= 128 and 128^2 * 1024 = 2^24, so float32 adds a chunk's products without rounding
 
 
@@ -86,9 +85,8 @@ class ZCA:
                 raise DDError(f"ZCA {kind!r} needs images that differ, and all of these are one")
         values, vectors = torch.linalg.eigh(cov)
         values = values.clamp(min=0) + eps
-        if (
-            kind != "mtt" and n < d
-        ):  # n centred images have rank n - 1: the whole null space, so no basis is preferred
+        if kind != "mtt" and n < d:
+            # n centred images have rank n - 1: the whole null space, so no basis is preferred.
             values[: d - n + (kind == "frepo")] = 1
         root = values.sqrt()
         matrix = (vectors / root) @ vectors.T / scale[:, None]

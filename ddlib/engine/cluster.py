@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -192,9 +193,7 @@ def _store(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         path = folder / name
         if not path.is_file():
-            write_atomically(
-                path, lambda temporary, content=content: temporary.write_bytes(content)
-            )
+            write_atomically(path, partial(Path.write_bytes, data=content))
 
 
 # --- at the caller
@@ -281,9 +280,8 @@ def _outcomes(ray: ModuleType, waiting: dict[Any, Row]) -> Iterator[tuple[Row, O
         row = waiting.pop(ready)
         try:
             outcome = ray.get(ready)
-        except (
-            ray.exceptions.RayTaskError
-        ) as error:  # no DDError: a fault of ddlib or of its install
+        except ray.exceptions.RayTaskError as error:
+            # No DDError: a fault of ddlib or of its install.
             outcome = Outcome("failed", str(error.cause))
         except ray.exceptions.RayError as error:
             what = str(error).splitlines()[0]
@@ -294,9 +292,7 @@ def _outcomes(ray: ModuleType, waiting: dict[Any, Row]) -> Iterator[tuple[Row, O
 def _receive(row: Row, outcome: Outcome) -> bool:
     """Keep the files of a row; whether it ended well."""
     for name, content in sorted(outcome.files.items(), reverse=True):  # the set before its record
-        write_atomically(
-            row.record.parent / name, lambda path, content=content: path.write_bytes(content)
-        )
+        write_atomically(row.record.parent / name, partial(Path.write_bytes, data=content))
     if outcome.word == "done":
         checkpoint = row.record.parent / "checkpoints" / f"{row.spec.name}.safetensors"
         checkpoint.unlink(missing_ok=True)

@@ -85,10 +85,8 @@ class _Saved:
     """One saved tensor; the graph drops this object when it frees the tensor."""
 
     def __init__(self, meter: SavedTensors, tensor: torch.Tensor):
-        self.meter, self.tensor = (
-            meter,
-            tensor.detach(),
-        )  # a saved output would hold its own graph alive
+        self.meter = meter
+        self.tensor = tensor.detach()  # a saved output would hold its own graph alive
         storage = tensor.untyped_storage()
         self.key, self.bytes = storage._cdata, storage.nbytes()
         owners = meter._owners[self.key] = meter._owners.get(self.key, 0) + 1

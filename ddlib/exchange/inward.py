@@ -35,9 +35,8 @@ from ..files import is_there
 from ..recipe import Recipe
 from .outward import FORMAT
 
-LARGEST = (
-    2**32
-)  # bytes of a file's arrays: above any published set, below what a hostile file may claim
+# Bytes of a file's arrays: above any published set, below what a hostile file may claim.
+LARGEST = 2**32
 LAYOUTS = (
     "DC's, DSA's and DM's res_*.pt, MTT's, TESLA's, FTD's and DATM's images_*.pt beside labels_*.pt, IDC's and "
     "DREAM's data_best.pt, FRePo's step*.npz, and the .pt of ddlib export"

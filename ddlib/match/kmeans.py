@@ -85,9 +85,8 @@ def nearest(
     picked, size = [], max(1, LIMIT // (rows * classes))
     for start in range(0, k, size):
         part = slice(start, start + size)
-        distance = _square(x)[:, None].baddbmm(
-            centres[:, part], x.mT, alpha=-2
-        )  # less |c|^2, the same for all rows
+        # Less |c|^2, the same for all rows.
+        distance = _square(x)[:, None].baddbmm(centres[:, part], x.mT, alpha=-2)
         for to_centre in distance.unbind(1):
             picked.append((to_centre + taken).topk(each, dim=1, largest=False).indices)
             taken.scatter_(1, picked[-1], torch.inf)

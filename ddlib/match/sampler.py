@@ -136,9 +136,8 @@ def representatives(
 def by_distance(x: Tensor, each: int, sizes: list[int], far: bool) -> Tensor:
     """The `each` rows [C, each] of x [C, N, D] nearest to the mean of their class, or farthest from it."""
     counts = torch.tensor(sizes, device=x.device)
-    distance = (x - (x.sum(1) / counts[:, None])[:, None]).norm(
-        dim=2
-    )  # padding is zeros: the sum is the rows'
+    # Padding is zeros: the sum is the rows'.
+    distance = (x - (x.sum(1) / counts[:, None])[:, None]).norm(dim=2)
     padding = torch.arange(x.shape[1], device=x.device) >= counts[:, None]
     return (
         distance.masked_fill_(padding, -torch.inf if far else torch.inf)
@@ -193,21 +192,14 @@ def work(
     Counted in forward passes F of one image: 3 for a gradient, 7 for the second-order gradient of a synthetic image, 1
     for a feature. `sizes`: training images of each class. K-means: its products, and those of the nearest images.
     """
-    f, c, each, wide = (
-        count_flops(net, shape),
-        len(sizes),
-        ipc * config.factor**2,
-        net.feature_dim >= 4 * SKETCH,
-    )
-    batch, pool = (
-        min(config.batch_real, min(sizes)),
-        [min(config.pool or size, size) for size in sizes],
-    )
+    f, c, each = count_flops(net, shape), len(sizes), ipc * config.factor**2
+    batch = min(config.batch_real, min(sizes))
+    pool = [min(config.pool or size, size) for size in sizes]
     real = -(-config.net_images // config.net_batch) * config.net_batch
     trained = real if config.net_data == "real" else config.net_epochs * c * each
-    columns = (ITERATIONS - WHOLE) * (SKETCH if wide else net.feature_dim) + (
-        WHOLE + 1
-    ) * net.feature_dim
+    d = net.feature_dim
+    sketched = SKETCH if d >= 4 * SKETCH else d
+    columns = (ITERATIONS - WHOLE) * sketched + (WHOLE + 1) * d
     chosen = 0 if config.sampling == "random" else -(-config.inner // config.interval) * sum(pool)
     clusters = batch // config.subsample if config.sampling == "dream" else 0
     return {

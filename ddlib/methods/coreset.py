@@ -64,9 +64,8 @@ def herding(features: torch.Tensor, n: int) -> torch.Tensor:
     residual, picked = torch.zeros_like(mean), []
     for _ in range(n):
         residual += mean
-        row = (square - 2 * (x @ residual)).argmin(
-            keepdim=True
-        )  # |x - r|^2 less the constant |r|^2
+        # |x - r|^2 less the constant |r|^2.
+        row = (square - 2 * (x @ residual)).argmin(keepdim=True)
         residual -= x[row][0]
         square.index_fill_(0, row, torch.inf)
         picked.append(row)
@@ -85,9 +84,8 @@ def kcenter(features: torch.Tensor, n: int) -> torch.Tensor:
     picked, nearest = [row], torch.full_like(square, torch.inf)
     for _ in range(n - 1):
         nearest = torch.minimum(nearest, square + square[row] - 2 * (x @ x[row][0]))
-        nearest.index_fill_(
-            0, row, -torch.inf
-        )  # never again, even where every other row is a duplicate
+        # Never again, even where every other row is a duplicate.
+        nearest.index_fill_(0, row, -torch.inf)
         row = nearest.argmax(keepdim=True)
         picked.append(row)
     return torch.cat(picked)

@@ -167,10 +167,8 @@ def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
             raise DDError(
                 f"cannot initialise a {type(module).__name__}; allowed: Conv2d, Linear and norm layers"
             )
-    sizes, device = (
-        [p.numel() for p, _ in drawn],
-        drawn[0][0].device if drawn else torch.device("cpu"),
-    )
+    sizes = [p.numel() for p, _ in drawn]
+    device = drawn[0][0].device if drawn else torch.device("cpu")
     flat = torch.empty(sum(sizes), pin_memory=device.type == "cuda")
     for chunk, (p, bound) in zip(flat.split(sizes), drawn, strict=True):
         if getattr(net, "init", "torch") == "torch":
@@ -178,9 +176,8 @@ def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
         elif p.ndim == 1:
             chunk.zero_()
         else:
-            cut = math.erf(
-                math.sqrt(2)
-            )  # of a normal lies within two deviations, whose own deviation is 0.8796
+            # This share of a normal lies within two deviations; what is left has a deviation of 0.8796.
+            cut = math.erf(math.sqrt(2))
             chunk.uniform_(-cut, cut, generator=generator).erfinv_().mul_(
                 math.sqrt(2) * bound / 0.87962566
             )

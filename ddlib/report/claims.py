@@ -126,11 +126,8 @@ def _expand(claim: dict[str, Any], document: dict[str, Any], name: str) -> list[
     rows = tables.published()
     rows = rows.fillna({"variant": "", "note": ""})
     for key, wanted in ({"paper": claim["paper"]} | claim["select"]).items():
-        rows = rows[
-            rows[choose(f"selector in {name}", key, sorted(rows))].isin(
-                wanted if isinstance(wanted, list) else [wanted]
-            )
-        ]
+        choose(f"selector in {name}", key, sorted(rows))
+        rows = rows[rows[key].isin(wanted if isinstance(wanted, list) else [wanted])]
     if rows.empty:
         raise DDError(f"{name} selects no row of published.csv: {claim['select']}")
     return [common | _row(row) for row in rows.itertuples()]
@@ -170,23 +167,13 @@ def from_memory() -> str:
 
 def of_method(method: str) -> pd.DataFrame:
     """The accuracies that papers print for a method on its own backbone, in the form of `load`, for `judge`."""
-    rows = tables.published()
-    rows = rows[
-        (rows.method == method)
-        & (rows.backbone == rows.backbone_eval)
-        & rows.variant.isna()
-        & (rows.metric == "accuracy")
-        & (rows.protocol != "dc-bench average")
-    ]
-    first = rows[~rows.table.isin(["leaderboard", "second-hand"])]
-    rows = (
-        (rows if first.empty else first)
-        .drop_duplicates(["dataset", "ipc", "protocol"])
-        .fillna({"variant": ""})
-    )
-    rows = rows.assign(place=rows.dataset.map(list(rows.dataset.unique()).index)).sort_values(
-        ["place", "ipc"]
-    )
+    rows = tables.own(tables.published())
+    rows = rows[(rows.method == method) & (rows.protocol != "dc-bench average")]
+    first = rows[~rows.table.isin(tables.REVIEWS)]
+    rows = rows if first.empty else first
+    rows = rows.drop_duplicates(["dataset", "ipc", "protocol"]).fillna({"variant": ""})
+    places = rows.dataset.map(list(rows.dataset.unique()).index)
+    rows = rows.assign(place=places).sort_values(["place", "ipc"])
     common = {"overrides": None, "extra": "", "reason": "no run yet", "measured": None}
     return pd.DataFrame(
         [

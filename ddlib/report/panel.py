@@ -35,9 +35,8 @@ class Panel(widgets.VBox):
             description="step", options=[-1], continuous_update=False
         )
         self.view = widgets.ToggleButtons(options=list(VIEWS), value=choose("view", view, VIEWS))
-        own_size = widgets.Layout(
-            align_self="flex-start", max_width="100%"
-        )  # else the box stretches the picture
+        # Without it the box stretches the picture.
+        own_size = widgets.Layout(align_self="flex-start", max_width="100%")
         self.picture, self.note = widgets.Image(format="png", layout=own_size), widgets.HTML()
         super().__init__([widgets.HBox(self.boxes), self.step, self.view, self.picture, self.note])
         self.refresh()

@@ -666,9 +666,8 @@ def save(figure: Figure, name: str, profile: str, folder: str | Path | None = No
     place = Path(folder or os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / choose(
         "profile", profile, PROFILES
     )
-    with plt.rc_context(
-        {"svg.hashsalt": "ddlib"}
-    ):  # else the ids, and so the bytes, differ every time
+    # Without it the ids, and so the bytes, differ every time.
+    with plt.rc_context({"svg.hashsalt": "ddlib"}):
         for suffix in ("png",) if figure.get_gid() == MOSAIC else ("svg", "png"):
             draw = partial(
                 figure.savefig,

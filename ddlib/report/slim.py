@@ -11,9 +11,8 @@ import re
 from typing import Any
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-NAMES = re.compile(
-    r' (?:id|class)="(?:T_|data |col_heading|blank|row)[^"]*"'
-)  # pandas names every cell
+# Pandas names every cell.
+NAMES = re.compile(r' (?:id|class)="(?:T_|data |col_heading|blank|row)[^"]*"')
 COLOURS = 256
 UNSEEN = 2.0  # mean difference of a palette's levels (of 255) that is not seen: plots and thumbnails are below
 

@@ -190,11 +190,9 @@ def summary(table: pd.DataFrame, by: tuple[str, ...] = SETTING) -> pd.DataFrame:
                 "device": ", ".join(sorted(set(group["device"]))),
             }
         )
-    return (
-        pd.DataFrame(rows).sort_values(list(by), ignore_index=True)
-        if rows
-        else pd.DataFrame(columns=[*by])
-    )
+    if not rows:
+        return pd.DataFrame(columns=[*by])
+    return pd.DataFrame(rows).sort_values(list(by), ignore_index=True)
 
 
 def headline(table: pd.DataFrame) -> pd.DataFrame:
@@ -247,13 +245,20 @@ def recalled() -> pd.DataFrame:
     return table[table.verified.str.startswith("RECALLED")]
 
 
-def _own(table: pd.DataFrame) -> pd.DataFrame:
+def first_hand() -> pd.DataFrame:
+    """`published` without the tables in which later papers evaluate a method again."""
+    table = published()
+    return table[~table.table.isin(REVIEWS)]
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """The accuracies of methods in their plain form, on whatever network the sets are tested."""
+    return table[(table.metric == "accuracy") & table.variant.isna()]
+
+
+def own(table: pd.DataFrame) -> pd.DataFrame:
     """The rows on which a paper's method is tested on the network it was distilled on, in its plain form."""
-    return table[
-        (table.backbone == table.backbone_eval)
-        & (table.metric == "accuracy")
-        & table.variant.isna()
-    ]
+    return _plain(table[table.backbone == table.backbone_eval])
 
 
 def mark(evidence: str) -> str:
@@ -271,15 +276,12 @@ def curve(method: str, dataset: str) -> pd.DataFrame:
     Re-evaluations by later papers are left out. Random images are those under DSA's protocol where these are on file,
     else those of the papers' tables. "full", the whole training set, has one row and no IPC.
     """
-    rows = _own(published())
-    rows = rows[
-        (rows.method == method) & (rows.dataset == canonical(dataset)) & ~rows.table.isin(REVIEWS)
-    ]
+    rows = own(first_hand())
+    rows = rows[(rows.method == method) & (rows.dataset == canonical(dataset))]
     if method == "random" and (rows.protocol == "dsa").any():
         rows = rows[rows.protocol == "dsa"]
-    rows = (
-        rows.assign(mark=_mark(rows)).drop_duplicates("ipc").sort_values("ipc", ignore_index=True)
-    )
+    rows = rows.assign(mark=_mark(rows)).drop_duplicates("ipc")
+    rows = rows.sort_values("ipc", ignore_index=True)
     return rows[["ipc", "value", "spread", "mark"]]
 
 
@@ -288,10 +290,9 @@ def printed_figure(
 ) -> tuple[Published, str] | None:
     """What a paper prints for a method on its own backbone, or for a variant such as "iteration=40", and its mark as
     in `printed`; None where none is on file. Re-evaluations by later papers are left out."""
-    rows = published()
-    rows = rows[~rows.table.isin(REVIEWS)]
+    rows = first_hand()
     rows = rows[(rows.method == method) & (rows.dataset == dataset) & (rows.ipc == ipc)]
-    rows = rows[rows.variant == variant] if variant else _own(rows)
+    rows = rows[rows.variant == variant] if variant else own(rows)
     rows = rows[rows.protocol == protocol] if protocol else rows
     if rows.empty:
         return None
@@ -308,14 +309,9 @@ def printed(
     Re-evaluations by later papers are left out, so a cell that the papers leave empty is empty. `*` marks a figure that was quoted
     from memory and not yet seen in print, `~` one that was read off a plot. "full" stands in every row of its dataset.
     """
-    table = _own(published())
-    table = table[~table.table.isin(REVIEWS)]
-    table = pd.concat(
-        [
-            table[table.method != "full"],
-            *(table[table.method == "full"].assign(ipc=k) for k in ipcs),
-        ]
-    )
+    table = own(first_hand())
+    whole = table[table.method == "full"]
+    table = pd.concat([table[table.method != "full"], *(whole.assign(ipc=k) for k in ipcs)])
     cells = [with_spread(v, s) for v, s in zip(table.value, table.spread, strict=True)]
     table = table.assign(cell=cells + _mark(table))
     table = table[table.dataset.isin(list(datasets)) & table.ipc.isin(list(ipcs))].astype(
@@ -577,23 +573,10 @@ def printed_across(dataset: str) -> pd.DataFrame:
 
     `set` names the method, the IPC and the backbone that it was distilled on where that is not the plain ConvNet.
     """
-    table = published()
-    table = (
-        table[
-            (table.dataset == canonical(dataset))
-            & (table.metric == "accuracy")
-            & table.variant.isna()
-            & ~table.table.isin(REVIEWS)
-        ]
-        .fillna({"ipc": 0})
-        .astype({"ipc": int})
-    )
-    table = table[
-        table.groupby(["paper", "table", "method", "ipc", "backbone"]).backbone_eval.transform(
-            "nunique"
-        )
-        > 1
-    ]
+    table = _plain(first_hand())
+    table = table[table.dataset == canonical(dataset)].fillna({"ipc": 0}).astype({"ipc": int})
+    networks = table.groupby(["paper", "table", "method", "ipc", "backbone"]).backbone_eval
+    table = table[networks.transform("nunique") > 1]
     made = [
         f"{r.method}, IPC {r.ipc}"
         + f", on {r.backbone}" * (r.backbone.partition(":depth")[0] != "convnet")

@@ -61,12 +61,9 @@ def space(
     fit = [net for net in every if net["pool"] == "none" or 2 ** net["depth"] <= side]
     if type(count) is not int or not 0 <= count <= len(fit):
         raise DDError(f"cannot draw {count!r} of the {len(fit)} networks of the search space")
-    drawn = torch.randperm(len(fit), generator=generator(seed, "architecture search"))[
-        : count or len(fit)
-    ]
-    return [
-        f"convnet:{','.join(f'{k}={v}' for k, v in fit[i].items())}" for i in sorted(drawn.tolist())
-    ]
+    order = torch.randperm(len(fit), generator=generator(seed, "architecture search"))
+    drawn = [fit[i] for i in sorted(order[: count or len(fit)].tolist())]
+    return [f"convnet:{','.join(f'{k}={v}' for k, v in net.items())}" for net in drawn]
 
 
 def study(
@@ -91,24 +88,17 @@ def study(
     study goes on. Columns: proxy, seed, network, val and test (accuracy, per cent), seconds (training), images.
     """
     choose("proxy", proxy, (*REFERENCES, *METHODS))
-    spec = resolve(
-        "random" if proxy in REFERENCES else proxy, dataset, ipc, profile, seed, **overrides
-    )
+    method = "random" if proxy in REFERENCES else proxy
+    spec = resolve(method, dataset, ipc, profile, seed, **overrides)
     plain = spec.recipe
 
     def compute(names: Sequence[str]) -> list[dict]:
-        whole = dataset_of(spec, pick_device(device))
-        data = whole.minival(0.1)
-        data = part(
-            data, "less val", {split: torch.arange(len(y)) for split, y in data.labels.items()}
-        )
+        data = dataset_of(spec, pick_device(device)).minival(0.1)
+        every = {split: torch.arange(len(y)) for split, y in data.labels.items()}
+        data = part(data, "less val", every)
         batches = -(-data.num_classes * ipc // plain.batch)
         if proxy in REFERENCES:
-            images, labels, recipe = (
-                lambda index: data.batch("train", index),
-                data.labels["train"],
-                plain,
-            )
+            images, labels, recipe = partial(data.batch, "train"), data.labels["train"], plain
             steps = -(-len(labels) // plain.batch)
             passes = whole_epochs if proxy == "whole" else max(1, round(epochs * batches / steps))
         else:
@@ -117,9 +107,8 @@ def study(
         recipe = replace(recipe, epochs=passes, drops=(), tests=())
         rows = []
         for name in names:
-            net = build(name, data.shape, data.num_classes, generator(seed, "search", name)).to(
-                data.device
-            )
+            weights = generator(seed, "search", name)
+            net = build(name, data.shape, data.num_classes, weights).to(data.device)
             start = perf_counter()
             with suppress(DDError):  # one that diverges is no reason to stop: its accuracy says it
                 train(net, images, labels, recipe, generator(seed, "search", "order", name))
@@ -136,28 +125,19 @@ def study(
             )
         return rows
 
-    facts = {
-        "proxy": proxy,
-        "epochs": whole_epochs if proxy == "whole" else epochs,
-        "version": VERSION,
-    }
-    blocks = [list(networks[k : k + block]) for k in range(0, len(networks), block)]
-    return pd.concat(
-        [
-            cached(
-                "architecture_search", spec, facts | {"networks": names}, partial(compute, names)
-            )
-            for names in blocks
-        ],
-        ignore_index=True,
-    )
+    length = whole_epochs if proxy == "whole" else epochs
+    facts, parts = {"proxy": proxy, "epochs": length, "version": VERSION}, []
+    for k in range(0, len(networks), block):
+        names = list(networks[k : k + block])
+        options = facts | {"networks": names}
+        parts.append(cached("architecture_search", spec, options, partial(compute, names)))
+    return pd.concat(parts, ignore_index=True)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Rank correlation along the last axis, ties at their mean rank; NaN where one side is constant."""
-    a, b = (
-        rank - rank.mean(-1, keepdims=True) for rank in (rankdata(a, axis=-1), rankdata(b, axis=-1))
-    )
+    ranks = (rankdata(values, axis=-1) for values in (a, b))
+    a, b = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
     with np.errstate(invalid="ignore"):
         return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
@@ -171,12 +151,8 @@ def correlations(
     over networks. A k that is not below the number of networks is left out; repeats of a network are averaged.
     """
     val = rows.pivot_table(index="network", columns="proxy", values="val")
-    test = (
-        rows[rows.proxy == "whole"]
-        .groupby("network")
-        .test.mean()
-        .sort_values(ascending=False, kind="stable")
-    )
+    whole = rows[rows.proxy == "whole"].groupby("network").test.mean()
+    test = whole.sort_values(ascending=False, kind="stable")
     found = []
     for proxy in (name for name in rows.proxy.unique() if name != "whole"):
         for k in [*(k for k in tops if k < len(test)), len(test)]:

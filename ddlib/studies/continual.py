@@ -68,26 +68,17 @@ def memory(sets: Sequence[Synthetic], tasks: Sequence[Sequence[int]], data: Data
         if not syn.labels.is_floating_point():
             labels.append(places[syn.labels])
             continue
-        wide, k, total = (
-            syn.labels.new_zeros(len(syn.labels), data.num_classes),
-            len(places),
-            data.num_classes,
-        )
+        k, total = len(places), data.num_classes
+        wide = syn.labels.new_zeros(len(syn.labels), total)
         if syn.recipe.loss == "mse":
             wide[:, places] = syn.labels * (k / 10) ** 0.5 + 1 / k
             wide = (wide - 1 / total) / (total / 10) ** 0.5
         else:
             wide[:, places] = syn.labels
         labels.append(wide)
-    first = sets[0]
-    return Synthetic.of(
-        data,
-        torch.cat([syn.images for syn in sets]),
-        torch.cat(labels),
-        first.recipe,
-        first.backbone,
-        factor=first.factor,
-    )
+    first, images = sets[0], torch.cat([syn.images for syn in sets])
+    whole = torch.cat(labels)
+    return Synthetic.of(data, images, whole, first.recipe, first.backbone, factor=first.factor)
 
 
 def study(
@@ -114,26 +105,14 @@ def study(
         data = dataset_of(spec, pick_device(device))
         tasks, sets, rows = class_order(data.num_classes, steps, order), [], []
         for count, classes in enumerate(tasks, 1):
-            task = part(
-                data,
-                f"classes {','.join(map(str, classes))}",
-                {split: seen(data, classes, split) for split in ("train", "test")},
-                classes,
-            )
+            taken = {split: seen(data, classes, split) for split in ("train", "test")}
+            task = part(data, f"classes {','.join(map(str, classes))}", taken, classes)
             sets.append(distil(spec, task, progress))
             so_far = [c for group in tasks[:count] for c in group]
-            tested = part(
-                data,
-                f"{len(so_far)} classes seen",
-                {s: seen(data, so_far, s) for s in ("train", "test")},
-            )
-            found = evaluate(
-                memory(sets, tasks[:count], data),
-                tested,
-                networks=networks,
-                seed=order,
-                precision=spec.run.eval_precision,
-            )
+            taken = {split: seen(data, so_far, split) for split in ("train", "test")}
+            tested = part(data, f"{len(so_far)} classes seen", taken)
+            known, precision = memory(sets, tasks[:count], data), spec.run.eval_precision
+            found = evaluate(known, tested, networks=networks, seed=order, precision=precision)
             rows.append(
                 {
                     "method": method,
@@ -149,18 +128,14 @@ def study(
             )
         return rows
 
-    return cached(
-        "continual", spec, {"steps": steps, "networks": networks, "version": VERSION}, compute
-    )
+    options = {"steps": steps, "networks": networks, "version": VERSION}
+    return cached("continual", spec, options, compute)
 
 
 def final(rows: pd.DataFrame) -> pd.DataFrame:
     """After the last task, by protocol, method and tasks: mean and spread over all networks of all orders (ddof 0)."""
-    last = (
-        rows[rows["classes seen"] == rows["classes seen"].max()]
-        .explode("networks")
-        .astype({"networks": float})
-    )
+    last = rows[rows["classes seen"] == rows["classes seen"].max()]
+    last = last.explode("networks").astype({"networks": float})
     pooled = last.groupby(["protocol", "method", "steps"], sort=False)
     return pooled.agg(
         accuracy=("networks", "mean"),

@@ -154,38 +154,22 @@ def find(
     """`ddlib.run` with its experts; without `train` the kept run, None where there is none."""
     spec = resolve(method, dataset, **options)
     done = results_folder() / spec.profile / f"{spec.name}.json"
-    return (
-        distil(method, dataset, device=device, teach=True, **options)
-        if train or done.is_file()
-        else None
-    )
+    if not train and not done.is_file():
+        return None
+    return distil(method, dataset, device=device, teach=True, **options)
 
 
 def baseline(name: str, run: Run, *, train: bool = True, device: str = "auto") -> Run | None:
     """Real images chosen by `name` (random, herding, ...) under a run's protocol: its network, loss, augmentation,
     epochs, number of networks and step size (a learned one to six digits). None where not kept and not to `train`."""
     spec = resolve_record(run.record)
-    keys = (
-        *EVALUATION,
-        "augment",
-        "resolution",
-        "compile",
-        "eval_precision",
-        *(() if spec.run.eval_backbone else ("backbone",)),
-    )
+    keys = [*EVALUATION, "augment", "resolution", "compile", "eval_precision"]
+    keys += [] if spec.run.eval_backbone else ["backbone"]
     same = {key: getattr(spec.run, key) for key in keys}
-    same |= {"eval_lr": float(f"{run.synthetic.recipe.lr:.6g}")} if "lr_lr" in spec.values else {}
-    return find(
-        name,
-        spec.dataset,
-        ipc=spec.ipc,
-        seed=spec.seed,
-        profile=spec.profile,
-        train=train,
-        device=device,
-        networks=len(run.record["accuracy"]["last"]["networks"]),
-        **same,
-    )
+    same["networks"] = len(run.record["accuracy"]["last"]["networks"])
+    if "lr_lr" in spec.values:
+        same["eval_lr"] = float(f"{run.synthetic.recipe.lr:.6g}")
+    return find(**spec.case | {"method": name}, train=train, device=device, **same)
 
 
 def teacher(random: Run, *, epochs: int, plain: bool = True, device: str = "auto") -> pd.DataFrame:
@@ -199,22 +183,12 @@ def teacher(random: Run, *, epochs: int, plain: bool = True, device: str = "auto
     def compute() -> list[dict]:
         data, start = dataset_of(spec, pick_device(device)), time.perf_counter()
         syn = random.synthetic.to(data.device)
-        net = build(
-            syn.backbone, data.shape, data.num_classes, generator(spec.seed, "fairness", "teacher")
-        )
-        train_on(
-            data,
-            net.to(data.device),
-            replace(syn.recipe, epochs=epochs, drops=(), tests=()),
-            spec.seed,
-        )
-        rows = [
-            {
-                "condition": "whole",
-                "networks": [accuracy(net, data)],
-                "seconds": time.perf_counter() - start,
-            }
-        ]
+        weights = generator(spec.seed, "fairness", "teacher")
+        net = build(syn.backbone, data.shape, data.num_classes, weights).to(data.device)
+        train_on(data, net, replace(syn.recipe, epochs=epochs, drops=(), tests=()), spec.seed)
+        scores = [accuracy(net, data)]
+        seconds = time.perf_counter() - start
+        rows = [{"condition": "whole", "networks": scores, "seconds": seconds}]
         with torch.no_grad():
             answers = torch.cat([net(x) for x in syn.images.split(500)])
         syn = replace(syn, labels=answers if syn.recipe.loss == "mse" else answers.softmax(1))
@@ -261,10 +235,8 @@ def conditions(
     real = {name: baseline(name, run, train=train, device=device) for name in ("random", "herding")}
     found |= {name: each.record["accuracy"]["last"] for name, each in real.items() if each}
     if train:
-        pair, augmented = (
-            {"native": run, "random": real["random"]},
-            run.synthetic.recipe.augment != "none",
-        )
+        pair = {"native": run, "random": real["random"]}
+        augmented = run.synthetic.recipe.augment != "none"
         found |= {HARD: run.transfer(hard=True, **own)} if soft else {}
         taught = teacher(real["random"], epochs=epochs, plain=soft and augmented, device=device)
         found |= taught.set_index("condition").to_dict("index")
@@ -277,15 +249,11 @@ def conditions(
             for net in unseen
             for name, each in pair.items()
         }
-    facts = {key: run.record[key] for key in KEY + ["seed"]} | {
-        "labels": "soft" if soft else "hard"
-    }
+    facts = {key: run.record[key] for key in [*KEY, "seed"]}
+    facts["labels"] = "soft" if soft else "hard"
+    lists = {name: row["networks"] for name, row in found.items() if row}
     return pd.DataFrame(
-        [
-            facts | {"condition": name, "networks": row["networks"]}
-            for name, row in found.items()
-            if row
-        ]
+        [facts | {"condition": name, "networks": each} for name, each in lists.items()]
     )
 
 

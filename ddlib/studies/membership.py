@@ -42,15 +42,10 @@ ATTACKS = ("threshold", "logistic", "mlp", "forest", "knn")
 
 def chunk(data: Dataset, number: int, per_class: int) -> Dataset:
     """Chunk `number` of the training images, `per_class` of each class, as train, and as many test images as test."""
-    members = data.sample((number + 1) * per_class, generator(0, "membership"))[
-        :, number * per_class :
-    ]
+    drawn = data.sample((number + 1) * per_class, generator(0, "membership"))
     others = data.sample(per_class, generator(0, "membership", number), "test")
-    return part(
-        data,
-        f"members {number} of {per_class}",
-        {"train": members.flatten(), "test": others.flatten()},
-    )
+    rows = {"train": drawn[:, number * per_class :].flatten(), "test": others.flatten()}
+    return part(data, f"members {number} of {per_class}", rows)
 
 
 def auc(scores: np.ndarray, member: np.ndarray) -> tuple[float, float, float]:
@@ -58,9 +53,8 @@ def auc(scores: np.ndarray, member: np.ndarray) -> tuple[float, float, float]:
     what the draw of the members brings, and what that of the others brings."""
     inside, outside = np.sort(scores[member]), np.sort(scores[~member])
 
-    def below(
-        x: np.ndarray, y: np.ndarray
-    ) -> np.ndarray:  # for each x the share of y below it, ties as halves
+    def below(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """For each x the share of y below it, ties as halves."""
         return (np.searchsorted(y, x, "left") + np.searchsorted(y, x, "right")) / (2 * len(y))
 
     wins, losses = below(inside, outside), below(outside, inside)
@@ -89,15 +83,9 @@ def attack(logits: np.ndarray, losses: np.ndarray, member: np.ndarray, seed: int
             f"an attack needs at least 4 members and 4 others, not {member.sum()} and {(~member).sum()}"
         )
     order = np.random.default_rng(seed).permutation(len(member))
-    order = np.concatenate(
-        [
-            order[member[order]][::2],
-            order[~member[order]][::2],  # learn: every other one ...
-            order[member[order]][1::2],
-            order[~member[order]][1::2],
-        ]
-    )  # ... and the rest scores
-    learn, test = np.split(order, [-(-member.sum() // 2) - (-(~member).sum() // 2)])
+    inside, outside = order[member[order]], order[~member[order]]
+    learn = np.concatenate([inside[::2], outside[::2]])  # every other one ...
+    test = np.concatenate([inside[1::2], outside[1::2]])  # ... and the rest scores
     x = np.column_stack([logits, losses])
     neighbours = min(15, len(learn) // 4)
     models = {
@@ -161,9 +149,8 @@ def study(
             images, labels = victim.batch("train", slice(None)), victim.labels["train"]
         else:
             images, labels = _set(distil(spec, victim, progress, snapshots=1), bool(start))
-        net = build(
-            backbone, data.shape, data.num_classes, generator(number, "membership", "weights")
-        ).to(data.device)
+        weights, order = (generator(number, "membership", what) for what in ("weights", "order"))
+        net = build(backbone, data.shape, data.num_classes, weights).to(data.device)
         passes = [math.ceil(n / math.ceil(len(labels) / recipe.batch)) for n in steps]
         rows: list[dict] = []
 
@@ -173,14 +160,8 @@ def study(
                 rows.extend(facts | row for row in attack(*_features(net, victim), seed=number))
             net.train()
 
-        train(
-            net,
-            images,
-            labels,
-            replace(recipe, epochs=passes[-1]),
-            generator(number, "membership", "order"),
-            after_epoch=strike,
-        )
+        longest = replace(recipe, epochs=passes[-1])
+        train(net, images, labels, longest, order, after_epoch=strike)
         return rows
 
     options = {
@@ -198,26 +179,21 @@ def study(
 
 def _set(syn: Synthetic, start: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """What a network trains on: the distilled set, or with hard labels the real images that it started from."""
-    if start:
-        syn = (
-            replace(syn, images=syn.snapshots[0].to(syn.images)).hardened()
-            if syn.snapshots
-            else syn
-        )
+    if start and syn.snapshots:
+        syn = replace(syn, images=syn.snapshots[0].to(syn.images)).hardened()
     images, labels = syn.training_set()
-    centred = (
-        labels.is_floating_point() and syn.recipe.loss == "ce"
-    )  # probabilities, to what the squared error takes
-    return images, labels - 1 / labels.shape[1] if centred else labels
+    if labels.is_floating_point() and syn.recipe.loss == "ce":
+        labels = labels - 1 / labels.shape[1]  # probabilities, to what the squared error takes
+    return images, labels
 
 
 def _features(net: torch.nn.Module, victim: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits [N, C], squared-error losses [N] and the mask [N] of members, of a chunk and its non-members."""
     logits = torch.cat([predict(net, victim, split) for split in ("train", "test")]).cpu()
     labels = torch.cat([victim.labels[split] for split in ("train", "test")]).cpu()
-    losses = 0.5 * (logits - F.one_hot(labels, logits.shape[1]) + 1 / logits.shape[1]).square().sum(
-        1
-    )
+    classes = logits.shape[1]
+    wrong = logits - F.one_hot(labels, classes) + 1 / classes
+    losses = 0.5 * wrong.square().sum(1)
     return logits.numpy(), losses.numpy(), np.arange(len(labels)) < len(victim.labels["train"])
 
 
@@ -226,16 +202,13 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
 
     Chunks share no member but may share test images, so the others' part of the variance is not divided by their count.
     """
-    groups = rows.assign(**{"sd others": rows["var others"] ** 0.5}).groupby(
-        ["arm", "steps", "attack"], sort=False
-    )
+    rows = rows.assign(**{"sd others": rows["var others"] ** 0.5})
+    groups = rows.groupby(["arm", "steps", "attack"], sort=False)
     found = groups.agg(
         auc=("auc", "mean"), accuracy=("accuracy", "mean"), chunks=("chunk", "nunique")
     ).reset_index()
-    variance = (
-        groups["var members"].mean().to_numpy() / found.chunks
-        + groups["sd others"].mean().to_numpy() ** 2
-    )
+    variance = groups["var members"].mean().to_numpy() / found.chunks
+    variance += groups["sd others"].mean().to_numpy() ** 2
     half = 1.96 * variance**0.5
     return found.assign(low=(found.auc - half).clip(0), high=(found.auc + half).clip(upper=1))
 

@@ -63,11 +63,8 @@ def unrolling(
             measured = {"adjoint": _measure(partial(problem, "adjoint"), at)}
             exact = measured["adjoint"][0]
             for engine in engines:
-                if (
-                    engine == "unroll"
-                    and last
-                    and last["graph bytes"] * n / last["steps"] > largest
-                ):
+                expected = last["graph bytes"] * n / last["steps"] if last else 0
+                if engine == "unroll" and expected > largest:
                     continue
                 found, row = measured.get(engine) or _measure(partial(problem, engine), at)
                 a, b = found.images.double().flatten(), exact.images.double().flatten()
@@ -87,9 +84,8 @@ def unrolling(
                     last = rows[-1]
         return rows
 
-    return cached(
-        "unrolling", spec, {"steps": steps, "engines": engines, "largest": largest}, compute
-    )
+    options = {"steps": steps, "engines": engines, "largest": largest}
+    return cached("unrolling", spec, options, compute)
 
 
 def _measure(
@@ -130,15 +126,10 @@ def predicted_memory(
     start, index = torch.empty(net.size, device="meta"), torch.arange(batch, device="meta")
     images = torch.empty(batch, *shape, device="meta")
     labels = torch.empty(batch, classes, device="meta") if soft else index
+    segment = Segment(start, start.clone(), [index] * steps, [None] * steps)
+    rates = torch.empty(steps, device="meta")
     with SavedTensors() as saved:
-        match(
-            net,
-            Segment(start, start.clone(), [index] * steps, [None] * steps),
-            images,
-            labels,
-            torch.empty(steps, device="meta"),
-            engine,
-        )
+        match(net, segment, images, labels, rates, engine)
     return {
         "engine": engine,
         "steps": steps,
@@ -180,16 +171,11 @@ def full(spec: Spec, *, networks: int = 2, device: str = "auto") -> pd.DataFrame
 
 @torch.no_grad()
 def _test_loss(net: FlatNet, theta: torch.Tensor, data: Dataset) -> float:
-    rows = torch.arange(len(data.labels["test"]), device=data.device)
-    return float(
-        sum(
-            F.cross_entropy(
-                net(theta, data.batch("test", part)), data.labels["test"][part], reduction="sum"
-            )
-            for part in rows.split(1000)
-        )
-        / len(rows)
-    )
+    labels, total = data.labels["test"], 0
+    for part in torch.arange(len(labels), device=data.device).split(1000):
+        logits = net(theta, data.batch("test", part))
+        total += F.cross_entropy(logits, labels[part], reduction="sum")
+    return float(total / len(labels))
 
 
 def _experts(spec: Spec, data: Dataset):
@@ -246,16 +232,9 @@ def trajectory_error(run: Run, *, device: str = "auto") -> pd.DataFrame:
                 )
                 rows.append({"method": spec.method, "expert": e, "epoch": epoch, "error": error})
                 for _ in range(config.syn_steps):
-                    x = augment(
-                        syn.images,
-                        draw(
-                            config.augment,
-                            len(syn.images),
-                            data.shape[1:],
-                            rng,
-                            op_every=len(syn.images),
-                        ),
-                    )
+                    n = len(syn.images)
+                    params = draw(config.augment, n, data.shape[1:], rng, op_every=n)
+                    x = augment(syn.images, params)
                     theta = theta.detach().requires_grad_()
                     loss = F.cross_entropy(net(theta, x), syn.labels)
                     theta = theta.detach() - syn.recipe.lr * torch.autograd.grad(loss, theta)[0]

@@ -138,13 +138,10 @@ def evaluate(
 def _krr(net: Backbone, syn: Synthetic, data: Dataset, split: str) -> float:
     """Accuracy (per cent) of ridge regression from the network's features of the set to its labels (FRePo, eq. 3)."""
     images, labels = syn.training_set()
-    if (
-        syn.spec.get("values", {}).get("flip") == "on"
-    ):  # mirrored copies stand beside the images, as in distillation
-        images, labels = (
-            torch.cat([images, images.flip(3)]),
-            labels.repeat(2, *[1] * (labels.ndim - 1)),
-        )
+    if syn.spec.get("values", {}).get("flip") == "on":
+        # Mirrored copies stand beside the images, as in distillation.
+        images = torch.cat([images, images.flip(3)])
+        labels = labels.repeat(2, *[1] * (labels.ndim - 1))
     targets = labels if labels.is_floating_point() else F.one_hot(labels, data.num_classes).float()
     net.eval()
     support = torch.cat([net.features(x) for x in images.split(500)])

@@ -40,9 +40,8 @@ def compiled(function: Callable) -> Callable:
     """`torch.compile(function)` for static shapes where that works, else `function` with one line of warning."""
     if not _can_compile():
         return function
-    torch._dynamo.config.recompile_limit = (
-        64  # one graph a batch shape and mode; past the limit it runs uncompiled
-    )
+    # One graph a batch shape and mode; past the limit it runs uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=False)
 
 
@@ -135,11 +134,8 @@ def train(
     net.train()
     classes = net.classifier.out_features
     labels, lr, loss = _targets(labels, recipe, classes), recipe.lr, torch.zeros(())
-    optimiser, step, total = (
-        _optimiser(net, recipe, lr),
-        0,
-        recipe.epochs * math.ceil(n / recipe.batch),
-    )
+    optimiser, step = _optimiser(net, recipe, lr), 0
+    total = recipe.epochs * math.ceil(n / recipe.batch)
     for epoch in range(recipe.epochs):
         if epoch in recipe.drops:
             lr *= recipe.drop

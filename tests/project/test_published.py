@@ -139,7 +139,7 @@ def test_few_rows_are_from_memory_and_every_table_marks_them(table):
     rows = tables.recalled()
     assert set(rows.verified) == {tag for tag in table.verified if tag.startswith("RECALLED")}
     assert 0 < len(rows) <= 60, "look the new ones up before quoting more from memory"
-    own = tables._own(tables.published())
+    own = tables.own(tables.published())
     first = own[~own.table.isin(tables.REVIEWS) & own.ipc.notna()].drop_duplicates(
         ["method", "dataset", "ipc"]
     )
