@@ -32,6 +32,7 @@ from ..train.loop import lowered
 from . import meter
 from .meter import SavedTensors
 
+COMPILING = 20.0  # seconds until a network's first compiled step, on a CPU
 COMPILED = 0.6  # seconds of a compiled step over those of a plain one, on a CPU: benchmarks/dm.py
 BATCH = 256  # images of 32 x 32 that go through a network together on a CPU
 FEW, MANY = 8, 32  # images of the two timed batches
@@ -221,11 +222,10 @@ def predict(spec: Spec, device: str = "cpu", prepared: bool = False) -> Cost:
     scored, scored_seconds = _evaluation(spec, sizes, device)
     seconds = (distil * own.each + prepare * taught.each) / (3 * own.forward)
     seconds += tested * scored_seconds
-    return Cost(
-        (distil + prepare + tested * scored) / 1e12,
-        seconds * (COMPILED if run.compile else 1.0),
-        _peak(spec, sizes, own),
-    )
+    if run.compile:
+        seconds = COMPILING + COMPILED * seconds
+    tflop = (distil + prepare + tested * scored) / 1e12
+    return Cost(tflop, seconds, _peak(spec, sizes, own))
 
 
 def shared_key(spec: Spec) -> Hashable:

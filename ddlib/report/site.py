@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import html
+import inspect
 import io
 import itertools
 import os
@@ -509,8 +510,6 @@ def _picture(run) -> bytes | None:
 
 def _api() -> str:
     """The public face, name by name, from signatures and docstrings."""
-    import inspect
-
     import ddlib
 
     parts = ["# The public face", "`import ddlib as dd`; every name below is `dd.NAME`."]
@@ -530,8 +529,6 @@ def _own(module, name: str, value: object) -> bool:
 
 
 def _entry(name: str, value: object, level: int) -> str:
-    import inspect
-
     title = f"{'#' * level} {name}"
     if not callable(value):
         return f"{title}\n\n`{', '.join(map(str, value))}`"
@@ -543,8 +540,6 @@ def _entry(name: str, value: object, level: int) -> str:
 
 
 def _docstring(value: object) -> str:
-    import inspect
-
     text = inspect.getdoc(value) or ""
     return f"```text\n{text}\n```" if text else ""
 

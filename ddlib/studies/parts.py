@@ -4,7 +4,6 @@ for architecture search. Each study takes any method by its name and keeps its r
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from ..config import Spec, resolve
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, derived
 from ..distilled import Synthetic
 from ..engine.run import run
 from ..files import results_folder
@@ -52,7 +51,7 @@ def part(
         classes=names,
         images=images,
         labels=labels,
-        checksum=hashlib.sha256(f"{data.checksum} {name}".encode()).hexdigest(),
+        checksum=derived(data.checksum, name),
         part="",  # its name says it
     )
 
