@@ -19,7 +19,7 @@ from ddlib.augment.siamese import draw
 from ddlib.core import generator
 from ddlib.engine.meter import SavedTensors, machine, seconds
 from ddlib.match.inner import CompiledStep
-from ddlib.match.trajectory import FlatNet, Match, Segment, match
+from ddlib.match.trajectory import FlatNet, Match, Segment, match, stored_weights
 from ddlib.nets.build import build
 
 # name: (engine, whether compiled, whether the graphs of all steps wait in memory)
@@ -81,7 +81,7 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
     for engine in ENGINES:
         with SavedTensors() as saved:
             run(engine)
-        stored = steps * arguments[0].size * 4 if engine.startswith(("tesla", "adjoint")) else 0
+        stored = 4 * arguments[0].size * stored_weights(ENGINES[engine][0], steps)
         rows.append(
             {
                 "what": f"outer step, {engine}",

@@ -166,8 +166,8 @@ def network(
     shape: tuple[int, int, int],
     classes: int,
     device: str,
-    precision: str = "float32",
-    strategy: str = "none",
+    precision: str,
+    strategy: str,
 ) -> Network:
     """The network's FLOPs, its memory, and its speed from two timed batches in `precision`, augmented by `strategy`."""
     net = build(backbone, shape, classes, generator(0, "cost")).to(device)
@@ -200,7 +200,9 @@ def _timed_step(
     forward = lowered(net, x.device, precision)
 
     def step() -> None:
-        seen = augment(x, draw(strategy, batch, shape[1:], rng, op_every=batch))
+        # The same operation at every size, so that their difference is of the size.
+        params = draw(strategy, batch, shape[1:], generator(0, "cost"), op_every=batch)
+        seen = augment(x, params)
         F.cross_entropy(forward(seen), y).backward()
 
     return meter.seconds(step, repeats=2, device=x.device)
@@ -212,12 +214,13 @@ def predict(spec: Spec, device: str = "cpu", prepared: bool = False) -> Cost:
     Experts and extractor are included, but where another run has `prepared` them before.
     """
     run, sizes = spec.run, sizes_of(spec.dataset)
-    own = network(run.backbone, sizes.shape, sizes.classes, device)
+    place = (run.backbone, sizes.shape, sizes.classes, device)
+    own = network(*place, "float32", "none")
     distil = distillation(spec.config, own, sizes, spec.ipc)
     epochs, _ = (0, None) if prepared else preparation(spec.config)
     prepare = 3 * own.forward * epochs * sizes.train
     low = getattr(spec.config, "extractor_precision", "float32")
-    taught = network(run.backbone, sizes.shape, sizes.classes, device, low)
+    taught = network(*place, low, "none") if epochs else own
     tested = run.networks * (run.evaluations if spec.config.iterations else 1)
     scored, scored_seconds = _evaluation(spec, sizes, device)
     seconds = (distil * own.each + prepare * taught.each) / (3 * own.forward)

@@ -11,8 +11,8 @@ at a time. With lambda_N = 2 (theta_N - theta*) / D and, without momentum, a_i =
     lambda_i = lambda_{i+1} + H_i a_i,   dL/dX += (d g_i / dX)^T a_i,   dL/dbeta_i = -lambda_{i+1} . g_i
 
 which is the derivative of the unrolled graph to rounding. `tesla` (Cui et al., arXiv 2211.10586) holds every theta_i
-fixed: lambda_{i+1} := lambda_N, no Hessian products; the same numbers for the last step only. Its steps need no order,
-so it walks the way a second time from theta_0 and keeps no weights at all, where the released code keeps those of every
+fixed: lambda_{i+1} := lambda_N, no Hessian products; the same numbers for the last step only. Its terms can be
+summed in any order, so it walks the way a second time from theta_0 and keeps no weights at all, where the released code keeps those of every
 step. `tesla_repo` halves its image gradient, as that code does. `unroll` keeps the whole graph (MTT), `checkpoint`
 recomputes it step by step (torch.utils.checkpoint); both are oracles here. `window=K` is the adjoint over the last K
 steps, earlier ones dropped.
@@ -321,6 +321,7 @@ def _unfilled(steps: _Steps, rates: Tensor, final: Tensor) -> tuple[Match, Tenso
 def _adjoint(steps: _Steps, rates: Tensor, momentum: float, window: int | None, keep: int) -> Match:
     count = len(rates)
     first = max(0, count - (window or count))
+    keep = min(keep, count - first)
     hessian = lambda i: i > first
     way = _forward(steps, rates, momentum, first, keep, hessian)
     found, adjoint = _unfilled(steps, rates, way.final)  # lambda_{i+1} of theta
@@ -374,6 +375,7 @@ def _product(
 
 
 def stored_weights(engine: str, steps: int) -> int:
-    """How many weight vectors an engine keeps beside its graph, over so many steps: those of the adjoint's way back."""
+    """How many theta_i an engine keeps beside its graph, over so many steps: those of the adjoint's way back, which
+    keeps as many velocities where there is momentum."""
     name, window = parse_engine(engine)
     return min(steps, window or steps) if name == "adjoint" else 0

@@ -47,7 +47,7 @@ def unrolling(
     """One matching gradient of the run `spec` by every engine at every number of unrolled steps.
 
     Columns: engine, steps, seconds; graph bytes (peak of what autograd holds, `meter.SavedTensors`; for checkpoint
-    only its inputs show there); vectors bytes (the theta_i stored beside it, the adjoint's alone); peak bytes (CUDA's
+    only its inputs show there); vectors bytes (the theta_i stored beside it, `stored_weights`); peak bytes (CUDA's
     allocator, else the process); and, against the exact gradient: `cosine` and `norm ratio` of the images' gradient,
     `rate ratio` of the step size's. `unroll` is left out where its graph would pass `largest` bytes, extrapolated from the row before.
     """

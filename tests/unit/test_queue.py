@@ -90,6 +90,23 @@ def test_coresets_are_scored_under_the_columns_own_epochs():
     assert asked.run.eval_epochs == 7 and asked.run.eval_augment == "dc:crop_scale_rotate"
 
 
+def test_an_evaluation_is_timed_in_its_precision_with_its_augmentation(monkeypatch):
+    def step(net, shape, classes, batch, device, precision, strategy):
+        return (
+            batch / 1e3 * (1 if precision == "float32" else 0.5) * (1 if strategy == "none" else 3)
+        )
+
+    monkeypatch.setattr(cost, "_timed_step", step)
+    cost.network.cache_clear()
+    ways = ({"eval_augment": "none"}, {}, {"eval_precision": "bf16"})
+    plain, augmented, low = (
+        cost.predict(dd.resolve("random", "cifar10", 1, "paper", compile=False, **way)).seconds
+        for way in ways
+    )
+    cost.network.cache_clear()
+    assert augmented == pytest.approx(3 * plain) and low == pytest.approx(augmented / 2)
+
+
 def test_costs_follow_the_work(monkeypatch):
     monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, *how: batch / 1e3)
     one = cost.predict(dd.resolve("dm", "cifar10", 1, "paper"))

@@ -297,7 +297,7 @@ def saved(
     return meter.peak, net.size * 4
 
 
-def test_memory_is_flat_in_the_number_of_steps():
+def test_graphs_are_flat_in_the_number_of_steps():
     for engine in ("adjoint", "tesla"):
         (few, vector), (many, _) = saved(engine, 10), saved(engine, 80)
         assert many == few > vector, engine
@@ -320,7 +320,7 @@ class Watched(FlatNet):
 
 @pytest.mark.parametrize(("engine", "growth"), [("tesla", 0), ("window=2", 0), ("adjoint", 12)])
 def test_weights_that_wait_for_the_way_back(engine, growth):
-    """TESLA's do not grow with the steps."""
+    """How many are alive at once grows as `stored_weights` says."""
 
     def most(steps: int) -> int:
         p = problem(steps=steps)
