@@ -11,11 +11,11 @@ at a time. With lambda_N = 2 (theta_N - theta*) / D and, without momentum, a_i =
     lambda_i = lambda_{i+1} + H_i a_i,   dL/dX += (d g_i / dX)^T a_i,   dL/dbeta_i = -lambda_{i+1} . g_i
 
 which is the derivative of the unrolled graph to rounding. `tesla` (Cui et al., arXiv 2211.10586) holds every theta_i
-fixed: lambda_{i+1} := lambda_N, no Hessian products; the same numbers for the last step only. Its terms can be
-summed in any order, so it walks the way a second time from theta_0 and keeps no weights at all, where the released code keeps those of every
-step. `tesla_repo` halves its image gradient, as that code does. `unroll` keeps the whole graph (MTT), `checkpoint`
-recomputes it step by step (torch.utils.checkpoint); both are oracles here. `window=K` is the adjoint over the last K
-steps, earlier ones dropped.
+fixed: lambda_{i+1} := lambda_N, no Hessian products; the same numbers for the last step only. Its terms can be summed
+in any order, so it walks the way a second time from theta_0 and keeps no weights at all, where the released code keeps
+those of every step. `tesla_repo` halves its image gradient, as that code does. `unroll` keeps the whole graph (MTT),
+`checkpoint` recomputes it step by step (torch.utils.checkpoint); both are oracles here. `window=K` is the adjoint over
+the last K steps, earlier ones dropped.
 """
 
 from __future__ import annotations
