@@ -32,7 +32,8 @@ from ..train.loop import lowered
 from . import meter
 from .meter import SavedTensors
 
-COMPILING = 20.0  # seconds until a network's first compiled step, on a CPU
+# Seconds until a network's first compiled step: seen on two CPU cores, in a run of DM; no benchmark of ours has it.
+COMPILING = 20.0
 COMPILED = 0.6  # seconds of a compiled step over those of a plain one, on a CPU: benchmarks/dm.py
 BATCH = 256  # images of 32 x 32 that go through a network together on a CPU
 FEW, MANY = 8, 32  # images of the two timed batches

@@ -303,7 +303,8 @@ def _forward(
         velocity = momentum * velocity + g if momentum else g
         if i >= first:
             way.thetas.append(at)
-            way.velocities += [velocity] if momentum else []
+            if momentum:
+                way.velocities.append(velocity)
         theta = theta - rate * velocity
     way.final = theta
     return way

@@ -44,6 +44,8 @@ def test_unrolling_compares_engines_and_is_computed_once(spec, monkeypatch):
     assert (
         table.loc[(4, "adjoint"), "graph bytes"] < 1.05 * table.loc[(1, "adjoint"), "graph bytes"]
     )
+    vectors = table["vectors bytes"].xs(4, level="steps")
+    assert vectors["adjoint"] > 0 == vectors["tesla"] == vectors["unroll"]
     monkeypatch.setattr(studies, "dataset_of", None)  # a second call must not need the data
     again = studies.unrolling(spec, steps=(1, 4)).set_index(["steps", "engine"])
     assert again.equals(table)

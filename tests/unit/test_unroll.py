@@ -190,6 +190,7 @@ def test_kept_graphs_give_the_same_numbers(engine):
 def test_kept_graphs_grow_the_memory_by_one_step_each():
     one, two, three = (saved("adjoint", 4, keep=keep)[0] for keep in (1, 2, 3))
     assert two - one == pytest.approx(three - two, rel=0.1) and two > one
+    assert saved("window=2", 4, keep=9) == saved("window=2", 4, keep=2)  # none before the window
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
