@@ -127,7 +127,7 @@ def _data_of(syn, dataset: str | None, device: str):
 def _evaluate(args: argparse.Namespace) -> None:
     """Train fresh networks on a distilled set, under the protocol that it carries, and test them.
 
-    ddlib evaluate results/small/NAME.safetensors
+    ddlib evaluate results/small/dm/NAME.safetensors
     ddlib evaluate NAME.safetensors --dataset folder:cifar10 --backbone resnet18 --networks 3
     """
     from .distilled import Synthetic
@@ -141,8 +141,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     """A distilled set for use elsewhere: PNG files by class (an ImageFolder), or one .pt file of tensors.
 
-    ddlib export results/small/NAME.safetensors --to cats_and_dogs
-    ddlib export results/small/NAME.safetensors --to set.pt      torch.load(..., weights_only=True)
+    ddlib export results/small/dm/NAME.safetensors --to cats_and_dogs
+    ddlib export results/small/dm/NAME.safetensors --to set.pt      torch.load(..., weights_only=True)
     ddlib export frepo.safetensors --to photos --dataset cifar10     whitened, no look kept
     """
     from .distilled import Synthetic
@@ -196,8 +196,8 @@ def _import(args: argparse.Namespace) -> None:
 def _card(args: argparse.Namespace) -> None:
     """A card for a kept set, in the manner of Hugging Face: what, from what, how well, at what cost, whose data.
 
-    ddlib card results/small/NAME.safetensors
-    ddlib card results/small/NAME.safetensors --out README.md
+    ddlib card results/small/dm/NAME.safetensors
+    ddlib card results/small/dm/NAME.safetensors --out README.md
     """
     from pathlib import Path
 
@@ -214,7 +214,7 @@ def _card(args: argparse.Namespace) -> None:
 def _look(args: argparse.Namespace) -> None:
     """Keep beside a set what it takes to show it where its data are not at hand; trains one network.
 
-    ddlib look results/small/NAME.safetensors
+    ddlib look results/small/dm/NAME.safetensors
     """
     from .report.card import of_file
     from .report.explore import keep

@@ -37,6 +37,7 @@ from .checkpoint import threads_of
 from .cost import shared_key
 from .meter import commit
 from .queue import Row
+from .record import checkpoint_path
 from .run import run
 
 RETRIES = 3  # times that a run goes on elsewhere when its worker is lost
@@ -82,7 +83,8 @@ class Order:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an order: done, stopped, later or failed, why, and the files by their path in their folder."""
+    """What came of an order: done, stopped, later or failed, why, and the files by their path in the results folder,
+    or among the experts."""
 
     word: str
     why: str = ""
@@ -114,22 +116,20 @@ def perform(order: Order, *experts: Outcome) -> Outcome:
 
 
 def _run(order: Order, results: Path) -> Outcome:
-    spec, folder = order.spec, results / order.spec.profile
-    saved = folder / "checkpoints" / f"{spec.name}.safetensors"
+    spec, saved = order.spec, checkpoint_path(order.spec, results)
     if order.checkpoint and not saved.is_file():  # else a lost task's own, which is further on
         _store(saved.parent, {saved.name: order.checkpoint})
     words = spec.case | spec.overrides
     kept = run(**words, device=order.device, results=results, progress=False)
     paths = [kept.path.with_suffix(suffix) for suffix in SUFFIXES]
-    files = {path.name: path.read_bytes() for path in paths}
+    files = _read(paths, results)
     for path in paths:  # they are the caller's from here on
         path.unlink()
     return Outcome("done", files=files)
 
 
 def _checkpoint(order: Order, results: Path) -> dict[str, bytes]:
-    path = results / order.spec.profile / "checkpoints" / f"{order.spec.name}.safetensors"
-    return {f"checkpoints/{path.name}": path.read_bytes()} if path.is_file() else {}
+    return _read([checkpoint_path(order.spec, results)], results)
 
 
 def _experts(order: Order) -> Outcome:
@@ -146,8 +146,12 @@ def _experts(order: Order) -> Outcome:
 def _expert_files(paths: list[Path]) -> dict[str, bytes]:
     """Experts with the seconds that they took, by their path among the experts."""
     paths = [path.with_suffix(suffix) for path in paths for suffix in SUFFIXES]
-    root = experts_folder()
-    return {str(path.relative_to(root)): path.read_bytes() for path in paths if path.is_file()}
+    return _read(paths, experts_folder())
+
+
+def _read(paths: list[Path], folder: Path) -> dict[str, bytes]:
+    """The files that are there, by their path in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
 
 
 @contextmanager
@@ -228,7 +232,8 @@ def work_through(
         for row in _to_do(rows, locks):
             order = Order(row.spec, device, threads, Code.here(), end)
             refs = _prepare(ray, task, order, experts)
-            order = replace(order, checkpoint=_saved(row))
+            saved = row.checkpoint
+            order = replace(order, checkpoint=saved.read_bytes() if saved.is_file() else None)
             waiting[task.remote(order, *refs)] = row
             print(f"asked    {row}", flush=True)
         well = True
@@ -268,11 +273,6 @@ def _prepare(ray: ModuleType, task: Any, order: Order, experts: dict[Any, list])
     return experts.get(key, []) if assets else []
 
 
-def _saved(row: Row) -> bytes | None:
-    path = row.record.parent / "checkpoints" / f"{row.spec.name}.safetensors"
-    return path.read_bytes() if path.is_file() else None
-
-
 def _outcomes(ray: ModuleType, waiting: dict[Any, Row]) -> Iterator[tuple[Row, Outcome]]:
     """The rows as they end, with what came of them."""
     while waiting:
@@ -292,10 +292,9 @@ def _outcomes(ray: ModuleType, waiting: dict[Any, Row]) -> Iterator[tuple[Row, O
 def _receive(row: Row, outcome: Outcome) -> bool:
     """Keep the files of a row; whether it ended well."""
     for name, content in sorted(outcome.files.items(), reverse=True):  # the set before its record
-        write_atomically(row.record.parent / name, partial(Path.write_bytes, data=content))
+        write_atomically(row.results / name, partial(Path.write_bytes, data=content))
     if outcome.word == "done":
-        checkpoint = row.record.parent / "checkpoints" / f"{row.spec.name}.safetensors"
-        checkpoint.unlink(missing_ok=True)
+        row.checkpoint.unlink(missing_ok=True)
     said = {"stopped": "stopped, to go on"}.get(outcome.word, outcome.word)
     print(": ".join(filter(None, (f"{said:8} {row}", outcome.why))), flush=True)
     return outcome.word != "failed"

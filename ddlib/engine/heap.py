@@ -2,8 +2,8 @@
 
 glibc hands large freed blocks back to the kernel, which gives them out again page by page, each zeroed at its first
 touch, and a training step allocates and frees the same activations again and again. `python -m benchmarks --only dm`
-has the plain loop with and without. A run and the command line call `keep`, importing ddlib does not. Only glibc is told so; DDLIB_HEAP=0 and glibc's own MALLOC_TRIM_THRESHOLD_ or
-MALLOC_MMAP_THRESHOLD_ leave it alone.
+has the plain loop with and without. A run and the command line call `keep`, importing ddlib does not. Only glibc is
+told so; DDLIB_HEAP=0 and glibc's own MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ leave it alone.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from ..core import DDError, choose, path_of
 from ..files import Busy, lock, results_folder
 from ..methods import METHODS
 from .cost import Cost, predict, shared_key
+from .record import checkpoint_path, record_path
 
 ROWS = Path(__file__).with_name("queue.yaml")  # the papers' rows
 KEYS = ("method", "dataset", "ipc", "seeds", "set")
@@ -41,11 +42,19 @@ GRACE = 120  # seconds that a run has to write its checkpoint
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a queue, its predicted cost and where its record will lie."""
+    """One run of a queue, its predicted cost and the results folder that is to keep it."""
 
     spec: Spec
     cost: Cost
-    record: Path
+    results: Path
+
+    @property
+    def record(self) -> Path:
+        return record_path(self.spec, self.results)
+
+    @property
+    def checkpoint(self) -> Path:
+        return checkpoint_path(self.spec, self.results)
 
     @property
     def done(self) -> bool:
@@ -125,7 +134,7 @@ def plan(
         next_one = min(range(len(left)), key=lambda k: _order(choices[k]))
         spec, _, _ = left.pop(next_one)
         paid.add(shared_key(spec))
-        rows.append(Row(spec, choices[next_one], _record(spec, folder)))
+        rows.append(Row(spec, choices[next_one], folder))
     return rows
 
 
@@ -133,11 +142,7 @@ def unpriced(specs: Iterable[Spec], results: str | Path | None = None) -> list[R
     """The rows in the order given, their cost unknown."""
     folder = results_folder(results)
     unknown = Cost(math.nan, math.nan, math.nan)
-    return [Row(spec, unknown, _record(spec, folder)) for spec in specs]
-
-
-def _record(spec: Spec, folder: Path) -> Path:
-    return folder / spec.profile / f"{spec.name}.json"
+    return [Row(spec, unknown, folder) for spec in specs]
 
 
 def _order(cost: Cost) -> tuple[bool, float]:

@@ -14,7 +14,7 @@ from ..config import PROFILES, Spec, dataset_of, defaults, resolve
 from ..core import DDError, instance, path_of, pick_device, plain, shown, whole
 from ..data.dataset import Dataset, derived, folder_checksum, minival_name, subset_name
 from ..distilled import Synthetic
-from ..files import is_there, lock, read_json, sealed, update_json
+from ..files import is_there, lock, read_json, results_folder, sealed, update_json
 from ..recipe import VERSION, Recipe, own_augment
 from ..recipe import protocol as make_protocol
 from ..train.evaluate import Evaluation, evaluate
@@ -23,6 +23,28 @@ from .meter import machine
 
 _CURE = "delete it and run again"
 SIDE_FILES = (".transfer.json", ".confusion.json")  # rows beside a record, true of its set alone
+
+
+def record_path(spec: Spec, results: str | Path | None = None) -> Path:
+    """Where the record of a run lies, its set beside it: results/PROFILE/METHOD/NAME.json.
+
+    Where ddlib left it before a method had a folder of its own, one folder higher, it stays.
+    """
+    folder = results_folder(results) / spec.profile
+    earlier = folder / f"{spec.name}.json"
+    return earlier if is_there(earlier) else folder / spec.method / earlier.name
+
+
+def record_paths(results: str | Path | None = None, profile: str = "*") -> list[Path]:
+    """Every record of a results folder, by profile and name, wherever `record_path` finds it."""
+    folder, name = results_folder(results), "*-seed*-????????.json"
+    found = [*folder.glob(f"{profile}/{name}"), *folder.glob(f"{profile}/*/{name}")]
+    return sorted(found, key=lambda path: (path.relative_to(folder).parts[0], path.name))
+
+
+def checkpoint_path(spec: Spec, results: str | Path | None = None) -> Path:
+    """Where an unfinished run keeps what it goes on from: results/PROFILE/checkpoints/NAME.safetensors."""
+    return results_folder(results) / spec.profile / "checkpoints" / f"{spec.name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,12 @@ class Run:
     def sealed(self) -> bool:
         """Whether a checksum covers the record; False for those of ddlib before its records had one."""
         return sealed(self.path)
+
+    @property
+    def results(self) -> Path:
+        """The results folder that it lies in."""
+        folder = self.path.parent
+        return folder.parents[folder.name not in PROFILES]
 
     @cached_property
     def synthetic(self) -> Synthetic:

@@ -20,14 +20,22 @@ from ..core import DDError, Interrupted, checksum, instance, pick_device, plain,
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..experts import ExpertsError
-from ..files import Busy, CannotWrite, lock, results_folder, write_atomically, write_json
+from ..files import Busy, CannotWrite, lock, write_atomically, write_json
 from ..methods import METHODS
 from ..nets.build import build
 from ..train.evaluate import evaluate
 from . import contract
 from .checkpoint import Progress, Signals, guard, threads_of
 from .meter import PeakMemory, machine
-from .record import SIDE_FILES, Run, refuse_other_images, summary, usable
+from .record import (
+    SIDE_FILES,
+    Run,
+    checkpoint_path,
+    record_path,
+    refuse_other_images,
+    summary,
+    usable,
+)
 
 
 def run(
@@ -51,8 +59,8 @@ def run(
     """The record of one run: at once if `results/` holds it, else distil (or resume), evaluate and write it.
 
     `overrides` are keys of the method's Config or of `RunConfig`. `data` spares the loading where a notebook already
-    has the whole dataset, as `load` gives it; others are refused. `fresh` ignores an old record and checkpoint. `teach` first trains the experts that a run needs and lacks
-    (`prepare`); a kept record needs none.
+    has the whole dataset, as `load` gives it; others are refused. `fresh` ignores an old record and checkpoint. `teach`
+    first trains the experts that a run needs and lacks (`prepare`); a kept record needs none.
 
     A killed run resumes from its last checkpoint, written every `checkpoint_every` steps, every five minutes and at
     every signal, and ends in the same bytes on the same CPU with the same number of threads; a resume with another
@@ -61,14 +69,12 @@ def run(
     where its folder of images, if it is at hand, has changed since. Raises `DDError`.
     """
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
-    folder = results_folder(results) / profile
-    done = Run(folder / f"{spec.name}.json")
+    done, checkpoint = Run(record_path(spec, results)), checkpoint_path(spec, results)
     instance("data", data, Dataset, None)
     flags = {"fresh": fresh, "progress": progress, "teach": teach, "wait": wait}
     for name, value in (flags | {"any_threads": any_threads}).items():
         instance(name, plain(value), bool)
     data = usable(data, spec)
-    checkpoint = folder / "checkpoints" / f"{spec.name}.safetensors"
     if not fresh and done.complete:
         refuse_other_images(done, spec, data)
         _forget(checkpoint, done)
@@ -80,7 +86,9 @@ def run(
             refuse_other_images(done, spec, data)
             return done
         # An unwritable folder fails now.
-        write_atomically(folder / f".{spec.name}.try", lambda path: None).unlink(missing_ok=True)
+        write_atomically(done.path.with_name(f".{spec.name}.try"), lambda path: None).unlink(
+            missing_ok=True
+        )
         data = data.to(device) if data else dataset_of(spec, device)
         _check(spec, data)
         if teach:

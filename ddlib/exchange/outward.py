@@ -68,7 +68,8 @@ def save_images(
     """PNG files as `torchvision.datasets.ImageFolder` reads them: FOLDER/CLASS/0000.png, decoded, and set.json.
 
     Pixels are clamped to [0, 1] and rounded to 8 bits, which costs some accuracy; a whitened set needs `data`, its
-    dataset, to be seen, or its pixels as `ddlib look` has kept them, `seen`: uint8 [n, C, H, W]. Labels that are no classes stand in labels.csv. A folder that holds anything is a `DDError`.
+    dataset, to be seen, or its pixels as `ddlib look` has kept them, `seen`: uint8 [n, C, H, W]. Labels that are no
+    classes stand in labels.csv. A folder that holds anything is a `DDError`.
     """
     folder = path_of("the folder", folder)
     if not folder.name:

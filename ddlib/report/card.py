@@ -141,7 +141,7 @@ def _accuracy(run: Run) -> str:
 
 def _random_beside(run: Run) -> list[Run]:
     """The random images whose records lie beside the run's, which a verdict needs."""
-    stored = tables.stored(run.path.parents[1], run.record["profile"])
+    stored = tables.stored(run.results, run.record["profile"])
     return [one for one in stored if one.record["method"] == "random" != run.record["method"]]
 
 

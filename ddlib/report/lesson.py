@@ -99,7 +99,7 @@ def kept_run(method: str, dataset: str, ipc: int, **values: Any) -> Run:
     rows = rows[(rows.ipc == ipc) & (rows.dataset.map(canonical) == canonical(dataset))]
     rows = rows.assign(changes=rows.overrides.str.count("=")).sort_values(["changes", "seed"])
     for row in rows.itertuples():
-        run = Run(SOURCE / "results" / row.profile / f"{row.name}.json")
+        run = Run(SOURCE / "results" / row.profile / method / f"{row.name}.json")
         if values.items() <= run.record["values"].items():
             return run
     raise DDError(f"no run of {method} on {dataset} at IPC {ipc} is kept in {SOURCE / 'results'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from functools import cache
 from inspect import signature
@@ -17,9 +16,8 @@ from ..config import PROFILES, resolve
 from ..core import DDError, choose, instance, listed
 from ..data.dataset import canonical
 from ..engine import queue
-from ..engine.record import Run, resolve_record, side_file
+from ..engine.record import Run, record_paths, resolve_record, side_file
 from ..engine.run import run as distil
-from ..files import results_folder
 from ..methods import METHODS
 from ..methods.coreset import KINDS
 from ..recipe import VERSION, own_augment
@@ -141,11 +139,7 @@ def stored(results: str | Path | None = None, profile: str | None = None) -> lis
     """Every current run in the results folder, by name; a record of an older version of its method is left out."""
     if profile is not None:
         choose("profile", profile, PROFILES)
-    folder = results_folder(results)
-    if not os.path.isdir(folder):
-        return []
-    names = sorted(folder.glob(f"{profile or '*'}/*-seed*-????????.json"))
-    found = [Run(path) for path in names]
+    found = [Run(path) for path in record_paths(results, profile or "*")]
     return [run for run in found if _current(run.record)]
 
 
@@ -306,8 +300,9 @@ def printed(
 ) -> pd.DataFrame:
     """The papers' own table: a row a dataset and IPC, a column a method, as value ± spread.
 
-    Re-evaluations by later papers are left out, so a cell that the papers leave empty is empty. `*` marks a figure that was quoted
-    from memory and not yet seen in print, `~` one that was read off a plot. "full" stands in every row of its dataset.
+    Re-evaluations by later papers are left out, so a cell that the papers leave empty is empty. `*` marks a figure that
+    was quoted from memory and not yet seen in print, `~` one that was read off a plot. "full" stands in every row of
+    its dataset.
     """
     table = own(first_hand())
     whole = table[table.method == "full"]

@@ -33,7 +33,7 @@ def runs(rows: pd.DataFrame, width: int | None = None) -> str:
     """The rows of `tables.runs` as a table; what all have in common stands above it, once.
 
     "best" is shown where an evaluation on the way was better than the last; "name" is the end of the
-    files' names, by which a shell finds them: results/PROFILE/*NAME.safetensors.
+    files' names, by which a shell finds them: results/PROFILE/METHOD/*NAME.safetensors.
     """
     counts = [
         f"{mean:.1f} ± {spread:.1f}"

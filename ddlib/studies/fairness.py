@@ -34,9 +34,8 @@ import torch
 from ..config import dataset_of, resolve
 from ..core import DDError, generator, pick_device
 from ..distilled import Synthetic
-from ..engine.record import Run, resolve_record
+from ..engine.record import Run, record_path, resolve_record
 from ..engine.run import run as distil
-from ..files import results_folder
 from ..methods import METHODS
 from ..nets.build import build
 from ..train.evaluate import evaluate
@@ -153,8 +152,7 @@ def find(
 ) -> Run | None:
     """`ddlib.run` with its experts; without `train` the kept run, None where there is none."""
     spec = resolve(method, dataset, **options)
-    done = results_folder() / spec.profile / f"{spec.name}.json"
-    if not train and not done.is_file():
+    if not train and not record_path(spec).is_file():
         return None
     return distil(method, dataset, device=device, teach=True, **options)
 

@@ -49,7 +49,8 @@ def unrolling(
     Columns: engine, steps, seconds; graph bytes (peak of what autograd holds, `meter.SavedTensors`; for checkpoint
     only its inputs show there); vectors bytes (the theta_i stored beside it, `stored_weights`); peak bytes (CUDA's
     allocator, else the process); and, against the exact gradient: `cosine` and `norm ratio` of the images' gradient,
-    `rate ratio` of the step size's. `unroll` is left out where its graph would pass `largest` bytes, extrapolated from the row before.
+    `rate ratio` of the step size's. `unroll` is left out where its graph would pass `largest` bytes, extrapolated from
+    the row before.
     """
     steps, engines = sorted(steps), list(engines)
 

@@ -78,9 +78,9 @@ def evaluate(
 
     The last epoch counts; no epoch is picked. Network k depends on (seed, k) alone. `precision` "bf16" trains and
     tests under autocast (`loop.lowered`; the extra "krr" stays float32), which is faster on a CPU with bf16
-    instructions (results/bench/precision_cpu.json). An evaluation that was stopped goes on from `scores`, the accuracies of its first networks:
-    each further network's are appended, then `after_network()` is called, which may save them. Raises `DDError` where
-    set and data do not belong together.
+    instructions (results/bench/precision_cpu.json). An evaluation that was stopped goes on from `scores`, the
+    accuracies of its first networks: each further network's are appended, then `after_network()` is called, which may
+    save them. Raises `DDError` where set and data do not belong together.
     """
     instance("the set", syn, Synthetic).check(instance("data", data, Dataset))
     networks, seed = whole("networks", networks, 1), whole("seed", seed, 0)

@@ -124,10 +124,10 @@ def train(
     """Train `net` in place under `recipe` and return it.
 
     images: normalised float [n, C, H, W], or a function from an index [b] to such a batch; labels: int64 [n], or float
-    [n, classes] (probabilities, or any numbers under mse). `forward` is the network's compiled forward, if there is one. `rng` gives the order
-    of the images and the augmentation. `adjust(closure)` may edit the gradients before the step; the closure gives the
-    batch's loss again. `targets(x, y)` gives what the loss compares the logits of the augmented batch x with, in place
-    of y: a teacher's answers, say. Raises `DDError` when the loss stops being finite.
+    [n, classes] (probabilities, or any numbers under mse). `forward` is the network's compiled forward, if there is
+    one. `rng` gives the order of the images and the augmentation. `adjust(closure)` may edit the gradients before the
+    step; the closure gives the batch's loss again. `targets(x, y)` gives what the loss compares the logits of the
+    augmented batch x with, in place of y: a teacher's answers, say. Raises `DDError` when the loss stops being finite.
     """
     fetch = images if callable(images) else images.__getitem__
     forward, n = forward or net, len(labels)

@@ -274,7 +274,7 @@ def meetings(draw: random.Random, end, many: int = 4, methods=METHODS) -> Counte
             counts["traceback"] += sum(what == "traceback" for what, _ in answers)
             counts["wrong"] += len({value for what, value in answers if what == "done"}) > 1
             counts["computed twice"] += max(0, len(os.listdir(notes)) - 1)
-            (path,) = Path(results).glob("smoke/*[0-9a-f].json")
+            (path,) = Path(results).glob("smoke/*/*[0-9a-f].json")
             nets = [f"convnet:width={width}" for width in draw.sample(range(2, 12), many)]
             answers = [wait(child) for child in [start(row, str(path), net) for net in nets]]
             beside = json.loads(path.with_suffix(".transfer.json").read_text())

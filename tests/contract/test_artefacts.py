@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ddlib as dd
 from ddlib import files
-from ddlib.engine.record import resolve_record, side_file
+from ddlib.engine.record import record_paths, resolve_record, side_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = ROOT / "tests" / "data"
@@ -26,7 +26,7 @@ def test_a_run_of_version_0_1():
 
 
 def test_every_kept_record_and_set_loads():
-    paths = sorted((ROOT / "results").glob("*/*-seed*-????????.json"))
+    paths = record_paths(ROOT / "results")
     assert len(paths) >= 70
     sets = 0
     for path in paths:

@@ -15,11 +15,11 @@ import torch
 
 import ddlib as dd
 from ddlib.data.dataset import canonical
-from ddlib.engine.record import Run, resolve_record
+from ddlib.engine.record import Run, record_paths, resolve_record
 from ddlib.report import explore
 
 SMALL = Path(__file__).parents[2] / "results" / "small"
-RECORDS = [Run(path) for path in sorted(SMALL.glob("*-seed*-????????.json"))]
+RECORDS = [Run(path) for path in record_paths(SMALL.parent, "small")]
 
 
 @pytest.mark.real

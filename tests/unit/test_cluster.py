@@ -41,7 +41,7 @@ def order(**changes) -> Order:
 def kept(folder: Path) -> dict[str, object]:
     """Every record below a folder without what differs from machine to machine, and every set's checksum."""
     found = {}
-    for path in sorted(folder.glob("smoke/[!.]*.*")):
+    for path in sorted(folder.glob("smoke/*/[!.]*.*")):
         if path.suffix == ".json":
             record = json.loads(path.read_text())
             record["extra"].pop("expert seconds", None)
@@ -62,7 +62,7 @@ def kill_a_worker(room: Path, name: str) -> None:
     """Kill the worker that has written a checkpoint of the run `name`: the one that holds its lock open."""
     while not (room / "checkpoints" / f"{name}.safetensors").is_file():
         time.sleep(0.01)
-    held = os.path.realpath(room / ".locks" / f"{name}.json.lock")
+    held = os.path.realpath(room / "dm" / ".locks" / f"{name}.json.lock")
     for process in filter(worker_of, Path("/proc").glob("[0-9]*")):
         if held in {os.path.realpath(file) for file in (process / "fd").glob("*")}:
             os.kill(int(process.name), signal.SIGKILL)
@@ -125,11 +125,12 @@ def test_a_stopped_order_goes_on_elsewhere_and_ends_in_the_same_bytes(tmp_path, 
     monkeypatch.setattr(Progress, "save", stop_after)
     stopped = perform(order())
     monkeypatch.undo()
-    assert stopped.word == "stopped" and list(stopped.files) == [f"checkpoints/{name}.safetensors"]
+    assert stopped.word == "stopped" and list(stopped.files) == [f"smoke/checkpoints/{name}.safetensors"]
     monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / "elsewhere"))
-    rest = perform(order(checkpoint=stopped.files[f"checkpoints/{name}.safetensors"]))
+    rest = perform(order(checkpoint=stopped.files[f"smoke/checkpoints/{name}.safetensors"]))
+    made = f"smoke/dm/{name}.safetensors"
     assert rest.word == "done"
-    assert rest.files[f"{name}.safetensors"] == whole.files[f"{name}.safetensors"]
+    assert rest.files[made] == whole.files[made]
 
 
 def test_errors_of_a_worker_are_sentences(monkeypatch, tmp_path):

@@ -285,7 +285,7 @@ def test_soft_labels_stand_in_a_table_and_class_folders_keep_their_order(tmp_pat
 
 
 def test_a_whitened_set_becomes_pictures_by_the_look_beside_it(tmp_path, monkeypatch, capsys):
-    (path,) = RESULTS.glob("small/frepo-*.look.safetensors")
+    (path,) = RESULTS.glob("small/frepo/*.look.safetensors")
     kept = Run(path.with_name(path.name.replace(".look.safetensors", ".json")))
     file = kept.path.with_suffix(".safetensors")
     words = ["ddlib", "export", str(file), "--to", str(tmp_path / "out")]

@@ -235,7 +235,7 @@ def test_a_kept_look_draws_every_view_without_the_data(tmp_path, monkeypatch, zc
 
 def test_the_committed_looks_are_of_their_sets_and_small():
     results = Path(__file__).parents[2] / "results"
-    kept = sorted(results.glob("small/*.look.safetensors"))
+    kept = sorted(results.glob("small/*/*.look.safetensors"))
     assert sum(path.stat().st_size for path in kept) < 400_000
     for path in kept:
         run = Run(path.with_name(path.name.replace(".look.safetensors", ".json")))

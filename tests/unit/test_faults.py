@@ -71,8 +71,8 @@ def made(tmp_path_factory) -> dd.Run:
 @pytest.fixture
 def kept(made, results) -> dd.Run:
     """A finished run of this test's own, to spoil."""
-    shutil.copytree(made.path.parent, results / "smoke")
-    return dd.Run(results / "smoke" / made.path.name)
+    shutil.copytree(made.path.parent, results / "smoke" / "dm")
+    return dd.Run(results / "smoke" / "dm" / made.path.name)
 
 
 @pytest.fixture
@@ -373,11 +373,11 @@ def test_one_fits_the_whitening_and_the_others_read_it(tmp_path, monkeypatch):
 
 
 def test_a_run_at_work_elsewhere_can_be_seen_and_a_dead_ones_lock_is_free(results):
-    name = dm().path.name
-    (results / "smoke" / name).unlink()
+    path = dm().path
+    path.unlink()
     hold = (
         "import sys, time; from pathlib import Path; from ddlib.files import lock\n"
-        f"with lock(Path({str(results / 'smoke' / name)!r}), 'it'): print(1, flush=True), time.sleep(60)"
+        f"with lock(Path({str(path)!r}), 'it'): print(1, flush=True), time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     try:
@@ -387,7 +387,7 @@ def test_a_run_at_work_elsewhere_can_be_seen_and_a_dead_ones_lock_is_free(result
     finally:
         child.kill()
         child.wait()
-    assert dm(wait=False).path.name == name
+    assert dm(wait=False).path == path
 
 
 # Nothing that hangs, crashes or starts a program
@@ -504,7 +504,7 @@ def test_what_a_killed_process_left_is_swept(results):
     for path in (old, new):
         path.touch()
     os.utime(old, (0, 0))
-    forgotten = run.path.parent / "checkpoints" / run.path.with_suffix(".safetensors").name
+    forgotten = records.checkpoint_path(records.resolve_record(run.record))
     forgotten.touch()
     dm()
     assert not forgotten.exists()
@@ -738,7 +738,7 @@ def test_a_record_that_lacks_what_a_table_reads(kept, ddlib, key, value):
     del record["seal"]  # an older one, so that its contents alone speak
     kept.path.write_text(json.dumps(record))
     for words in (["list"], ["list", "--markdown"], ["list", "--json"]):
-        code, said = ddlib(*words, "--results", kept.path.parents[1])
+        code, said = ddlib(*words, "--results", kept.results)
         assert code == 2 and re.fullmatch("ddlib: .* is no record of a run .*\n", said)
     with pytest.raises(DDError, match="is no record of a run .*delete it and run again"):
         dm()

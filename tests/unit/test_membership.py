@@ -82,7 +82,7 @@ def test_the_distilled_set_is_attacked_and_its_start_is_an_arm_of_its_own(result
     monkeypatch.setattr(membership, "train", spy)
     for arm in ("dm", "dm start"):
         study(arm, "digits", steps=(5, 8), **FAST)
-    (path,) = (results / "smoke" / "parts" / "smoke").glob("dm-*.json")
+    (path,) = (results / "smoke" / "parts" / "smoke" / "dm").glob("*.json")
     syn = Run(path).synthetic
     assert torch.equal(trained["dm"][0], syn.images) and torch.equal(
         trained["dm start"][0], syn.snapshots[0]

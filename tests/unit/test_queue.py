@@ -216,7 +216,7 @@ def test_experts_are_trained_before_the_run_that_needs_them(tmp_path, monkeypatc
     monkeypatch.setattr(queue, "_process", lambda words, *rest: called.append(words) or 0)
     rows = [row(method=["mtt", "dm"], dataset="cifar10", seeds=3, set={})]
     specs = queue.read(written(tmp_path, rows), "small", "folder:tree/cifar10")
-    plan = [queue.Row(spec, None, tmp_path / "none.json") for spec in specs]
+    plan = [queue.Row(spec, None, tmp_path) for spec in specs]
     codes = [queue._run(each, math.inf, "cpu", tmp_path) for each in plan]
     assert codes == [0, 0] and [words[2] for words in called] == ["experts", "run", "run"]
     assert all("folder:tree/cifar10" in words for words in called)

@@ -28,6 +28,7 @@ from ddlib.config import PRESETS, PROFILES, resolve
 from ddlib.core import DDError
 from ddlib.engine import meter
 from ddlib.engine import run as runs
+from ddlib.engine.record import record_paths
 from ddlib.files import load_tensors, results_folder
 from ddlib.methods import METHODS
 from ddlib.methods.dm import DM
@@ -140,11 +141,23 @@ def test_the_record_of_a_run(whole):
     ]  # no checkpoint, no temporary file
 
 
+def test_a_record_that_lies_where_earlier_versions_put_it_is_found_there(whole, tmp_path):
+    earlier = tmp_path / "smoke" / whole.path.name
+    earlier.parent.mkdir()
+    for path in (whole.path, whole.path.with_suffix(".safetensors")):
+        shutil.copy(path, earlier.parent)
+    found = run(tmp_path)
+    assert found.path == earlier and found.results == tmp_path and found.record == whole.record
+    assert record_paths(tmp_path) == record_paths(tmp_path, "smoke") == [earlier]
+    run(tmp_path, seed=1, iterations=1)
+    assert [path.parent.name for path in record_paths(tmp_path)] == ["smoke", "dm"]
+
+
 def test_a_finished_run_is_returned_at_once(whole, tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("loaded the data")
 
-    results = whole.path.parents[1]
+    results = whole.results
     monkeypatch.setattr("ddlib.config.load", refuse)
     assert run(results).record == whole.record
     for options in ({"fresh": True}, {"seed": 1}, {"lr_img": 2.0}, {"results": tmp_path}):
@@ -310,13 +323,13 @@ def test_a_killed_process_resumes_to_the_same_bytes(whole, tmp_path):
             wait_for(child, tmp_path, step)
         finally:
             child.kill()
-    assert child.returncode == -signal.SIGKILL and not files(tmp_path, "*.json")
+    assert child.returncode == -signal.SIGKILL and not files(tmp_path, "dm/*.json")
     _, header = load_tensors(checkpoint(tmp_path), "checkpoint", "")
     assert step < header["step"] <= 60
     again = process(tmp_path)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
-    (done,) = files(tmp_path, "*.json")
+    (done,) = files(tmp_path, "dm/*.json")
     assert f"record {done}" in out
     assert same(dd.Run(done), whole), f"killed after step {step}"
 
@@ -440,7 +453,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(tmp_path):
     assert int(kept) < int(at) and Path(path) == checkpoint(tmp_path)
     tensors, header = load_tensors(checkpoint(tmp_path), "checkpoint", "")
     assert header["step"] == int(kept) and torch.isfinite(tensors["method.raw"]).all()
-    assert not files(tmp_path, "*.json")
+    assert not files(tmp_path, "dm/*.json")
     with pytest.raises(DDError, match="diverged at step 2: .*state, step 1, is kept"):
         run(tmp_path / "b", lr_img=1e30)
 
@@ -711,7 +724,7 @@ def test_a_wrong_word_is_one_line_and_exit_code_2(ddlib, tmp_path, words, messag
     code, out, err = ddlib(*line, "--results", tmp_path)
     assert (code, out) == (2, "") and err.startswith("ddlib: ") and err.count("\n") == 1, err
     assert re.search(message, err)
-    assert not files(tmp_path, "*.json")
+    assert not files(tmp_path, "dm/*.json")
 
 
 def test_a_wrong_evaluation_network_is_named_before_anything_is_trained(tmp_path, monkeypatch):
@@ -788,7 +801,7 @@ def test_numbers_at_the_command_line_may_be_written_in_any_way():
 
 
 def test_run_evaluate_and_list(ddlib, whole, tmp_path):
-    code, out, err = ddlib(*WORDS, "--results", whole.path.parents[1])
+    code, out, err = ddlib(*WORDS, "--results", whole.results)
     assert code == 0 and err == "" and out.splitlines()[:2] == [repr(whole), f"record {whole.path}"]
     code, out, _ = ddlib(
         "evaluate", whole.path.with_suffix(".safetensors"), "--networks", "2", "--device", "cpu"
@@ -798,7 +811,7 @@ def test_run_evaluate_and_list(ddlib, whole, tmp_path):
         f"{last['mean']:.1f} ± {last['std']:.1f} % (2 x convnet:width=32, dsa protocol"
     )
 
-    code, out, _ = ddlib("list", "--json", "--results", whole.path.parents[1])
+    code, out, _ = ddlib("list", "--json", "--results", whole.results)
     (row,) = json.loads(out)
     assert code == 0
     assert (
@@ -824,12 +837,9 @@ def test_run_evaluate_and_list(ddlib, whole, tmp_path):
     assert row["seconds"] > 0 and row["peak_bytes"] > 2**20 and row["device"]
     assert row["networks"] == pytest.approx(last["networks"])
 
-    code, out, _ = ddlib("list", "--results", whole.path.parents[1])
+    code, out, _ = ddlib("list", "--results", whole.results)
     assert code == 0 and "dm" in out and "digits" in out
-    assert (
-        whole.path.stem
-        not in ddlib("list", "--method", "random", "--results", whole.path.parents[1])[1]
-    )
+    assert whole.path.stem not in ddlib("list", "--method", "random", "--results", whole.results)[1]
     assert ddlib("list", "--method", "dmm")[:2] == (2, "")
     assert ddlib("evaluate", whole.path.with_suffix(".safetensors"), "--seed", "-1")[2] == (
         "ddlib: seed must be an integer of at least 0, not -1\n"
@@ -841,7 +851,7 @@ def test_run_evaluate_and_list(ddlib, whole, tmp_path):
 
 def test_a_record_of_an_older_version_is_not_listed(ddlib, whole, monkeypatch):
     monkeypatch.setattr(DM, "version", DM.version + 1)
-    assert ddlib("list", "--json", "--results", whole.path.parents[1])[:2] == (0, "[]\n")
+    assert ddlib("list", "--json", "--results", whole.results)[:2] == (0, "[]\n")
 
 
 def test_a_sweep_is_a_row_a_run(tmp_path):
@@ -963,7 +973,7 @@ def test_dm_runs_where_jupyter_is_not_installed(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(files(tmp_path, "*.json")) == 1
+    assert len(files(tmp_path, "dm/*.json")) == 1
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_JUPYTER, "reproduce"],
         cwd=ROOT,

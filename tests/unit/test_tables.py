@@ -54,7 +54,7 @@ def record(
         "dataset_checksum": JPEG if dataset == "folder:cifar10" else "0",
         "history": [{"step": k, "loss": 1 / k} for k in (1, 2, 3)],
     }
-    path = folder / profile / f"{spec.name}.json"
+    path = folder / profile / method / f"{spec.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(written))
     return Run(path)
@@ -209,7 +209,7 @@ def test_a_key_younger_than_a_record_has_its_default(tmp_path):
 def test_stored_leaves_out_what_is_not_current(tmp_path, monkeypatch):
     current, old = record(tmp_path, seed=0), record(tmp_path, seed=1)
     old.path.write_text(json.dumps(old.record | {"method": "gone"}))
-    (tmp_path / "smoke" / f"{current.path.stem}.transfer.json").write_text("{}")
+    current.path.with_suffix(".transfer.json").write_text("{}")
     assert [run.path for run in tables.stored(tmp_path)] == [current.path]
     assert tables.stored(tmp_path, "paper") == []
     monkeypatch.setattr(dd.METHODS["dm"], "version", dd.METHODS["dm"].version + 1)

@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_state(results)
     kept, header = load_tensors(path, "checkpoint", "")
     assert header["step"] == 1 and kept["method.count"].tolist() == [1, 0]
     assert all(torch.isfinite(value).all() for value in kept.values())
-    assert not list((results / "smoke").glob("*.json"))
+    assert not list(results.rglob("*.json"))
 
 
 def test_the_learned_rate_travels_with_the_set(results):
