@@ -18,8 +18,8 @@ from ddlib.data.dataset import canonical
 from ddlib.engine.record import Run, record_paths, resolve_record
 from ddlib.report import explore
 
-SMALL = Path(__file__).parents[2] / "results" / "small"
-RECORDS = [Run(path) for path in record_paths(SMALL.parent, "small")]
+RESULTS = Path(__file__).parents[2] / "results"
+RECORDS = [Run(path) for path in record_paths(RESULTS, "small")]
 
 
 @pytest.mark.real
@@ -129,27 +129,25 @@ def test_dream_plus_leads_dream_leads_random_sampling_after_equal_iterations():
         assert curves["idc"][step] < curves["dream"][step] < curves["dream_plus"][step]
 
 
-def test_idcs_first_images_before_any_step():
-    same = {"iterations": 0, "backbone": "convnet"}
+def test_first_images_before_any_step():
+    """At the papers' width: random (IDC), by the features of an untrained network (DREAM), of a trained one (DREAM+)."""
+    paper = [Run(path) for path in record_paths(RESULTS, "paper")]
     mix, untrained, warm = (
-        fmean(run.accuracy for run in cifar10("idc", **same, **values))
-        for values in (
-            {"init": "mix"},
-            {"init": "kmeans", "warm_epochs": 0},
-            {"init": "kmeans", "warm_epochs": 1},
+        fmean(
+            run.accuracy
+            for run in paper
+            if run.record["method"] == method and run.record["values"]["iterations"] == 0
         )
+        for method in ("idc", "dream", "dream_plus")
     )
-    assert mix == pytest.approx(49.0, abs=1.5) and warm == pytest.approx(
-        54.5, abs=1.5
-    )  # the figure at iteration 0
-    assert (
-        mix + 3 < untrained < warm
-    )  # K-means on the features of an untrained network, as DREAM begins: in between
+    # The figure at iteration 0.
+    assert mix == pytest.approx(49.0, abs=1.5) and warm == pytest.approx(54.5, abs=1.5)
+    assert mix + 3 < untrained < warm
 
 
 def test_the_executed_notebooks_name_records_that_are_kept():
-    kept = {path.stem for path in SMALL.rglob("*.json")}
-    for path in sorted((SMALL.parent / "notebooks" / "small").glob("*.ipynb")):
+    kept = {path.stem for path in (RESULTS / "small").rglob("*.json")}
+    for path in sorted((RESULTS / "notebooks" / "small").glob("*.ipynb")):
         named = set(
             re.findall(
                 r"[a-z_]+(?:-[a-z0-9_]+)+-ipc\d+-(?:small-seed\d+-)?[0-9a-f]{8}\b", path.read_text()

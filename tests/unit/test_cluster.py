@@ -125,7 +125,9 @@ def test_a_stopped_order_goes_on_elsewhere_and_ends_in_the_same_bytes(tmp_path, 
     monkeypatch.setattr(Progress, "save", stop_after)
     stopped = perform(order())
     monkeypatch.undo()
-    assert stopped.word == "stopped" and list(stopped.files) == [f"smoke/checkpoints/{name}.safetensors"]
+    assert stopped.word == "stopped" and list(stopped.files) == [
+        f"smoke/checkpoints/{name}.safetensors"
+    ]
     monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / "elsewhere"))
     rest = perform(order(checkpoint=stopped.files[f"smoke/checkpoints/{name}.safetensors"]))
     made = f"smoke/dm/{name}.safetensors"
