@@ -60,7 +60,7 @@ bench: env ## speed and memory against the plain loops
 	$(VENV) -m benchmarks
 
 gpu: env ## MINUTES=30 on a CUDA GPU: its tests, then the papers' rows, cheapest first; goes on where it stopped
-	$(VENV) -m pytest -q -m gpu tests/unit tests/contract
+	$(VENV) -m pytest -q -m gpu tests/unit tests/oracles tests/contract
 	$(VENV) -m ddlib queue --device cuda --minutes $(or $(MINUTES),30)
 
 clean: ## remove caches, site/ and smoke outputs; .venv and the kept results stay

@@ -24,7 +24,13 @@ from ddlib.files import update_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
-TESTS = ("test_synthetic", "test_faults", "test_dm", "test_unroll", "test_runs")
+TESTS = (
+    "unit/test_synthetic",
+    "unit/test_faults",
+    "oracles/test_dm",
+    "oracles/test_unroll",
+    "unit/test_runs",
+)
 BUILDS = ("torch", "torchvision")
 RECORD = ROOT / "results" / "campaigns" / "compat.json"
 VERSIONS = (
@@ -79,7 +85,7 @@ def tried(python: str, which: str) -> dict[str, str] | None:
         if interpreter is None:
             return None
         installed = subprocess.run([interpreter, "-c", VERSIONS], check=True, capture_output=True)
-        files = [str(ROOT / "tests" / "unit" / f"{name}.py") for name in TESTS]
+        files = [str(ROOT / "tests" / f"{name}.py") for name in TESTS]
         words = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
         alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `make test` does
         done = subprocess.run(

@@ -43,7 +43,7 @@ start() {
     return
   fi
   "$PY" -c "import ddlib; data = ddlib.load('folder:cifar10', device='$DEVICE'); print(data.checksum, data.device)" || exit 1
-  timeout 120 "$PY" -m pytest -q -p no:cacheprovider -m gpu tests/unit tests/contract 2>&1 | tail -n 15
+  timeout 120 "$PY" -m pytest -q -p no:cacheprovider -m gpu tests/unit tests/oracles tests/contract 2>&1 | tail -n 15
   # Two steps of every method, compiled: what fails here would fail ten minutes later.
   DDLIB_RESULTS=$WORK/try queue try <<'Y'
 - {method: [dm, frepo], dataset: digits, ipc: 1, set: {compile: true, iterations: 2, eval_epochs: 3, networks: 1}}
