@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
 } | dict.fromkeys(_RESOLUTION, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+VALUES_AT_ONCE = 2**22  # of a large set's pixels, when its mean and std are computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -460,7 +462,7 @@ def _assemble(
 def _statistics(images: Tensor) -> Tensor:
     """Mean and std [2,C] of all pixels in [0,1], from exact integer sums; a constant channel gets std 1."""
     moments = torch.zeros(2, images.shape[1], dtype=torch.int64)
-    for chunk in images.split(1024):
+    for chunk in images.split(max(1, VALUES_AT_ONCE // math.prod(images.shape[1:]))):
         x = chunk.transpose(0, 1).flatten(1).int()
         moments += torch.stack([x.sum(1), (x * x).sum(1)])
     mean, square = moments.double() / (images.numel() // images.shape[1])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddlib.core import DDError, checksum
 from ddlib.data import cache as decoding
@@ -696,3 +697,26 @@ def test_real_cifar10(own_folders):
     assert (
         pixels.float().mean((0, 2, 3)) / 255 - torch.tensor([0.4914, 0.4822, 0.4465])
     ).abs().max() < 0.05
+
+
+def test_statistics_of_a_large_set_take_little_memory_and_are_exact():
+    class Largest(TorchDispatchMode):
+        """The most values that any result on the way has had."""
+
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            several = found if isinstance(found, tuple | list) else [found]
+            sizes = (value.numel() for value in several if isinstance(value, torch.Tensor))
+            self.seen = max(self.seen, *sizes)
+            return found
+
+    pixels = torch.randint(256, (3, 1, 256), generator=torch.Generator().manual_seed(0))
+    images = pixels.byte().expand(200, 3, 256, 256)  # 39 million values, of which few are stored
+    with Largest() as largest:
+        found = data._statistics(images)
+    assert largest.seen <= data.VALUES_AT_ONCE
+    one = pixels.double().flatten(1) / 255
+    wanted = torch.stack([one.mean(1), one.std(1, correction=0)])
+    torch.testing.assert_close(found, wanted.float(), rtol=0, atol=1e-7)
