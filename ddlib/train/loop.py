@@ -21,6 +21,8 @@ from ..data.dataset import Dataset
 from ..nets.build import Backbone
 from ..recipe import PRECISIONS, Recipe
 
+PIXELS_AT_ONCE = 1000 * 64**2  # of the images that a network is tested on
+
 
 @cache
 def _can_compile() -> bool:
@@ -174,11 +176,14 @@ def predict(
     data: Dataset,
     split: str = "test",
     *,
-    batch: int = 1000,
     forward: Callable | None = None,
 ) -> torch.Tensor:
-    """Logits [N, classes] of `net` in eval mode on the un-augmented images of a split."""
+    """Logits [N, classes] of `net` in eval mode on the un-augmented images of a split.
+
+    A thousand images at once, of more than 64 px a side as many as have the same number of pixels.
+    """
     net.eval()
+    batch = min(1000, max(1, PIXELS_AT_ONCE // math.prod(data.shape[1:])))
     rows = torch.arange(len(data.labels[split]), device=data.device)
     return torch.cat([(forward or net)(data.batch(split, index)) for index in rows.split(batch)])
 

@@ -169,7 +169,7 @@ def test_divergence_is_an_error_that_names_the_step_size():
         )
 
 
-def test_prediction_uses_the_network_in_eval_mode_and_in_batches():
+def test_prediction_uses_the_network_in_eval_mode_and_in_batches(monkeypatch):
     rng = np.random.default_rng(0)
     data = from_arrays(
         rng.integers(0, 255, (8, 4, 4), dtype=np.uint8),
@@ -179,7 +179,17 @@ def test_prediction_uses_the_network_in_eval_mode_and_in_batches():
         device="cpu",
     )
     net = build("convnet:width=4,depth=1,norm=bn", SHAPE, 2, generator(1)).train()
-    logits = predict(net, data, batch=2)
+    sizes: list[int] = []
+
+    def forward(x):
+        sizes.append(len(x))
+        return net(x)
+
+    monkeypatch.setattr(training, "PIXELS_AT_ONCE", 2 * 4 * 4)  # as of images that are large
+    logits = predict(net, data, forward=forward)
+    assert sizes == [2, 2, 1]
+    monkeypatch.setattr(training, "PIXELS_AT_ONCE", 3)
+    assert predict(net, data, forward=forward).shape == (5, 2) and sizes[3:] == [1] * 5
     assert not net.training and logits.shape == (5, 2) and not logits.requires_grad
     torch.testing.assert_close(logits, net(data.batch("test", range(5))).detach())
     net.classifier.weight.data.zero_()
