@@ -38,8 +38,9 @@ def record_path(spec: Spec, results: str | Path | None = None) -> Path:
 def record_paths(results: str | Path | None = None, profile: str = "*") -> list[Path]:
     """Every record of a results folder, by profile and name, wherever `record_path` finds it."""
     folder, name = results_folder(results), "*-seed*-????????.json"
-    found = [*folder.glob(f"{profile}/{name}"), *folder.glob(f"{profile}/*/{name}")]
-    return sorted(found, key=lambda path: (path.relative_to(folder).parts[0], path.name))
+    both = (*folder.glob(f"{profile}/*/{name}"), *folder.glob(f"{profile}/{name}"))
+    found = {(path.relative_to(folder).parts[0], path.name): path for path in both}
+    return [found[place] for place in sorted(found)]
 
 
 def checkpoint_path(spec: Spec, results: str | Path | None = None) -> Path:
@@ -81,9 +82,9 @@ class Run:
 
     @property
     def results(self) -> Path:
-        """The results folder that it lies in."""
-        folder = self.path.parent
-        return folder.parents[folder.name not in PROFILES]
+        """The results folder that it lies in, or would if it were not elsewhere."""
+        above = self.path.resolve().parents
+        return above[min(1 + (above[0].name not in PROFILES), len(above) - 1)]
 
     @cached_property
     def synthetic(self) -> Synthetic:

@@ -347,3 +347,10 @@ def test_a_card_needs_a_record(tmp_path):
     (tmp_path / "set.safetensors").write_bytes(b"")
     with pytest.raises(DDError, match="a card needs the set's record, and there is no"):
         of_file(tmp_path / "set.safetensors")
+
+
+def test_a_card_of_a_set_that_lies_anywhere(run, tmp_path, monkeypatch):
+    for path in (run.path, run.path.with_suffix(".safetensors")):
+        shutil.copy(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert card(of_file(run.path.with_suffix(".safetensors").name)) == card(run)

@@ -151,6 +151,8 @@ def test_a_record_that_lies_where_earlier_versions_put_it_is_found_there(whole, 
     assert record_paths(tmp_path) == record_paths(tmp_path, "smoke") == [earlier]
     run(tmp_path, seed=1, iterations=1)
     assert [path.parent.name for path in record_paths(tmp_path)] == ["smoke", "dm"]
+    (earlier.parent / "dm" / earlier.name).write_bytes(earlier.read_bytes())
+    assert [path.parent.name for path in record_paths(tmp_path)] == ["smoke", "dm"]  # none twice
 
 
 def test_a_finished_run_is_returned_at_once(whole, tmp_path, monkeypatch):
