@@ -142,6 +142,7 @@ def _attained(method: str, results: str | Path | None) -> str:
     row = rows.loc[nearest]
     score = tables.with_spread(row.accuracy, row.pooled, row.networks)
     hardware = re.sub(r"\b1 threads$", "1 thread", row.device)
+    hardware = re.sub(r"\(R\)| Processor", "", hardware)
     return (
         f"{score} % on {short(row.dataset)} at IPC {row.ipc} (profile `{row.profile}`, n={row.networks}; "
         f"{row.distill + row.evaluate:.0f} s, {hardware})."
