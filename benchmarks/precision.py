@@ -1,6 +1,6 @@
 """Evaluation in float32 and in bf16: what it costs, and whether it changes the accuracy.
 
-    python -m benchmarks.precision results/small/dm/*.safetensors --networks 5 --out precision.json
+    python -m benchmarks.precision results/small/dm/*[0-9a-f].safetensors --networks 5 --out precision.json
 
 Every set is evaluated both ways under its own protocol; network k has the same first weights, order and augmentation
 in both, so accuracies are compared pair by pair. The rule, fixed before anything was measured: bf16 is neutral where

@@ -354,3 +354,4 @@ def test_a_card_of_a_set_that_lies_anywhere(run, tmp_path, monkeypatch):
         shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert card(of_file(run.path.with_suffix(".safetensors").name)) == card(run)
+    assert Run("/set.json").results == Run("/one/set.json").results == Path("/")

@@ -325,13 +325,13 @@ def test_a_killed_process_resumes_to_the_same_bytes(whole, tmp_path):
             wait_for(child, tmp_path, step)
         finally:
             child.kill()
-    assert child.returncode == -signal.SIGKILL and not files(tmp_path, "dm/*.json")
+    assert child.returncode == -signal.SIGKILL and not files(tmp_path, "**/*.json")
     _, header = load_tensors(checkpoint(tmp_path), "checkpoint", "")
     assert step < header["step"] <= 60
     again = process(tmp_path)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
-    (done,) = files(tmp_path, "dm/*.json")
+    (done,) = files(tmp_path, "**/*.json")
     assert f"record {done}" in out
     assert same(dd.Run(done), whole), f"killed after step {step}"
 
@@ -455,7 +455,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(tmp_path):
     assert int(kept) < int(at) and Path(path) == checkpoint(tmp_path)
     tensors, header = load_tensors(checkpoint(tmp_path), "checkpoint", "")
     assert header["step"] == int(kept) and torch.isfinite(tensors["method.raw"]).all()
-    assert not files(tmp_path, "dm/*.json")
+    assert not files(tmp_path, "**/*.json")
     with pytest.raises(DDError, match="diverged at step 2: .*state, step 1, is kept"):
         run(tmp_path / "b", lr_img=1e30)
 
@@ -726,7 +726,7 @@ def test_a_wrong_word_is_one_line_and_exit_code_2(ddlib, tmp_path, words, messag
     code, out, err = ddlib(*line, "--results", tmp_path)
     assert (code, out) == (2, "") and err.startswith("ddlib: ") and err.count("\n") == 1, err
     assert re.search(message, err)
-    assert not files(tmp_path, "dm/*.json")
+    assert not files(tmp_path, "**/*.json")
 
 
 def test_a_wrong_evaluation_network_is_named_before_anything_is_trained(tmp_path, monkeypatch):
@@ -975,7 +975,7 @@ def test_dm_runs_where_jupyter_is_not_installed(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(files(tmp_path, "dm/*.json")) == 1
+    assert len(files(tmp_path, "**/*.json")) == 1
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_JUPYTER, "reproduce"],
         cwd=ROOT,
