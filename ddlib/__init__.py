@@ -22,6 +22,7 @@ MODULES = {
     "panel": "report.panel",
     "plots": "report.plots",
     "sampling": "studies.sampling",
+    "scaling": "studies.scaling",
     "scorecard": "report.scorecard",
     "search": "studies.architecture_search",
     "tables": "report.tables",

@@ -32,7 +32,7 @@ from ..config import Spec, resolve
 from ..core import DDError, choose, path_of
 from ..files import Busy, lock, results_folder
 from ..methods import METHODS
-from .cost import Cost, predict, shared_key
+from .cost import DEVICES, Cost, predict, shared_key
 from .record import checkpoint_path, record_path
 
 ROWS = Path(__file__).with_name("queue.yaml")  # the papers' rows
@@ -213,17 +213,26 @@ def _process(words: list[str], end: float, results: str | Path | None) -> int | 
 
 def _minutes(seconds: float) -> str:
     if math.isnan(seconds):
-        return "unknown time"
+        return "unknown"
+    if seconds >= 36_000:
+        return f"{seconds / 3600:.0f} h"
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The plan as text of at most 100 columns, long names folded: what, TFLOP, minutes, peak MiB, whether it is kept."""
-    lines = [f"{'run':60} {'TFLOP':>9} {'time':>12} {'peak MiB':>9}"]
+    """The plan as text of at most 100 columns, long names folded: what, TFLOP, time here or that it is kept, peak MiB,
+    and the time at the published rate of each of `DEVICES`."""
+    lines = [
+        f"{'run':45} {'TFLOP':>9} {'here':>8} {'peak MiB':>8}"
+        + "".join(f" {name:>8}" for name in DEVICES)
+    ]
     for row in rows:
-        time_needed = "kept" if row.done else _minutes(row.cost.seconds)
+        here = "kept" if row.done else _minutes(row.cost.seconds)
         peak = row.cost.peak_bytes / 2**20
-        name, *rest = textwrap.wrap(str(row), 60, subsequent_indent="  ")
-        lines.append(f"{name:60} {row.cost.tflop:9.1f} {time_needed:>12} {peak:9.0f}")
+        name, *rest = textwrap.wrap(str(row), 45, subsequent_indent="  ")
+        lines.append(
+            f"{name:45} {row.cost.tflop:9.1f} {here:>8} {peak:8.0f}"
+            + "".join(f" {_minutes(row.cost.seconds_on(device)):>8}" for device in DEVICES)
+        )
         lines += rest
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "GPUs: at the published float32 rate, the least to expect."])

@@ -592,7 +592,11 @@ def lines(
                 line.set_major_formatter(lambda value, _: f"{value:g}")
                 line.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    handles, names = axes[0].get_legend_handles_labels()
+    if len(names) > 4:  # which would cover a line
+        figure.legend(handles, names, fontsize=8, loc="outside right center")
+    else:
+        axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..config import PROFILES, resolve
+from ..config import PROFILES, Spec, resolve
 from ..core import DDError, choose, instance, listed
 from ..data.dataset import canonical
 from ..engine import queue
@@ -253,6 +254,20 @@ def _plain(table: pd.DataFrame) -> pd.DataFrame:
 def own(table: pd.DataFrame) -> pd.DataFrame:
     """The rows on which a paper's method is tested on the network it was distilled on, in its plain form."""
     return _plain(table[table.backbone == table.backbone_eval])
+
+
+def printed_runs(datasets: Iterable[str]) -> list[Spec]:
+    """The runs in the profile `paper` whose accuracies the papers print on `datasets`, each on its own backbone; left out
+    are those of which neither paper nor code gives every setting."""
+    rows = own(first_hand())
+    rows = rows[rows.method.isin([*METHODS]) & rows.ipc.notna()]
+    specs = []
+    for dataset in datasets:
+        here = rows[rows.dataset == choose("dataset", dataset, rows.dataset.unique())]
+        for method, ipc in here[["method", "ipc"]].drop_duplicates().itertuples(index=False):
+            with suppress(DDError):
+                specs.append(resolve(method, dataset, int(ipc), "paper"))
+    return specs
 
 
 def mark(evidence: str) -> str:

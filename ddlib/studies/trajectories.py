@@ -61,13 +61,13 @@ def unrolling(
             here = Spec(**{**vars(spec), "values": spec.values | {"syn_steps": n}})
             method = METHODS[spec.method](here.config, data, spec.ipc, spec.run.backbone, spec.seed)
             problem = partial(method.match, *method.segment(generator(spec.seed, "unrolling")))
-            measured = {"adjoint": _measure(partial(problem, "adjoint"), at)}
-            exact = measured["adjoint"][0]
+            done = {"adjoint": measured(partial(problem, "adjoint"), at)}
+            exact = done["adjoint"][0]
             for engine in engines:
                 expected = last["graph bytes"] * n / last["steps"] if last else 0
                 if engine == "unroll" and expected > largest:
                     continue
-                found, row = measured.get(engine) or _measure(partial(problem, engine), at)
+                found, row = done.get(engine) or measured(partial(problem, engine), at)
                 a, b = found.images.double().flatten(), exact.images.double().flatten()
                 rows.append(
                     {
@@ -89,7 +89,7 @@ def unrolling(
     return cached("unrolling", spec, options, compute)
 
 
-def _measure(
+def measured(
     work: Callable[[], Any], device: torch.device, repeats: int = 3
 ) -> tuple[Any, dict[str, Any]]:
     """What `work()` gives and its cost; from 30 seconds on the metered pass is the timed one too."""
@@ -274,7 +274,7 @@ def outer_steps(
                     "network": spec.run.backbone,
                     "ipc": ipc,
                     "device": machine(at),
-                    **_measure(step, at, repeats)[1],
+                    **measured(step, at, repeats)[1],
                 }
             )
         return rows
