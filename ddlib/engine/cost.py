@@ -37,7 +37,8 @@ COMPILING = 20.0
 COMPILED = 0.6  # seconds of a compiled step over those of a plain one, on a CPU: benchmarks/dm.py
 BATCH = 256  # images of 32 x 32 that go through a network together on a CPU
 FEW, MANY = 8, 32  # images of the two timed batches
-# FLOP/s in float32, without tensor cores, of NVIDIA's data sheets.
+# FLOP/s in float32 of NVIDIA's data sheets, without tensor cores (H200: SXM). PyTorch's convolutions take TF32 there by
+# default, whose published rates are higher; what networks this small wait for is memory and launches.
 DEVICES = {"H200": 67e12, "A100": 19.5e12, "RTX 4090": 82.6e12}
 PROCESS = 1.2 * 2**30  # bytes that Python, torch and a compiler's cache hold before any image
 
@@ -77,7 +78,7 @@ class Cost:
     peak_bytes: float
 
     def seconds_on(self, device: str) -> float:
-        """At the published float32 rate of one of `DEVICES`: a run waits for memory and launches too, so it takes more."""
+        """What the work takes at the published float32 rate of one of `DEVICES`: a guide, and no bound."""
         return 1e12 * self.tflop / DEVICES[choose("device", device, DEVICES)]
 
 

@@ -1,6 +1,6 @@
 """A list of runs, worked through cheapest first: one command for any machine and any device.
 
-    python -m ddlib queue --plan            what there is to do, and what each row costs here
+    python -m ddlib queue --plan            what there is to do, and what each row costs, here and on a GPU
     python -m ddlib queue --minutes 60      does it; stops cleanly, and the next call goes on
 
 A queue file is YAML, a list of rows: {method, dataset, ipc: 1 or [1, 10], seeds: 0 or [0, 1], set: {KEY: VALUE}}, each
@@ -173,7 +173,7 @@ def work_through(
         if time.monotonic() >= end:
             print(f"later    {row}", flush=True)
             continue
-        print(f"running  {row}, about {_minutes(row.cost.seconds)}", flush=True)
+        print(f"running  {row}, predicted: {_minutes(row.cost.seconds)}", flush=True)
         start = time.monotonic()
         code = _run(row, end, device, results)
         said = {0: "done", None: "stopped, to go on"}.get(code, f"failed with {code}")
@@ -235,4 +235,4 @@ def table(rows: Iterable[Row]) -> str:
             + "".join(f" {_minutes(row.cost.seconds_on(device)):>8}" for device in DEVICES)
         )
         lines += rest
-    return "\n".join([*lines, "", "GPUs: at the published float32 rate, the least to expect."])
+    return "\n".join([*lines, "", "GPUs: the work over the published float32 rate, a guide."])

@@ -17,6 +17,7 @@ from ..config import PROFILES, Spec, resolve
 from ..core import DDError, choose, instance, listed
 from ..data.dataset import canonical
 from ..engine import queue
+from ..engine.cost import SIZES
 from ..engine.record import Run, record_paths, resolve_record, side_file
 from ..engine.run import run as distil
 from ..methods import METHODS
@@ -257,13 +258,16 @@ def own(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def printed_runs(datasets: Iterable[str]) -> list[Spec]:
-    """The runs in the profile `paper` whose accuracies the papers print on `datasets`, each on its own backbone; left out
-    are those of which neither paper nor code gives every setting."""
-    rows = own(first_hand())
+    """The runs in the profile `paper` whose accuracies the papers print on `datasets`, in tables or along a curve, each
+    on its own backbone; left out are those of which neither paper nor code gives every setting."""
+    rows = first_hand()
+    whole = rows.variant.isna() | rows.variant.str.startswith("iteration=", na=False)
+    rows = rows[whole & (rows.metric == "accuracy") & (rows.backbone == rows.backbone_eval)]
     rows = rows[rows.method.isin([*METHODS]) & rows.ipc.notna()]
+    known = [name for name in SIZES if name in set(rows.dataset)]
     specs = []
-    for dataset in datasets:
-        here = rows[rows.dataset == choose("dataset", dataset, rows.dataset.unique())]
+    for dataset in dict.fromkeys(datasets):
+        here = rows[rows.dataset == choose("dataset", dataset, known)]
         for method, ipc in here[["method", "ipc"]].drop_duplicates().itertuples(index=False):
             with suppress(DDError):
                 specs.append(resolve(method, dataset, int(ipc), "paper"))

@@ -1,6 +1,6 @@
 """What one update of the images costs as the problem grows, and what the papers' rows would cost.
 
-`growth`: seconds and memory of an update, one size of the problem varied at a time.
+`updates`: seconds and memory of an update, one size of the problem varied at a time.
 `exponents`: the power of that size which fits them.
 `forecast`: the cost of whole runs here and on other devices, as `ddlib queue --plan` counts it.
 
@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 
 from ..config import Spec, resolve
-from ..core import choose, generator, pick_device
+from ..core import choose, generator, pick_device, whole
 from ..data.dataset import Dataset, from_arrays
 from ..engine import queue
 from ..engine.cost import DEVICES, sizes_of
 from ..engine.meter import machine
+from ..match.trajectory import stored_weights
+from ..nets.build import build
 from .store import cached
 from .trajectories import measured, one_step
 
@@ -45,7 +48,7 @@ UPDATES = {
 }
 
 
-def growth(
+def updates(
     dataset: str,
     profile: str,
     sizes: Mapping[str, Sequence[int]],
@@ -53,80 +56,94 @@ def growth(
     device: str = "auto",
     repeats: int = 3,
 ) -> pd.DataFrame:
-    """One update of every method at each of the `sizes` (key of `SIZES` -> values), the others as the presets of
-    `dataset` and `profile` have them at IPC 1.
+    """One update by each of `UPDATES` at each of the `sizes` (key of `SIZES` -> values); what is not varied stays as the
+    presets of `dataset` and `profile` have it at IPC 1, but for the depth of a ConvNet, which follows the resolution.
 
-    Columns: varied, value, method, seconds (median of `repeats`), graph bytes (peak of what autograd holds), peak
-    bytes, device. Nothing is compiled. Kept as a study; only trajectory matching unrolls steps.
+    Columns: varied, value, method, network, seconds (median of `repeats`), graph bytes (peak of what autograd holds),
+    vectors bytes (the weights that trajectory matching stores beside it), peak bytes and peak method, device. Nothing
+    is compiled. Only trajectory matching unrolls steps. Kept as a study, one for each type of device.
     """
-    for size in sizes:
-        choose("size", size, SIZES)
-    specs = {name: _spec(name, dataset, profile, {}) for name in UPDATES}
+    for size, values in sizes.items():
+        least = 2 if choose("size", size, SIZES) == "classes" else 1
+        for value in values:
+            whole(size, value, least)
+    at = pick_device(device)
+    points = [
+        (name, varied, value)
+        for varied, values in sizes.items()
+        for value in values
+        for name, (method, _) in UPDATES.items()
+        if varied != "syn_steps" or method == "mtt"
+    ]
+    specs = [_spec(name, dataset, profile, {varied: value}) for name, varied, value in points]
+    shapes = [_shape(dataset, {varied: value}) for _, varied, value in points]
 
     def compute() -> list[dict]:
-        at = pick_device(device)
-        points = [
-            (name, varied, value)
-            for varied, values in sizes.items()
-            for value in values
-            for name, (method, _) in UPDATES.items()
-            if varied != "syn_steps" or method == "mtt"
-        ]
+        # All first, so that one that is impossible is named before anything is measured.
+        nets = [build(s.run.backbone, *shape) for s, shape in zip(specs, shapes, strict=True)]
         rows = []
-        for name, varied, value in points:
-            spec, data = _problem(name, dataset, profile, {varied: value}, at)
-            step = one_step(spec, data)
+        for point, spec, shape, net in zip(points, specs, shapes, nets, strict=True):
+            step = one_step(spec, _noise(spec, *shape, at))
             step()  # workspaces, and the optimiser's state
-            cost = measured(step, at, repeats)[1]
-            point = {"varied": varied, "value": value, "method": name, "device": machine(at)}
-            rows.append(point | cost)
+            row = dict(zip(("method", "varied", "value"), point, strict=True))
+            row |= {"network": net.spec, **measured(step, at, repeats)[1], "vectors bytes": 0}
+            if spec.method == "mtt":
+                stored = stored_weights(spec.config.gradient, spec.config.syn_steps)
+                row["vectors bytes"] = 4 * sum(p.numel() for p in net.parameters()) * stored
+            rows.append(row | {"device": machine(at)})
         return rows
 
-    names = [spec.name for spec in specs.values()]
-    options = {"specs": names, "sizes": {k: list(v) for k, v in sizes.items()}, "repeats": repeats}
-    return cached("scaling", specs["dm"], options, compute)
+    options = {
+        "specs": [spec.name for spec in specs],
+        "sizes": {size: list(values) for size, values in sizes.items()},
+        "repeats": repeats,
+        "device": at.type,
+    }
+    return cached("scaling", _spec("dm", dataset, profile, {}), options, compute)
+
+
+def _shape(dataset: str, sizes: Mapping[str, int]) -> tuple[tuple[int, int, int], int]:
+    """((C, H, W), classes) of a dataset, or as `sizes` have them."""
+    usual = sizes_of(dataset)
+    side = sizes.get("resolution", usual.shape[1])
+    return (usual.shape[0], side, side), sizes.get("classes", usual.classes)
 
 
 def _spec(name: str, dataset: str, profile: str, sizes: Mapping[str, int]) -> Spec:
-    """The run whose update is measured: the preset's, with the `sizes` that a run itself has."""
-    method, more = UPDATES[name]
-    more = more | {"compile": False, "zca": ""}
+    """The run whose update is measured: the preset's at IPC 1, with those of the `sizes` that a run itself has."""
+    method, changes = UPDATES[name]
+    changes = {**changes, "compile": False, "zca": ""}
     if "syn_steps" in sizes:
-        more["syn_steps"] = sizes["syn_steps"]
-    spec = resolve(method, dataset, sizes.get("ipc", 1), profile, **more)
-    if "width" not in sizes:
-        return spec
-    kind, _, options = spec.run.backbone.partition(":")
-    kept = [part for part in options.split(",") if part and not part.startswith("width=")]
-    wide = f"{kind}:{','.join([*kept, 'width=' + str(sizes['width'])])}"
-    return resolve(method, dataset, spec.ipc, profile, **more, backbone=wide)
+        changes["syn_steps"] = sizes["syn_steps"]
+    if "width" in sizes:
+        usual = resolve(method, dataset, 1, profile).run.backbone
+        kind, _, rest = usual.partition(":")
+        options = dict(option.split("=") for option in rest.split(",") if option)
+        options["width"] = sizes["width"]
+        changes["backbone"] = f"{kind}:" + ",".join(f"{k}={v}" for k, v in options.items())
+    return replace(resolve(method, dataset, 1, profile, **changes), ipc=sizes.get("ipc", 1))
 
 
-def _problem(
-    name: str, dataset: str, profile: str, sizes: Mapping[str, int], device: torch.device
-) -> tuple[Spec, Dataset]:
-    """A run and as much noise as an update of it can draw: a real batch of every class."""
-    spec, known = _spec(name, dataset, profile, sizes), sizes_of(dataset)
-    classes = sizes.get("classes", known.classes)
-    channels, side, _ = known.shape
-    side = sizes.get("resolution", side)
-    batch = getattr(spec.config, "batch_real", 1)
-    count = classes * max(spec.ipc, math.ceil(batch / classes) if name == "frepo" else batch)
-    rng = generator(0, "scaling", classes, side)
-    images = torch.randint(256, (count, channels, side, side), generator=rng, dtype=torch.uint8)
+def _noise(spec: Spec, shape: tuple[int, int, int], classes: int, device: torch.device) -> Dataset:
+    """As many images of noise as an update of a run can draw."""
+    batch = getattr(spec.config, "batch_real", 1)  # FRePo's is of all classes
+    each = math.ceil(batch / classes) if spec.method == "frepo" else batch
+    count = classes * max(spec.ipc, each)
+    rng = generator(0, "scaling", classes, *shape)
+    images = torch.randint(256, (count, *shape), generator=rng, dtype=torch.uint8)
     labels = torch.arange(count) % classes
-    return spec, from_arrays(images, labels, images[:0], labels[:0], name="noise", device=device)
+    return from_arrays(images, labels, images[:0], labels[:0], name="noise", device=device)
 
 
 def exponents(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a varied size and method of `growth`: the exponents of time and of graph memory, by least squares on
-    logarithms. 1 is growth in proportion; points that are dominated by what does not grow pull it down."""
+    """One row for each varied size and method in `table`, as `trajectories.with_memory` gives it: the exponents of time
+    and of memory, by least squares on logarithms; a size with one value has none. 1 is growth in proportion."""
     rows = []
     for (varied, method), points in table.groupby(["varied", "method"], sort=False):
         if points.value.nunique() > 1:
             time, memory = (
                 np.polyfit(np.log(points.value), np.log(points[column]), 1)[0]
-                for column in ("seconds", "graph bytes")
+                for column in ("seconds", "memory (MiB)")
             )
             rows.append({"varied": varied, "method": method, "time": time, "memory": memory})
     return pd.DataFrame(rows, columns=["varied", "method", "time", "memory"])
@@ -136,10 +153,9 @@ def forecast(specs: Iterable[Spec], device: str = "auto") -> pd.DataFrame:
     """The predicted cost of whole runs, cheapest first; experts and extractors are paid for by the first that needs
     them.
 
-    Columns: method, dataset, ipc, TFLOP, hours here, and hours on each of `DEVICES` at its published float32 rate, which
-    small networks do not reach: the least that a run there can be expected to take.
+    Columns: method, dataset, ipc, TFLOP, peak GiB, hours here, and the hours that the work takes at the published rate of
+    each of `DEVICES`.
     """
-    rows = queue.plan(specs, str(pick_device(device)))
     return pd.DataFrame(
         [
             {
@@ -147,9 +163,10 @@ def forecast(specs: Iterable[Spec], device: str = "auto") -> pd.DataFrame:
                 "dataset": row.spec.dataset,
                 "ipc": row.spec.ipc,
                 "TFLOP": row.cost.tflop,
+                "peak GiB": row.cost.peak_bytes / 2**30,
                 "here": row.cost.seconds / 3600,
                 **{name: row.cost.seconds_on(name) / 3600 for name in DEVICES},
             }
-            for row in rows
+            for row in queue.plan(specs, str(pick_device(device)))
         ]
     )

@@ -47,10 +47,10 @@ WRONG = {
     "factors": ("-1", "x"),
     "resolution": (0, "x"),
     "folder": ("/nowhere",),
-    "classes": ("0", "x"),
+    "classes": ("0", "1", "x"),
     "resolutions": ("0", "x"),
     "widths": ("0", "x"),
-    "datasets": ("cifar", ""),
+    "datasets": ("cifar", "imagenette", ""),
 }
 UNUSED = {"claims": ("dataset", "device")}  # which it takes because every notebook is given them
 
