@@ -8,7 +8,8 @@ With g = grad L(theta), g' = grad L(theta + eps) on the same augmented batch:
     agsam  eps = rho theta^2 * g / || |theta| * g ||,      direction g' - alpha (g - proj_{g'} g)
 
 One safetensors file an expert: `weights` float32 [epochs + 1, P] (the first row is the initialisation) and a header
-with recipe, dataset, its checksum, ZCA id, backbone and seed. A file of another recipe is refused, never mixed in.
+with recipe, dataset, its checksum, ZCA id, backbone, seed and number of threads. A file of another recipe is refused,
+never mixed in.
 
 Experts are trained one after another. Four at once (vmap, so grouped convolutions) took 2.9 times the processor time
 at width 32 and 32 pixels, 1.4 times at width 128, and the same on 8 pixels.
@@ -214,7 +215,8 @@ def train_experts(
         save_tensors(
             path,
             {"weights": torch.stack(weights)},
-            _header(data, net, recipe) | {"seed": seed, "test_accuracy": score},
+            _header(data, net, recipe)
+            | {"seed": seed, "test_accuracy": score, "threads": torch.get_num_threads()},
         )
         # Beside it: its bytes stay the same.
         write_json(path.with_suffix(".json"), {"seconds": round(time.perf_counter() - start, 3)})

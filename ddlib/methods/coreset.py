@@ -187,7 +187,7 @@ def extractor(data: Dataset, backbone: str, config: CoresetConfig, seed: int) ->
         record = how | {"backbone": net.spec, "train_accuracy": accuracy(net, data, "train")}
         if len(data.labels["test"]):
             record["test_accuracy"] = accuracy(net, data, "test")
-        record["seconds"] = time.perf_counter() - start
+        record |= {"seconds": time.perf_counter() - start, "threads": torch.get_num_threads()}
         tensors = net.state_dict() | {"events": events}
         save_tensors(path, tensors, {"record": record, "facts": facts})
     return Extractor(net, events, record)
