@@ -1,8 +1,14 @@
 """What nbval executes is read too: a paper's table has both columns filled in at least three rows, on the defaults."""
 
+import os
 import re
+from pathlib import Path
 
 import pytest
+
+# Kernels, and whatever else the tests start, read tests/kernels/sitecustomize.py.
+_HOOK = str(Path(__file__).parent / "tests" / "kernels")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_HOOK, os.environ.get("PYTHONPATH"))))
 
 ENOUGH = 3  # rows
 

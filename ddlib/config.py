@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from .augment.siamese import check_strategy
-from .core import DDError, check_only, choose, fields_from, option, shown, whole
+from .core import DDError, check_only, choose, fields_from, instance, option, shown, whole
 from .data.dataset import Dataset, canonical, load
 from .data.zca import KINDS
 from .methods import METHODS
@@ -108,8 +108,8 @@ class Spec:
 
     def command(self, verb: str = "run") -> str:
         """What to type for this run (its seed apart), or for the experts that it needs."""
-        words = ["python", "-m", "ddlib", verb, self.method, "--dataset", self.dataset]
-        words += ["--ipc", str(self.ipc), "--profile", self.profile]
+        words = ["python", "-m", "ddlib", instance("verb", verb, str), self.method]
+        words += ["--dataset", self.dataset, "--ipc", str(self.ipc), "--profile", self.profile]
         for key, value in self.overrides.items():
             text = value if yaml.safe_load(str(value)) == value else json.dumps(value)
             words += ["--set", f"{key}={text}"]

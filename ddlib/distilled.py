@@ -118,9 +118,10 @@ class Synthetic:
         **extra,
     ) -> Synthetic:
         """The set of `images` [n, C, H, W] and `labels` that was distilled from `data`."""
+        instance("data", data, Dataset)
         return cls(
-            images.detach(),
-            labels.detach(),
+            instance("images", images, torch.Tensor).detach(),
+            instance("labels", labels, torch.Tensor).detach(),
             data.name,
             data.classes,
             data.mean,
@@ -180,6 +181,7 @@ class Synthetic:
                 raise DDError(
                     f"{name} must be of type {kind.__name__}, not {shown(getattr(self, name))}"
                 )
+        instance("the values of spec", self.spec.get("values", {}), dict)
         if not (self.zca is None or isinstance(self.zca, str)):
             raise DDError(f"zca must be a text or None, not {shown(self.zca)}")
         whole("factor", self.factor, 1)
@@ -211,6 +213,7 @@ class Synthetic:
 
     def check(self, data: Dataset) -> None:
         """Raise `DDError` unless networks trained on this set can be tested on `data`."""
+        instance("data", data, Dataset)
         self.validate()
         if tuple(self.images.shape[1:]) != data.shape or self.classes != data.classes:
             raise DDError(

@@ -38,14 +38,23 @@ class Busy(DDError):
     """Another process holds the lock, and the caller asked not to wait for it."""
 
 
+def home() -> Path:
+    """Where results and figures are kept: the checkout, or the working directory where there is none."""
+    return SOURCE if (SOURCE / "pyproject.toml").is_file() else Path.cwd()
+
+
+def figures_folder() -> Path:
+    """Where figures are drawn: DDLIB_FIGURES, else `figures/` of the checkout or working directory."""
+    return Path(os.environ.get("DDLIB_FIGURES") or home() / "figures")
+
+
 def results_folder(results: str | Path | None = None) -> Path:
     """Where records live: the argument, else DDLIB_RESULTS, else `results/` of the checkout or working directory.
 
     Raises `DDError` for a name that no folder can have.
     """
     instance("results", results, str, Path, None)
-    root = SOURCE if (SOURCE / "pyproject.toml").is_file() else Path.cwd()
-    folder = Path(results or os.environ.get("DDLIB_RESULTS") or root / "results")
+    folder = Path(results or os.environ.get("DDLIB_RESULTS") or home() / "results")
     try:
         folder.is_dir()
     except OSError as error:
@@ -76,7 +85,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
     finally:
         with suppress(OSError):  # the folder went read-only meanwhile
             temporary.unlink(missing_ok=True)
-    _sweep(path)
+    sweep(path)
     return path
 
 
@@ -88,9 +97,9 @@ def _no_folder(path: Path, error: Exception) -> CannotWrite:
     )
 
 
-def _sweep(path: Path) -> None:
-    """Remove old temporary files of `path`."""
-    ours = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{8}")
+def sweep(path: Path) -> None:
+    """Remove old temporary files of `path` and of those that have its name and another ending."""
+    ours = re.compile(re.escape(f".{path.stem}.") + r"(.+\.)?[0-9a-f]{8}")
     with suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:
             if ours.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _STALE:
@@ -196,8 +205,7 @@ def write_json(path: Path, value: dict[str, Any]) -> Path:
 def read_json(path: Path, kind: str, cure: str) -> dict[str, Any]:
     """Read what `write_json` wrote, or an older file without a checksum; what is amiss is a `DDError` with the cure."""
     value = _read(path, kind, cure, dict)
-    seal = value.pop("seal", None)
-    if seal is not None and seal != _seal(value):
+    if "seal" in value and value.pop("seal") != _seal(value):
         raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
     return value
 
@@ -224,9 +232,19 @@ def _read(path: Path, kind: str, cure: str, form: type) -> Any:
         ) from error
 
 
-def update_json(path: Path, kind: str, cure: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Add or replace keys of a JSON object that other processes write too: none of theirs is lost."""
+def update_json(
+    path: Path,
+    kind: str,
+    cure: str,
+    changes: dict[str, Any],
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Add or replace keys of a JSON object that other processes write too: none of theirs is lost.
+
+    `check` is called under the lock and leaves the file as it is where it raises.
+    """
     with lock(path, f"the {kind} {path.name}"):
+        check()
         value = (read_json(path, kind, cure) if path.exists() else {}) | changes
         write_json(path, value)
     return value

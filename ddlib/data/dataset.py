@@ -15,7 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import DDError, checksum, choose, generator, pick_device, shown, upload
+from ..core import (
+    DDError,
+    checksum,
+    choose,
+    generator,
+    instance,
+    pick_device,
+    plain,
+    shown,
+    upload,
+    whole,
+)
 from . import cache as decoding
 from .folders import SUBSETS, carve, find_folder, tree
 from .zca import KINDS, ZCA
@@ -92,6 +103,7 @@ class Dataset:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 0..255 or float in [0,1], [...,C,H,W] -> float32 on the device: (x - mean)/std, or ZCA if set."""
+        self._check_form("pixels", pixels)
         if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
             raise DDError(f"pixels must be uint8 in 0..255 or float in [0,1], not {pixels.dtype}")
         x = pixels.to(self.device)
@@ -100,16 +112,27 @@ class Dataset:
 
     def denormalise(self, x: Tensor) -> Tensor:
         """The inverse of `normalise`, clamped to [0,1]: float32 [...,C,H,W]."""
+        self._check_form("images", x)
         x = x.to(self.device).float()
         return (self.zca.colour(x) if self.zca else x * self.std + self.mean).clamp(0, 1)
+
+    def _check_form(self, what: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.shape[-3:] != self.shape:
+            sizes = ", ".join(map(str, self.shape))
+            raise DDError(f"{what} of {self.name} must be a tensor [..., {sizes}], not {shown(x)}")
 
     def batch(self, split: str, index: Tensor | Sequence[int] | slice) -> Tensor:
         """Normalised images of the given rows: float32 [*index.shape,C,H,W] on the device."""
         images = self.images[choose("split", split, self.images)]
         if not isinstance(index, slice):
-            index = torch.as_tensor(index, device=images.device)
-            index = index if index.numel() else index.long()  # [] would be float
-        return self.normalise(images[index])
+            index = _integers("rows", index, images.device)
+        try:
+            chosen = images[index]
+        except (IndexError, TypeError):
+            raise DDError(
+                f"rows of {split} must be integers from 0 to {len(images) - 1}, not {shown(index)}"
+            ) from None
+        return self.normalise(chosen)
 
     def class_sizes(self, split: str = "train") -> Tensor:
         """Images of each class: int64 [C] on the device."""
@@ -127,16 +150,17 @@ class Dataset:
         int64 [len(classes), n] on the device. Raises DDError when a class has fewer than n images. One uniform key
         for each image of the classes; the n smallest of a class are its sample, in random order.
         """
+        n, generator = whole("n", n, 0), instance("generator", generator, torch.Generator)
         rows, sizes = self._by_class[choose("split", split, self.images)]
         if classes is not None:
-            which = torch.as_tensor(classes, dtype=torch.int64, device="cpu").flatten()
+            which = _integers("classes", classes, torch.device("cpu")).long().flatten()
             if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < self.num_classes:
                 raise DDError(
                     f"classes must lie in 0..{self.num_classes - 1}, not {which.tolist()[:10]}"
                 )
             rows, sizes = rows[which], sizes[which]
         most = int(sizes.min()) if len(sizes) else n
-        if not 0 <= n <= most:
+        if n > most:
             raise DDError(
                 f"cannot sample {n} images of each class: 0 to {most} is possible in {split}"
             )
@@ -158,6 +182,7 @@ class Dataset:
 
     def minival(self, fraction: float = 0.1, seed: int = 0) -> Dataset:
         """The dataset with a stratified share of train as a third split, val, for tuning; normalisation stays."""
+        fraction, seed = instance("fraction", plain(fraction), int, float), whole("seed", seed, 0)
         if not 0 < fraction < 1:
             raise DDError(
                 f"the fraction of train that becomes val must lie between 0 and 1, not {fraction}"
@@ -167,6 +192,7 @@ class Dataset:
 
     def subset(self, per_class: int, seed: int = 0) -> Dataset:
         """The dataset with `per_class` random training images of each class; test and normalisation stay."""
+        seed = whole("seed", seed, 0)
         rows = self.sample(per_class, generator(seed, "subset")).flatten()
         return self._with({"train": rows}, subset_name(per_class, seed))
 
@@ -183,6 +209,15 @@ class Dataset:
             checksum=derived(self.checksum, how),
             part=f"{self.part}, {how}" if self.part else how,
         )
+
+
+def _integers(what: str, values: object, device: torch.device) -> Tensor:
+    """`values` as a tensor on `device`, else a `DDError` that names `what`."""
+    try:
+        found = torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise DDError(f"{what} must be integers, not {shown(values)}") from None
+    return found if found.numel() else found.long()  # [] would be float
 
 
 def minival_name(fraction: float, seed: int = 0) -> str:

@@ -30,13 +30,14 @@ import yaml
 
 from ..config import Spec, resolve
 from ..core import DDError, choose, path_of
-from ..files import Busy, lock, results_folder
+from ..files import Busy, is_there, lock, results_folder
 from ..methods import METHODS
 from .cost import DEVICES, Cost, predict, shared_key
 from .record import checkpoint_path, record_path
 
 ROWS = Path(__file__).with_name("queue.yaml")  # the papers' rows
 KEYS = ("method", "dataset", "ipc", "seeds", "set")
+LARGEST = 2**20  # bytes of a queue file
 GRACE = 120  # seconds that a run has to write its checkpoint
 
 
@@ -84,6 +85,10 @@ def read(
     cifar10: where CIFAR-10 is, if not in torchvision's files, e.g. folder:PATH.
     """
     path = path_of("the path of a queue", path or ROWS)
+    if not is_there(path):
+        raise DDError(f"cannot read the queue {path}: there is no such file")
+    if path.stat().st_size > LARGEST:
+        raise DDError(f"the queue {path} is larger than 1 MiB, which no list of runs is")
     try:
         rows = yaml.safe_load(path.read_text())
     except OSError as error:

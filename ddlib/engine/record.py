@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +14,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from ..config import PROFILES, Spec, dataset_of, defaults, resolve
-from ..core import DDError, instance, path_of, pick_device, plain, shown, whole
+from ..core import DDError, checksum, instance, path_of, pick_device, plain, shown, whole
 from ..data.dataset import Dataset, derived, folder_checksum, minival_name, subset_name
 from ..distilled import Synthetic
 from ..files import is_there, lock, read_json, results_folder, sealed, update_json
@@ -59,15 +62,13 @@ class Run:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What the run measured, as `write_record` wrote it; a damaged or altered record is a `DDError`."""
+        """What the run measured, as `dd.run` wrote it; a damaged or altered record is a `DDError`."""
         record = read_json(self.path, "record", _CURE)
-        try:
+        # Records name their threads since they have a checksum.
+        if "threads" in record and not self.sealed:
+            raise DDError(f"the record {self.path} was altered: its checksum is missing; {_CURE}")
+        with _sense(f"the record {self.path} is no record of a run"):
             _check(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DDError(
-                f"the record {self.path} is no record of a run ({type(error).__name__}: {error}); "
-                f"{_CURE}"
-            ) from error
         return record
 
     @property
@@ -88,7 +89,18 @@ class Run:
 
     @cached_property
     def synthetic(self) -> Synthetic:
-        return Synthetic.load(self.path.with_suffix(".safetensors"))
+        """The distilled set; one that is not the record's is a `DDError`."""
+        syn = Synthetic.load(self.path.with_suffix(".safetensors"))
+        if not self.has_set(set_checksum(syn)):
+            raise DDError(
+                f"the set beside {self.path} is not the one of its record: one of the two was "
+                "replaced; read the run again, or run with fresh=True (--fresh)"
+            )
+        return syn
+
+    def has_set(self, made: str | None) -> bool:
+        """Whether the set of this checksum is the record's; older records and rows name none and are believed."""
+        return made in (None, self.record.get("set_checksum", made))
 
     @property
     def accuracy(self) -> float:
@@ -125,17 +137,30 @@ class Run:
         backbone = backbone or self.synthetic.backbone
         words = (f"{name}={value}" for name, value in changes.items())
         key = ", ".join([f"{backbone} x {networks}", f"version {VERSION}", *words])
-        rows = side_file(path)
+        rows = self.transferred()
         if key in rows:
             return rows[key]
         digest = hashlib.sha256(key.encode(errors="backslashreplace")).hexdigest()[:8]
         with lock(path.with_suffix(f".{digest}"), f"{key} of {self.path.stem}"):
-            rows = side_file(path)
+            rows = self.transferred()
             if key not in rows:
                 with threads_of(self.record["profile"]):
                     row = self._transferred(backbone, networks, changes, data, device)
-                rows = update_json(path, "side file", _CURE, {key: row})
+                rows = update_json(
+                    path, "side file", _CURE, {key: row}, lambda: self._refuse_replaced(row)
+                )
         return rows[key]
+
+    def transferred(self) -> dict[str, dict[str, Any]]:
+        """The rows that `transfer` has kept of this set, by their key."""
+        rows = side_file(self.path.with_suffix(".transfer.json"))
+        return {key: row for key, row in rows.items() if self.has_set(row.get("set_checksum"))}
+
+    def _refuse_replaced(self, row: dict[str, Any]) -> None:
+        if not Run(self.path).has_set(row["set_checksum"]):
+            raise DDError(
+                f"the set beside {self.path} was replaced while its transfer was at work: ask again"
+            )
 
     def _transferred(
         self,
@@ -167,6 +192,7 @@ class Run:
             **summary(self.record["accuracy"]["last"]["step"], result),
             "seconds": round(result.seconds, 3),
             "device": machine(data.device),
+            "set_checksum": set_checksum(self.synthetic),
         }
 
     def __repr__(self) -> str:
@@ -192,9 +218,46 @@ def _recipe(syn: Synthetic, spec: Spec, changes: dict[str, Any]) -> Recipe:
     return replace(recipe, cutmix=0.0) if augment == "none" else recipe
 
 
+def set_checksum(syn: Synthetic) -> str:
+    """The checksum by which a record and the rows beside it name their set."""
+    return checksum(syn.images, syn.labels)
+
+
 def side_file(path: Path) -> dict[str, Any]:
-    """The rows kept beside a record, by their key; none where there is no such file yet."""
-    return read_json(path, "side file", _CURE) if path.exists() else {}
+    """The rows kept beside a record, by their key; none where there is no such file yet.
+
+    A row is a score of `Run.transfer`, or the lines of a confusion matrix; another is a `DDError`.
+    """
+    rows = read_json(path, "side file", _CURE) if path.exists() else {}
+    with _sense(f"the side file {path} holds something else than rows"):
+        for key, row in rows.items():
+            if path.name.endswith(".transfer.json"):
+                _check_transfer(key, row)
+            else:
+                _check_counts(row)
+    return rows
+
+
+@contextmanager
+def _sense(what: str) -> Iterator[None]:
+    """Say `what` and the cure where the contents of a file fail a check."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DDError(f"{what} ({type(error).__name__}: {error}); {_CURE}") from error
+
+
+def _check_transfer(key: str, row: dict[str, Any]) -> None:
+    if not re.fullmatch(r".+ x \d+, version \d+(, .+)?", key, re.DOTALL):
+        raise ValueError(f"a key is {shown(key)}")
+    if not isinstance(row["backbone"], str):
+        raise TypeError(f"a backbone is {shown(row['backbone'])}")
+    _check_score(row)
+
+
+def _check_counts(row: list[list[int]]) -> None:
+    if not all(len(line) == len(row) and {*map(type, line)} == {int} for line in row):
+        raise ValueError(f"a confusion matrix is {shown(row)}")
 
 
 def _check(record: dict[str, Any]) -> None:

@@ -16,11 +16,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..config import Spec, dataset_of, resolve
-from ..core import DDError, Interrupted, checksum, instance, pick_device, plain, whole
+from ..core import DDError, Interrupted, instance, pick_device, plain, whole
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..experts import ExpertsError
-from ..files import Busy, CannotWrite, lock, write_atomically, write_json
+from ..files import Busy, CannotWrite, lock, sweep, write_atomically, write_json
 from ..methods import METHODS
 from ..nets.build import build
 from ..train.evaluate import evaluate
@@ -33,6 +33,7 @@ from .record import (
     checkpoint_path,
     record_path,
     refuse_other_images,
+    set_checksum,
     summary,
     usable,
 )
@@ -75,14 +76,14 @@ def run(
     for name, value in (flags | {"any_threads": any_threads}).items():
         instance(name, plain(value), bool)
     data = usable(data, spec)
-    if not fresh and done.complete:
+    if not fresh and _kept(done, checkpoint):
         refuse_other_images(done, spec, data)
         _forget(checkpoint, done)
         return done
     every = whole("checkpoint_every", checkpoint_every, 1)
     device = pick_device(device)
     with lock(done.path, f"the run {spec.name}", wait), threads_of(profile):
-        if not fresh and done.complete:  # another process has made it meanwhile
+        if not fresh and _kept(done, checkpoint):  # another process has made it meanwhile
             refuse_other_images(done, spec, data)
             return done
         # An unwritable folder fails now.
@@ -127,8 +128,18 @@ def _compute(
         del state  # and what it holds of the memory
 
 
+def _kept(done: Run, checkpoint: Path) -> bool:
+    """Whether record and set are there, and of one run: a kill that left a checkpoint may have come between them."""
+    if done.complete and checkpoint.is_file():
+        syn = Synthetic.load(done.path.with_suffix(".safetensors"))
+        return Run(done.path).has_set(set_checksum(syn))
+    return done.complete
+
+
 def _forget(checkpoint: Path, done: Run) -> None:
-    """Remove a finished run's checkpoint: the kill came between its record and its removal."""
+    """Remove what a kill left of a finished run: its checkpoint and old temporary files."""
+    sweep(done.path)
+    sweep(checkpoint)
     if checkpoint.is_file():
         with suppress(Busy, CannotWrite, OSError), lock(done.path, "the run", wait=False):
             checkpoint.unlink(missing_ok=True)
@@ -366,9 +377,8 @@ def _same(kept: Run, syn: Synthetic, data: Dataset) -> bool:
     with suppress(DDError):  # no record or a damaged one: its set tells alone
         images = kept.record.get("dataset_checksum", images)
     with suppress(DDError):
-        old = kept.synthetic
-        sets = [checksum(each.images, each.labels) for each in (old, syn)]
-        return images == data.checksum and sets[0] == sets[1]
+        old = Synthetic.load(kept.path.with_suffix(".safetensors"))
+        return images == data.checksum and set_checksum(old) == set_checksum(syn)
     return False
 
 
@@ -402,6 +412,7 @@ def _write(path: Path, state: Progress, data: Dataset) -> None:
         "threads": state.threads,
         **({"smaller": state.smaller} if state.smaller else {}),
         "dataset_checksum": data.checksum,
+        "set_checksum": set_checksum(syn),
         "commit": state.commit,
         "versions": {
             "python": platform.python_version(),

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch import Tensor
 from ..config import resolve
 from ..core import DDError, choose, instance, path_of, pick_device, plain, whole
 from ..data.dataset import Dataset, load
-from ..distilled import Synthetic, check_factor
+from ..distilled import Synthetic, check_factor, recipe_from
 from ..files import is_there
 from ..recipe import Recipe
 from .outward import FORMAT
@@ -78,6 +77,7 @@ def import_set(
     path = _file(path_of("the path of a published set", path))
     instance("dataset", dataset, str, Dataset)
     instance("lr", plain(lr), int, float, None)
+    experiment = instance("experiment", plain(experiment), int)
     factor = None if factor is None else whole("factor", factor, 1)
     found = _read(path, experiment)
     if isinstance(found, Synthetic):
@@ -110,7 +110,7 @@ def _file(path: Path) -> Path:
     if not os.path.isdir(path):
         raise DDError(f"there is no file or folder {path}")
     for pattern in ("images_best.pt", "data_best.pt", "data.pt", "res_*.pt", "step*.npz"):
-        files = sorted(path.glob(pattern))
+        files = sorted(filter(is_there, path.glob(pattern)))
         if files:
             return files[-1]
     raise DDError(f"{path} holds no published set; known are {LAYOUTS}")
@@ -200,7 +200,8 @@ def _matching(path: Path, images: Tensor) -> Found:
     _, labels = _pair(path, (images, _load(beside["labels"])))
     rate = _rate(beside["lr"]) if beside["lr"].is_file() else None
     methods = MATCHING
-    if labels.is_floating_point():
+    if labels.is_floating_point() and labels.ndim == 2:
+        labels = labels.float()
         methods = ("tesla", "datm") if rate is None else ("datm", "tesla")
         probable = bool((labels >= 0).all()) and torch.allclose(
             labels.sum(1), torch.ones(len(labels)), atol=1e-3
@@ -212,36 +213,34 @@ def _matching(path: Path, images: Tensor) -> Found:
 def _rate(path: Path) -> float:
     try:
         return float(_load(path))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         if isinstance(error, DDError):
             raise
         raise DDError(f"{path} must hold one number, the learned step size") from error
 
 
 def _ours(path: Path, content: dict) -> Synthetic:
+    images, labels = _pair(path, (content.get("images"), content.get("labels")))
     try:
-        recipe = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in content["recipe"].items()
-        }
-        images, labels = _pair(path, (content["images"], content["labels"]))
-        _finite(path, images, labels)
-        return Synthetic(
+        syn = Synthetic(
             images,
             labels,
             content["dataset"],
             tuple(content["classes"]),
             content["mean"],
             content["std"],
-            Recipe(**recipe),
+            recipe_from(content["recipe"]),
             content["backbone"],
             content["zca"],
             spec=json.loads(content["spec"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, DDError):
-            raise
+        syn.validate()
+    except DDError as error:
+        raise DDError(f"the distilled set {path} makes no sense: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        # RuntimeError: a sparse tensor, or one without values, in place of a dense one
         raise DDError(f"{path} lacks a part of ddlib's .pt ({type(error).__name__})") from error
+    return syn
 
 
 def _pair(path: Path, pair: object) -> tuple[Tensor, Tensor]:
@@ -338,9 +337,10 @@ def _recipe(path: Path, found: Found, method: str, recipe: Recipe, lr: float | N
                 "the run's log has it; 0.01 is what it began with and scores far lower"
             )
         return recipe
-    if not (math.isfinite(rate) and rate > 0):
-        raise DDError(f"a step size must be positive and finite, not {rate}")
-    return replace(recipe, lr=rate)
+    recipe = recipe_from(asdict(recipe) | {"lr": rate})
+    if recipe.lr == 0:
+        raise DDError("a step size must be above 0")
+    return recipe
 
 
 def _factor(method: str, spec, factor: int | None, shape: tuple[int, int, int]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import yaml
@@ -11,7 +10,7 @@ from ..config import Spec
 from ..core import DDError, instance, path_of
 from ..data.dataset import canonical
 from ..engine.record import Run, resolve_record
-from ..files import SOURCE, is_there
+from ..files import figures_folder, is_there
 from . import tables
 
 # dataset -> (licence as Hugging Face's front matter has it, a sentence). A set inherits the terms of its images.
@@ -176,7 +175,7 @@ def _use(run: Run) -> str:
 
 def _pictures(record: dict) -> dict[str, str]:
     """A link to the figure of such a set, where one is kept."""
-    figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / record["profile"]
+    figures = figures_folder() / record["profile"]
     name = f"{record['method']}_images_ipc{record['ipc']}.png"
     if not (figures / name).is_file():
         return {}

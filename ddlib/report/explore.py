@@ -23,7 +23,7 @@ from ..core import DDError, choose, generator, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..engine.record import Run, resolve_record, side_file
-from ..files import SOURCE, update_json
+from ..files import home, update_json
 from ..methods import METHODS
 from ..nets.build import build, initialise
 from ..recipe import VERSION
@@ -78,7 +78,7 @@ def kept(results: str | Path | None = None) -> dict[Key, Run]:
 
     Raises `DDError` where there is none.
     """
-    results = results or SOURCE / "results"
+    results = results or home() / "results"
     found = choices(run for run in tables.stored(results) if kept_look.path_of(run).is_file())
     if not found:
         raise DDError(f"no set in {results} has what it takes to be looked at: ddlib look FILE")

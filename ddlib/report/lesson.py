@@ -24,7 +24,7 @@ from ..data.dataset import Dataset, canonical, load
 from ..engine import meter
 from ..engine.record import Run, resolve_record
 from ..engine.run import run
-from ..files import SOURCE
+from ..files import home
 from ..methods import METHODS
 from . import claims, plots, size, tables
 from .claims import KEPT
@@ -85,7 +85,7 @@ def fold(title: str, *parts: object) -> Page:
 def kept(methods: Iterable[str], *, every: bool = False) -> pd.DataFrame:
     """The checkout's kept runs of `methods`, one row each: the setting nearest to each preset, or `every` one."""
     wanted = set(methods)
-    found = [run for profile in KEPT for run in tables.stored(SOURCE / "results", profile)]
+    found = [run for profile in KEPT for run in tables.stored(home() / "results", profile)]
     rows = tables.runs(run for run in found if run.record["method"] in wanted)
     return rows if every or rows.empty else tables.headline(rows)
 
@@ -99,10 +99,10 @@ def kept_run(method: str, dataset: str, ipc: int, **values: Any) -> Run:
     rows = rows[(rows.ipc == ipc) & (rows.dataset.map(canonical) == canonical(dataset))]
     rows = rows.assign(changes=rows.overrides.str.count("=")).sort_values(["changes", "seed"])
     for row in rows.itertuples():
-        run = Run(SOURCE / "results" / row.profile / method / f"{row.name}.json")
+        run = Run(home() / "results" / row.profile / method / f"{row.name}.json")
         if values.items() <= run.record["values"].items():
             return run
-    raise DDError(f"no run of {method} on {dataset} at IPC {ipc} is kept in {SOURCE / 'results'}")
+    raise DDError(f"no run of {method} on {dataset} at IPC {ipc} is kept in {home() / 'results'}")
 
 
 def control(method: str, dataset: str, ipc: int, profile: str, **changes: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..core import DDError, choose, generator, instance, whole
 from ..data.dataset import Dataset, canonical
 from ..distilled import Synthetic
 from ..engine.record import Run
-from ..files import SOURCE, write_atomically
+from ..files import figures_folder, write_atomically
 from ..methods import METHODS
 from . import tables
 
@@ -667,9 +666,7 @@ def scatter(
 
 def save(figure: Figure, name: str, profile: str, folder: str | Path | None = None) -> Path:
     """Write `figures/PROFILE/NAME.png`, and `.svg` but for a mosaic of pixels; DDLIB_FIGURES or `folder` moves them."""
-    place = Path(folder or os.environ.get("DDLIB_FIGURES") or SOURCE / "figures") / choose(
-        "profile", profile, PROFILES
-    )
+    place = Path(folder or figures_folder()) / choose("profile", profile, PROFILES)
     # Without it the ids, and so the bytes, differ every time.
     with plt.rc_context({"svg.hashsalt": "ddlib"}):
         for suffix in ("png",) if figure.get_gid() == MOSAIC else ("svg", "png"):

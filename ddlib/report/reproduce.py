@@ -12,7 +12,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core import DDError, choose
-from ..files import SOURCE, CannotWrite, lock, read_json, results_folder, write_atomically
+from ..files import (
+    SOURCE,
+    CannotWrite,
+    figures_folder,
+    lock,
+    read_json,
+    results_folder,
+    write_atomically,
+)
 from . import tables, terminal
 from .plots import short
 from .slim import slim
@@ -66,11 +74,12 @@ def reproduce(
         start = time.perf_counter()
         asked = {"dataset": DATASETS[profile]} | earlier.get(name, {}) | given
         values = {key: value for key, value in asked.items() if key in known[name]}
-        _execute(papermill, notebooks[name], targets[name], values)
+        if not _made_since(asked_at, targets[name], values):
+            _execute(papermill, notebooks[name], targets[name], values)
         return time.perf_counter() - start
 
-    start = time.perf_counter()
-    figures = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures").resolve()
+    start, asked_at = time.perf_counter(), time.time()
+    figures = figures_folder().resolve()
     with (
         lock(folder / "notebooks" / profile, f"the notebooks of {profile}"),
         _environment(folder, figures, profile),
@@ -78,6 +87,13 @@ def reproduce(
         _all(execute, names, profile, papermill.PapermillExecutionError)
     _report(folder, profile, start, targets, figures / profile)
     return list(targets.values())
+
+
+def _made_since(moment: float, target: Path, values: dict[str, object]) -> bool:
+    """Whether a process that this one waited for has executed this notebook with these parameters."""
+    if not target.is_file() or target.stat().st_mtime < moment:
+        return False
+    return _executed_with(target.parent)[target.stem] == values
 
 
 def _executed_with(folder: Path) -> dict[str, dict[str, object]]:

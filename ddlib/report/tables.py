@@ -18,7 +18,7 @@ from ..core import DDError, choose, instance, listed
 from ..data.dataset import canonical
 from ..engine import queue
 from ..engine.cost import SIZES
-from ..engine.record import Run, record_paths, resolve_record, side_file
+from ..engine.record import Run, record_paths, resolve_record
 from ..engine.run import run as distil
 from ..methods import METHODS
 from ..methods.coreset import KINDS
@@ -548,10 +548,9 @@ def across(scores: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 def on_other_networks(path: Path) -> list[dict[str, Any]]:
     """What `Run.transfer` kept of the record at `path` with nothing changed but the network, the most networks first."""
-    kept = side_file(path.with_suffix(".transfer.json"))
     same = [
         score
-        for key, score in kept.items()
+        for key, score in Run(path).transferred().items()
         if key.split(" x ")[1].partition(", ")[2] == f"version {VERSION}"
     ]
     return sorted(same, key=_fewness)

@@ -14,7 +14,7 @@ import pandas as pd
 from ..config import Spec
 from ..core import DDError
 from ..engine.meter import commit
-from ..files import lock, read_json, results_folder, write_json
+from ..files import lock, read_json, results_folder, sealed, write_json
 
 VERSION = 1  # of `trajectories`, part of every name: raise it when a change there changes the rows
 
@@ -42,9 +42,14 @@ def cached(
 
 
 def _rows(path: Path) -> list[dict]:
-    rows = read_json(path, "study", "delete it and run again").get("rows")
+    cure = "delete it and run again"
+    study = read_json(path, "study", cure)
+    # Studies name their commit since they have a checksum.
+    if "commit" in study and not sealed(path):
+        raise DDError(f"the study {path} was altered: its checksum is missing; {cure}")
+    rows = study.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DDError(f"the study {path} holds no rows; delete it and run again")
+        raise DDError(f"the study {path} holds no rows; {cure}")
     return rows
 
 

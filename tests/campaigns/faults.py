@@ -92,12 +92,14 @@ def pictures() -> tempfile.TemporaryDirectory:
     return place
 
 
-def digest(method: str, results: str) -> str:
-    """What a run must come to, whatever became of it before: the bytes of its set, and what its record measured."""
-    done = run(method, results)
+def digest(method: str, results: str, **more) -> str:
+    """What a run and a transfer of it must come to, whatever became of them before: the bytes of its set, and what its
+    record and the row beside it measured."""
+    done = run(method, results, **more)
+    row = _timeless(done.transfer("mlp:width=4", networks=1))
     kept = ("accuracy", "evaluations", "history", "extra", "threads")
     measured = {key: value for key, value in done.record.items() if key in kept}
-    facts = json.dumps(_timeless(measured), sort_keys=True).encode()
+    facts = json.dumps([_timeless(measured), row], sort_keys=True).encode()
     return hashlib.sha256(done.path.with_suffix(".safetensors").read_bytes() + facts).hexdigest()
 
 
@@ -109,10 +111,19 @@ def _timeless(value: object) -> object:
 
 
 class Operations:
-    """Count file operations, and let `fault` happen before, within or after the n-th one (0: never)."""
+    """Count file operations, and let `fault` happen before, within or after the n-th one (0: never), or where it lasts,
+    at every one from then on."""
 
-    def __init__(self, number: int = 0, place: str = "", fault=None, unlinks: bool = True):
+    def __init__(
+        self,
+        number: int = 0,
+        place: str = "",
+        fault=None,
+        unlinks: bool = True,
+        lasts: bool = False,
+    ):
         self.number, self.place, self.fault, self.count = number, place, fault, 0
+        self.lasts = lasts
         plain = [(os, "replace"), (Path, "touch"), (Path, "unlink")]
         for owner, name in plain if unlinks else plain[:2]:
             setattr(owner, name, self.watched(getattr(owner, name)))
@@ -123,7 +134,8 @@ class Operations:
     def watched(self, real, written=None):
         def operation(*arguments, **options):
             self.count += 1
-            if self.count != self.number:
+            due = self.count >= self.number > 0 if self.lasts else self.count == self.number
+            if not due:
                 return real(*arguments, **options)
             if self.place == "before":
                 self.fault()
@@ -143,13 +155,13 @@ def counted(method: str, results: str) -> tuple[int, str]:
     return operations.count, value
 
 
-def killed(method: str, results: str, number: int, place: str, which: int) -> str:
+def killed(method: str, results: str, number: int, place: str, which: int, fresh: bool) -> str:
     Operations(number, place, lambda: os.kill(os.getpid(), which))
-    return digest(method, results)
+    return digest(method, results, fresh=fresh)
 
 
-def broken(method: str, results: str, number: int, place: str, code: int) -> str:
-    """The disk fails once by the error `code`, or (0) the folder of the results vanishes."""
+def broken(method: str, results: str, number: int, place: str, code: int, lasts: bool) -> str:
+    """The disk fails by the error `code`, once or from then on, or (0) the folder of the results vanishes."""
 
     def fault():
         if not code:
@@ -157,7 +169,8 @@ def broken(method: str, results: str, number: int, place: str, code: int) -> str
             return
         raise OSError(code, os.strerror(code))
 
-    Operations(number, place, fault, unlinks=not code)  # an unlink needs no room
+    # An unlink needs no room.
+    Operations(number, place, fault, unlinks=not code, lasts=lasts and code != 0)
     try:
         return digest(method, results)
     except FileNotFoundError:
@@ -177,20 +190,25 @@ def _undisturbed(method: str) -> tuple[int, str, float]:
 
 
 def kill(draw: random.Random, method: str, results: str) -> tuple[str, str]:
-    """One run that is killed: three times of four at a file operation, else at any moment."""
+    """One run that is killed: three times of four at a file operation, else at any moment; one of four makes anew, with
+    `fresh`, what lies finished there."""
     operations, _, seconds = _undisturbed(method)
+    fresh = draw.random() < 0.25
+    if fresh:
+        case(digest, method, results)
     if draw.random() < 0.25:
         return interrupted(draw.choice(SIGNALS), draw.uniform(0, seconds), digest, method, results)
     number, place = draw.randint(1, operations), draw.choice(PLACES)
     # A signal that can be handled does not tear a write.
     which = signal.SIGKILL if place == "half" else draw.choice(SIGNALS)
-    return case(killed, method, results, number, place, which)
+    return case(killed, method, results, number, place, which, fresh)
 
 
 def fail(draw: random.Random, method: str, results: str) -> tuple[str, str]:
     """One run whose disk fails at a file operation, or whose folder vanishes."""
     number, place = draw.randint(1, _undisturbed(method)[0]), draw.choice(PLACES)
-    return case(broken, method, results, number, place, draw.choice((*DISK, 0)))
+    lasts = draw.random() < 0.5
+    return case(broken, method, results, number, place, draw.choice((*DISK, 0)), lasts)
 
 
 def campaign(fault, draw: random.Random, end, methods=METHODS) -> Counter:

@@ -46,12 +46,17 @@ def digits() -> dd.Dataset:
     return dd.load("digits", device="cpu")
 
 
-def imported(path: Path) -> None:
-    dd.import_set(path, digits())
+def imported(path: Path) -> dd.Synthetic:
+    return dd.import_set(path, digits())
 
 
 # Files of others, which have no checksum: some other contents are as good.
-OTHERS = {"published .pt": imported, "published .npz": imported, "queue": queue.read}
+OTHERS = {
+    "published .pt": imported,
+    "published .npz": imported,
+    "published folder": lambda path: imported(path.parent),
+    "queue": queue.read,
+}
 READERS = OTHERS | {
     "set": synthetic,
     "checkpoint or expert": tensors,
@@ -81,6 +86,7 @@ def originals(folder: str) -> dict[str, str]:
     paths = {
         "published .pt": place / "res_DM_digits.pt",
         "published .npz": place / "step1.npz",
+        "published folder": place / "res_DM_digits.pt",
         "queue": place / "queue.yaml",
         "pt": place / "set.pt",
         "set": done.path.with_suffix(".safetensors"),
@@ -108,6 +114,10 @@ def harmed(data: bytes, draw: random.Random) -> bytes:
     )()
 
 
+# What is no file: a pipe that nobody writes to, a device without an end, a folder.
+ENDLESS = (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir)
+
+
 def same(value: object, whole: object) -> bool:
     """Whether all of `whole` is still there; a timing that is lost says so."""
     if isinstance(whole, dict):
@@ -116,7 +126,7 @@ def same(value: object, whole: object) -> bool:
 
 
 def damage(paths: dict[str, str], seed: int) -> Counter:
-    """One child's cases of damaged files."""
+    """One child's cases of damaged files, and of what is none."""
     draw, counts = random.Random(seed), Counter()
     for _ in range(BATCH):
         kind = draw.choice(list(READERS))
@@ -125,7 +135,10 @@ def damage(paths: dict[str, str], seed: int) -> Counter:
         data, whole = source.read_bytes(), READERS[kind](path)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / source.name
-            copy.write_bytes(harmed(data, draw))
+            if draw.random() < 0.1:
+                draw.choice(ENDLESS)(copy)
+            else:
+                copy.write_bytes(harmed(data, draw))
             copy = copy.with_name(path.name)
             value = outcome(counts, f"{kind} {seed}", READERS[kind], copy)
             kept = value is REFUSED or kind in OTHERS or same(value, whole)
@@ -154,10 +167,14 @@ def outcome(counts: Counter, what: str, function, *arguments, **options) -> obje
 
 
 def crafted(paths: dict[str, str], seed: int) -> Counter:
-    """One child's cases of sets with a right checksum and wrong contents."""
+    """One child's cases of sets with a right checksum, or exported, and wrong contents; what is read can be kept."""
     draw, counts = random.Random(seed), Counter()
-    values, header = files.load_tensors(Path(paths["set"]), "set", "")
+    kept = files.load_tensors(Path(paths["set"]), "set", "")
+    content = torch.load(paths["pt"], weights_only=True)
+    values = {key: part for key, part in content.items() if isinstance(part, torch.Tensor)}
+    exported = values, {key: part for key, part in content.items() if key not in values}
     for _ in range(BATCH):
+        values, header = whole = draw.choice((kept, exported))
         tensors_, facts = dict(values), json.loads(json.dumps(header))
         if draw.random() < 0.5:
             name = draw.choice(list(tensors_))
@@ -169,8 +186,16 @@ def crafted(paths: dict[str, str], seed: int) -> Counter:
             key = draw.choice([*part, "more"])
             part[key] = draw.choice((None, -1, 10**9, "x", "2", [], {}, math.nan, 1.5, True, [1]))
         with tempfile.TemporaryDirectory() as folder:
-            path = files.save_tensors(Path(folder) / "a.safetensors", tensors_, facts)
-            outcome(counts, f"crafted {seed}", dd.Synthetic.load, path)
+            path = Path(folder) / "a.safetensors"
+            if whole is kept:
+                files.save_tensors(path, tensors_, facts)
+                syn = outcome(counts, f"crafted {seed}", dd.Synthetic.load, path)
+            else:
+                torch.save(tensors_ | facts, path.with_suffix(".pt"))
+                syn = outcome(counts, f"crafted {seed}", imported, path.with_suffix(".pt"))
+            if syn is not REFUSED:
+                again = outcome(Counter(), "again", dd.Synthetic.load, syn.save(path))
+                counts["wrong"] += again is REFUSED
     return counts
 
 

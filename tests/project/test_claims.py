@@ -217,6 +217,7 @@ def test_variants_protocols_and_backbones_take_their_own_runs_alone(tmp_path):
     assert judged(tmp_path, **bn, network_eval="vgg11:norm=bn").kind == "not attempted"
     other = {
         "backbone": "vgg11:norm=bn",
+        "step": 0,
         "mean": 59.5,
         "std": 0.5,
         "networks": [59.0, 59.0, 59.5, 60.0, 60.0],

@@ -59,3 +59,19 @@ def test_import_and_runs_on_local_data_use_no_network(tmp_path):
 def test_tests_may_not_leave_this_machine():
     with pytest.raises(AssertionError, match="a test connects to"):
         socket.socket().connect(("192.0.2.1", 9))
+
+
+def test_a_notebooks_kernel_may_not_leave_this_machine():
+    """The hook that the root's conftest.py gives to all that the tests start."""
+    code = "import socket, {}; socket.create_connection(('192.0.2.1', 9), 0.1)"
+    asked = {
+        module: subprocess.run(
+            [sys.executable, "-c", code.format(module)],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stderr
+        for module in ("ipykernel", "json")
+    }
+    assert "a notebook asks for the network" in asked["ipykernel"]
+    assert "a notebook asks for the network" not in asked["json"]  # Ray's nodes talk to one another

@@ -1,7 +1,12 @@
-"""What is installed is known: versions, hashes, licences."""
+"""What is installed is known: versions, hashes, licences, and what a wheel can do."""
 
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
@@ -65,3 +70,50 @@ def test_the_licences_are_those_of_what_is_locked(lock):
     assert (
         lock.licence("numpy").startswith("BSD") and lock.licence("nowhere") == "not installed here"
     )
+
+
+WITH_CHECKOUT = ("reproduce", "site", "docs")
+WHEEL = f"""
+import sys
+import ddlib as dd
+from ddlib import cli
+print(dd.__file__)
+for command in {WITH_CHECKOUT}:
+    sys.argv = ["ddlib", command]
+    print(cli.main())
+run = dd.run("random", "digits", ipc=1, eval_epochs=1, networks=1, progress=False)
+print(dd.plots.save(dd.plots.images(run.synthetic), "set", "smoke"))
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_and_says_what_needs_the_checkout(tmp_path):
+    """Built from a copy, unpacked into a folder of its own, and asked from another one."""
+    source, place, here = (tmp_path / name for name in ("source", "place", "here"))
+    shutil.copytree(ROOT / "ddlib", source / "ddlib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    build = ["wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", *build], cwd=source, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(place)
+    here.mkdir()
+    ours = {key: value for key, value in os.environ.items() if not key.startswith("DDLIB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", WHEEL],
+        cwd=here,
+        env=ours | {"PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    package, *refused, figure = done.stdout.splitlines()
+    assert Path(package).is_relative_to(place) and refused == ["2", "2", "2"]
+    said = [f"ddlib: {command} needs the source checkout" for command in WITH_CHECKOUT]
+    lines = done.stderr.splitlines()
+    assert all(line.startswith(words) for line, words in zip(lines, said, strict=True))
+    assert figure == str(here / "figures" / "smoke" / "set.png")
+    assert list((here / "results" / "smoke" / "random").glob("*.json"))
+    written = {path.name for path in place.iterdir()}
+    assert written == {"ddlib", *(path.name for path in place.glob("ddlib-*.dist-info"))}

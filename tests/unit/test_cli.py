@@ -1,13 +1,18 @@
 """The command line as a reader meets it: help at once, examples that parse, tables that fit, quiet notebooks."""
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 
 from ddlib import cli
@@ -131,6 +136,63 @@ def test_reproduce_is_quiet_and_says_where_to_look(notebooks, capfd, monkeypatch
         reproduce.reproduce(parameters={"fail": True}, results=notebooks / "results")
     with pytest.raises(DDError, match="unknown notebook parameter 'ipx'"):
         reproduce.reproduce(parameters={"ipx": 1}, results=notebooks / "results")
+
+
+def test_of_two_that_reproduce_at_once_one_executes(notebooks, monkeypatch):
+    """The second waits and executes nothing that the first has made meanwhile with the same parameters."""
+    made, began, go_on = [], threading.Event(), threading.Event()
+
+    def execute(papermill, source, target, values):
+        made.append(values.get("fail"))
+        began.set()
+        assert go_on.wait(30)
+        copy = {"cells": [], "metadata": {"papermill": {"parameters": values}}}
+        target.write_text(json.dumps(copy))
+
+    monkeypatch.setattr(reproduce, "_execute", execute)
+    asked = {"results": notebooks / "results"}
+    first, second = (threading.Thread(target=reproduce.reproduce, kwargs=asked) for _ in range(2))
+    first.start()
+    assert began.wait(30)
+    second.start()
+    time.sleep(0.5)  # until it waits
+    go_on.set()
+    for thread in (first, second):
+        thread.join(30)
+    assert made == [None]
+    reproduce.reproduce(**asked)  # asked for later: made anew
+    reproduce.reproduce(**asked, parameters={"fail": 0})
+    assert made == [None, None, 0]
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from ddlib.report import reproduce
+reproduce.SOURCE = Path(sys.argv[1])
+reproduce.reproduce(results=sys.argv[1] + "/results")
+"""
+
+
+def test_ctrl_c_ends_reproduces_kernel_within_two_seconds(notebooks):
+    """The command itself ends when nbclient has seen it, which looks once a second."""
+    note = notebooks / "kernel"
+    waits = f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    path = notebooks / "notebooks" / "one.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(waits))
+    nbformat.write(notebook, path)
+    words = [sys.executable, "-c", INTERRUPTED, str(notebooks)]
+    ours = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, env=ours, stderr=subprocess.DEVNULL) as process:
+        while not (note.is_file() and note.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        kernel = psutil.Process(int(note.read_text()))
+        process.send_signal(signal.SIGINT)
+        _, alive = psutil.wait_procs([kernel], timeout=2)
+        assert not alive or kernel.status() == psutil.STATUS_ZOMBIE
+        assert process.wait(15) != 0
 
 
 def test_what_is_executed_again_keeps_its_parameters(tmp_path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,6 +149,32 @@ def test_minival_carves_a_stratified_share():
     )
     with pytest.raises(DDError, match="between 0 and 1"):
         d.minival(1.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda d: d.normalise("x"),
+            r"pixels of digits must be a tensor \[..., 1, 8, 8\], not 'x'",
+        ),
+        (lambda d: d.denormalise(torch.zeros(3)), r"images of digits must be a tensor \[..., 1, 8"),
+        (lambda d: d.batch("test", "x"), "rows must be integers, not 'x'"),
+        (lambda d: d.batch("test", [0.5]), "rows of test must be integers from 0 to"),
+        (lambda d: d.batch("test", [10**9]), "rows of test must be integers from 0 to"),
+        (lambda d: d.sample("x", torch.Generator()), "n must be an integer of at least 0, not 'x'"),
+        (lambda d: d.sample(1, 0), "generator must be of type Generator, not 0"),
+        (
+            lambda d: d.sample(1, torch.Generator(), classes="x"),
+            "classes must be integers, not 'x'",
+        ),
+        (lambda d: d.minival("x"), "fraction must be of type int or float, not 'x'"),
+        (lambda d: d.subset(1, "x"), "seed must be an integer of at least 0, not 'x'"),
+    ],
+)
+def test_odd_arguments_are_named(call, message):
+    with pytest.raises(DDError, match=message):
+        call(load("digits"))
 
 
 def test_images_too_large_for_the_device_stay_and_batches_move(monkeypatch):
@@ -720,3 +749,30 @@ def test_statistics_of_a_large_set_take_little_memory_and_are_exact():
     one = pixels.double().flatten(1) / 255
     wanted = torch.stack([one.mean(1), one.std(1, correction=0)])
     torch.testing.assert_close(found, wanted.float(), rtol=0, atol=1e-7)
+
+
+def test_ctrl_c_ends_the_decoding_within_two_seconds(tmp_path, monkeypatch):
+    tree(tmp_path / "pets", n=50)
+    monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / "cache"))
+    pixels, began = decoding._pixels, threading.Event()
+
+    def slow(*arguments):
+        if threading.current_thread() is not threading.main_thread():  # one of the pool's
+            began.set()
+            time.sleep(0.5)
+        return pixels(*arguments)
+
+    monkeypatch.setattr(decoding, "_pixels", slow)
+    asked = []
+
+    def interrupt():
+        assert began.wait(30)
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        load(f"folder:{tmp_path / 'pets'}")
+    assert time.monotonic() - asked[0] < 2
+    monkeypatch.setattr(decoding, "_pixels", pixels)
+    assert len(load(f"folder:{tmp_path / 'pets'}").labels["train"]) == 100

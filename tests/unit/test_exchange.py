@@ -76,6 +76,8 @@ def test_the_layout_of_dc_dsa_and_dm(tmp_path, data, images, method):
     assert torch.equal(first.images, images + 1)
     with pytest.raises(DDError, match="holds 2 experiments; experiment 5 is none of them"):
         import_set(path, data, experiment=5)
+    with pytest.raises(DDError, match="experiment must be of type int, not 'last'"):
+        import_set(path, data, experiment="last")
 
 
 def test_the_layout_of_trajectory_matching(tmp_path, data, images):
@@ -104,6 +106,16 @@ def test_datm_saves_logits_and_its_step_size(tmp_path, data, images):
     assert torch.allclose(syn.labels, logits.softmax(1)) and 0 <= scored(syn, data) <= 100
     torch.save(logits.softmax(1), tmp_path / "labels_best.pt")
     assert torch.allclose(import_set(tmp_path, data, zca="", **NET).labels, logits.softmax(1))
+    torch.save(logits.half(), tmp_path / "labels_best.pt")
+    assert torch.allclose(import_set(tmp_path, data, zca="", **NET).labels, syn.labels, atol=1e-2)
+    for rate, message in (
+        (0.0, "above 0"),
+        (1e9, "'lr' must be 0 to 1000"),
+        (10**400, "one number"),
+    ):
+        torch.save(rate, tmp_path / "lr_best.pt")
+        with pytest.raises(DDError, match=message):
+            import_set(tmp_path, data, zca="", **NET)
 
 
 @pytest.mark.parametrize("method", [None, "dream"])
@@ -312,6 +324,30 @@ def test_one_pt_file_of_plain_tensors(tmp_path, run):
     assert 0 <= scored(again, digits) <= 100
     with pytest.raises(DDError, match="cannot be used with cifar10"):
         import_set(path, replace(digits, name="cifar10", classes=digits.classes[:5]))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("recipe", {"epochs": -1}, "'epochs' must be 1 to 1000000, not -1"),
+        ("recipe", {"epochs": 10**12}, "'epochs' must be 1 to 1000000"),
+        ("recipe", {"loss": "x"}, "unknown recipe loss 'x'"),
+        ("recipe", {"lr": float("nan")}, "'lr' must be a finite number"),
+        ("recipe", {"drops": ["x"]}, "'drops' must be tuple"),
+        ("recipe", {"augment": "blur"}, "blur"),
+        ("recipe", {"speed": 1}, "unknown recipe key 'speed'"),
+        ("mean", torch.zeros(1), r"mean must be finite float32 \[1, 1, 1\]"),
+        ("spec", "[]", r"spec must be of type dict, not \[\]"),
+        ("spec", '{"values": 1}', "the values of spec must be of type dict, not 1"),
+    ],
+)
+def test_a_pt_file_is_held_to_what_a_set_of_ours_is(tmp_path, run, part, change, message):
+    path = save_pt(run.synthetic, tmp_path / "set.pt")
+    content = torch.load(path, weights_only=True)
+    content[part] = content[part] | change if part == "recipe" else change
+    torch.save(content, path)
+    with pytest.raises(DDError, match=f"the distilled set .* makes no sense: .*{message}"):
+        import_set(path, "digits", device="cpu")
 
 
 def test_the_command_line_goes_out_and_in(tmp_path, run, monkeypatch, capsys):

@@ -24,7 +24,8 @@ import ddlib as dd
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
 from ddlib.distilled import Synthetic
-from ddlib.engine.record import Run
+from ddlib.engine.record import Run, set_checksum
+from ddlib.files import write_json
 from ddlib.report import explore, look, plots
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -72,9 +73,9 @@ def _close():
 def with_labels(run: Run, folder: Path, labels: torch.Tensor) -> Run:
     """The run with other labels in its file."""
     path = folder / run.path.name
-    path.write_text(run.path.read_text())
-    replace(run.synthetic, labels=labels).save(path.with_suffix(".safetensors"))
-    return Run(path)
+    syn = replace(run.synthetic, labels=labels)
+    syn.save(path.with_suffix(".safetensors"))
+    return Run(write_json(path, run.record | {"set_checksum": set_checksum(syn)}))
 
 
 def tiles(axis, rows: int, columns: int) -> np.ndarray:

@@ -30,9 +30,11 @@ from ddlib.data import dataset
 from ddlib.data.zca import ZCA
 from ddlib.engine import checkpoint
 from ddlib.engine import record as records
+from ddlib.engine import run as trunk
 from ddlib.experts import _timing
 from ddlib.methods.dm import DM
-from ddlib.report import answers, docs, plots, reproduce, site
+from ddlib.recipe import VERSION
+from ddlib.report import answers, docs, plots, reproduce, site, tables
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -127,6 +129,57 @@ def test_rows_of_a_replaced_set_go_with_it(results, tmp_path, cache):
     assert beside.exists()  # made anew; the accuracy on so few images may be the same
 
 
+def test_a_transfer_of_a_set_that_is_replaced_meanwhile(results, tmp_path, cache, monkeypatch):
+    name = f"folder:{pets(tmp_path / 'pets', 0)}"
+    old, real = dm(name), records.evaluate
+    row = old.transfer("mlp", networks=1)
+    beside = old.path.with_suffix(".transfer.json")
+
+    def replaced(*arguments, **options):
+        pets(tmp_path / "pets", 1)
+        dm(name, fresh=True)
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "evaluate", replaced)
+        with pytest.raises(DDError, match="was replaced while its transfer was at work: ask again"):
+            old.transfer("lenet", networks=1)
+    assert not beside.exists()
+    files.write_json(beside, {f"mlp x 1, version {VERSION}": row})  # as if one moment earlier
+    new = dm(name)
+    assert new.transferred() == {}
+    assert new.transfer("mlp", networks=1)["set_checksum"] == new.record["set_checksum"]
+    assert new.record["set_checksum"] != row["set_checksum"] == old.record["set_checksum"]
+    with pytest.raises(DDError, match="is not the one of its record: one of the two was replaced"):
+        _ = copy_with_record(new, old.record).synthetic
+
+
+def copy_with_record(run: dd.Run, record: dict) -> dd.Run:
+    """The set of a run beside another record."""
+    shutil.copytree(run.path.parent, run.path.parents[1] / "copy")
+    path = run.path.parents[1] / "copy" / run.path.name
+    return dd.Run(files.write_json(path, record))
+
+
+def test_a_kill_between_a_new_set_and_its_record(results, tmp_path, cache, monkeypatch):
+    name = f"folder:{pets(tmp_path / 'pets', 0)}"
+    old = dm(name).record
+    pets(tmp_path / "pets", 1)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(trunk, "write_json", killed)
+        dm(name, fresh=True)
+    torn = dd.Run(next(results.glob("smoke/dm/*.json")))
+    assert torn.record == old
+    with pytest.raises(DDError, match="the set beside .* is not the one of its record"):
+        _ = torn.synthetic
+    run = dm(name)
+    assert records.set_checksum(run.synthetic) == run.record["set_checksum"] != old["set_checksum"]
+
+
 def test_a_folder_that_goes_while_it_is_looked_at(tmp_path, cache):
     root = pets(tmp_path / "pets", 0)
     tree = dataset.tree(f"folder:{root}", None)
@@ -203,6 +256,13 @@ def test_a_changed_digit_in_a_checkpoint(results, monkeypatch):
         dm()
 
 
+def unsealed(path: Path, **changes) -> Path:
+    """The record at `path` with these changes, as ddlib wrote it before records had a checksum."""
+    record = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in record.items() if k not in ("seal", "threads")}))
+    return path
+
+
 def stop_after(step: int, monkeypatch) -> None:
     real = DM.step
 
@@ -228,6 +288,21 @@ def test_a_changed_digit_in_a_record_or_beside_it(kept):
         records.side_file(beside)
 
 
+@pytest.mark.parametrize("seal", ["seam", None])
+def test_a_file_that_has_lost_its_checksum_is_no_older_one(kept, seal):
+    kept.transfer("mlp", networks=1)
+    beside = kept.path.with_suffix(".transfer.json")
+    for path in (kept.path, beside):
+        value = json.loads(path.read_text())
+        sha = value.pop("seal")
+        path.write_text(json.dumps({seal: sha, **value} if seal else value))
+    with pytest.raises(DDError, match="the record .* was altered: its checksum is missing"):
+        _ = dd.Run(kept.path).record
+    if seal:
+        with pytest.raises(DDError, match="the side file .* holds something else than rows"):
+            records.side_file(beside)
+
+
 @pytest.mark.parametrize("size", [8, 64])
 def test_no_lost_bytes_make_an_older_file_with_other_contents(tmp_path, size):
     """Each cut of a record's text is refused, or all that it said is still there."""
@@ -242,11 +317,7 @@ def test_no_lost_bytes_make_an_older_file_with_other_contents(tmp_path, size):
 
 def test_older_files_are_read_and_told_apart(kept):
     assert kept.sealed
-    record = {
-        key: value for key, value in json.loads(kept.path.read_text()).items() if key != "seal"
-    }
-    kept.path.write_text(json.dumps(record))
-    old = dd.Run(kept.path)
+    old = dd.Run(unsealed(kept.path))
     assert old.accuracy == kept.accuracy and not old.sealed
     path = kept.path.with_suffix(".safetensors")
     assert files.sealed(path)
@@ -300,6 +371,21 @@ def test_rows_written_at_once_are_all_kept(kept):
     assert {row["backbone"] for row in beside.values()} == set(nets)
 
 
+def test_one_transfer_asked_for_at_once_is_made_once(kept, monkeypatch):
+    made, real = [], records.evaluate
+
+    def evaluate(*arguments, **options):
+        made.append(1)
+        time.sleep(0.2)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(records, "evaluate", evaluate)
+    with ThreadPoolExecutor(3) as pool:
+        ask = lambda _: dd.Run(kept.path).transfer("mlp", networks=1)
+        first, *others = pool.map(ask, range(3))
+    assert len(made) == 1 and others == [first] * 2
+
+
 # Recipes in files
 
 
@@ -331,10 +417,8 @@ def test_an_unknown_optimiser_is_not_taken_for_another(kept):
 
 
 def test_a_record_without_a_number_is_no_result(kept):
-    record = json.loads(kept.path.read_text())
-    record["accuracy"]["last"]["mean"] = float("nan")
-    del record["seal"]
-    kept.path.write_text(json.dumps(record))
+    last = kept.record["accuracy"]["last"] | {"mean": float("nan")}
+    unsealed(kept.path, accuracy={"last": last, "best": last})
     with pytest.raises(DDError, match="is no record of a run .*delete it and run again"):
         _ = dd.Run(kept.path).record
 
@@ -500,25 +584,49 @@ def test_a_lost_timing_stops_no_run(tmp_path):
 
 def test_what_a_killed_process_left_is_swept(results):
     run = dm()
-    old, new = (run.path.with_name(f".{run.path.name}.{end}") for end in ("00000001", "00000002"))
-    for path in (old, new):
-        path.touch()
-    os.utime(old, (0, 0))
     forgotten = records.checkpoint_path(records.resolve_record(run.record))
     forgotten.touch()
+    targets = (run.path, run.path.with_suffix(".safetensors"), forgotten)
+    old, new = (
+        [path.with_name(f".{path.name}.0000000{end}") for path in targets] for end in (1, 2)
+    )
+    for path in (*old, *new):
+        path.touch()
+    for path in old:
+        os.utime(path, (0, 0))
     dm()
     assert not forgotten.exists()
-    dm(fresh=True)
-    assert not old.exists() and new.exists()
+    assert not any(path.exists() for path in old) and all(path.exists() for path in new)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "5", "[" * 5000, '{"rows": 5}', "\udcff"])
+@pytest.mark.parametrize("text", ["{", "[]", "5", "[" * 5000, "\udcff"])
 def test_a_damaged_side_file_is_one_sentence(kept, text):
     beside = kept.path.with_suffix(".transfer.json")
     beside.write_bytes(text.encode(errors="surrogateescape"))
-    if text != '{"rows": 5}':
-        with pytest.raises(DDError, match="the side file .* cannot be read .*; delete it and run"):
-            kept.transfer("mlp", networks=1)
+    with pytest.raises(DDError, match="the side file .* cannot be read .*; delete it and run"):
+        kept.transfer("mlp", networks=1)
+
+
+SCORE = {"backbone": "mlp", "step": 4, "mean": 9.5, "std": 0.0, "networks": [9.5]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("transfer", {"rows": 5}), ("transfer", {"mlp": SCORE}), ("transfer", {"mlp x 1, version 1": [SCORE]}),
+        ("transfer", {"mlp x 1, version 1": SCORE | {"backbone": None}}), ("transfer", {"mlp y 1, version 1": SCORE}),
+        ("transfer", {"mlp x 1, version 1": SCORE | {"mean": 10**400}}), ("confusion", {"step 4": 5}),
+        ("transfer", {"mlp x 1, version 1": SCORE | {"networks": []}}), ("confusion", {"step 4": [[1], [2]]}),
+    ],
+)  # fmt: skip
+def test_rows_that_are_none(kept, kind, rows):
+    beside = kept.path.with_suffix(f".{kind}.json")
+    beside.write_text(json.dumps(rows))
+    with pytest.raises(DDError, match="the side file .* holds something else than rows .*; delete"):
+        records.side_file(beside)
+    if kind == "transfer":
+        with pytest.raises(DDError, match="holds something else than rows"):
+            tables.transfers([kept])
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[5]", "[" * 3000])
@@ -734,9 +842,7 @@ def test_names_that_no_file_can_have(results, tmp_path, cache):
     ],
 )  # fmt: skip
 def test_a_record_that_lacks_what_a_table_reads(kept, ddlib, key, value):
-    record = json.loads(kept.path.read_text()) | {key: value}
-    del record["seal"]  # an older one, so that its contents alone speak
-    kept.path.write_text(json.dumps(record))
+    unsealed(kept.path, **{key: value})  # so that its contents alone speak
     for words in (["list"], ["list", "--markdown"], ["list", "--json"]):
         code, said = ddlib(*words, "--results", kept.results)
         assert code == 2 and re.fullmatch("ddlib: .* is no record of a run .*\n", said)

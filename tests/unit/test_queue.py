@@ -2,6 +2,9 @@
 
 import hashlib
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -66,6 +69,28 @@ def test_a_missing_queue_and_no_time_are_one_sentence(tmp_path, capsys, monkeypa
     assert "cannot read the queue" in capsys.readouterr().err
     with pytest.raises(DDError, match="minutes must be above 0, not -1"):
         queue.work_through([], -1)
+
+
+@pytest.mark.parametrize("words", ["queue pipe", "import folder --dataset digits --out a"])
+def test_a_pipe_is_not_waited_for(tmp_path, words):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "pipe", tmp_path / "folder" / "data.pt"):
+        os.mkfifo(path)
+    command = [sys.executable, "-m", "ddlib", *words.split()]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    wanted = "cannot read the queue pipe" if "queue" in words else "folder holds no published set"
+    assert done.returncode == 2 and wanted in done.stderr
+
+
+def test_a_queue_is_a_file_of_a_size(tmp_path):
+    for path in ("/dev/null", tmp_path):
+        with pytest.raises(DDError, match="cannot read the queue .*: there is no such file"):
+            queue.read(path)
+    (tmp_path / "long.yaml").write_text("#" * (queue.LARGEST + 1))
+    with pytest.raises(DDError, match="long.yaml is larger than 1 MiB"):
+        queue.read(tmp_path / "long.yaml")
 
 
 def test_the_papers_rows_are_resolved_and_cheapest_first(monkeypatch):

@@ -649,7 +649,12 @@ def test_a_machine_without_git(monkeypatch):
 
 
 def test_a_copy_without_git_is_told_its_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(meter, "SOURCE", tmp_path)
+    """Also where it lies in the repository of somebody else, as in a project's environment."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-qm", "theirs", "--allow-empty"], check=True)
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(meter, "SOURCE", tmp_path / "site-packages")
     monkeypatch.delenv("DDLIB_COMMIT", raising=False)
     assert meter.commit() is None
     monkeypatch.setenv("DDLIB_COMMIT", "c0ffee")

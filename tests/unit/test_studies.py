@@ -119,6 +119,10 @@ def test_flatness_and_trajectory_error(spec):
 def test_a_damaged_study_is_named(spec, results):
     studies.flatness(spec, images=64)
     (path,) = results.rglob("flatness-*.json")
+    whole = path.read_text()
+    path.write_text(whole.replace('"seal"', '"sealed"'))  # as if it were from before there were any
+    with pytest.raises(DDError, match="the study .*flatness-.* its checksum is missing"):
+        studies.flatness(spec, images=64)
     path.write_text("{")
     with pytest.raises(DDError, match="the study .*flatness-.* cannot be read"):
         studies.flatness(spec, images=64)
