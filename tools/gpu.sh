@@ -27,10 +27,10 @@ lane() { # lane NAME COMMAND...: in a session of its own
   until [ -s "$WORK/log/$name.pid" ]; do sleep 0.1; done
 }
 
-queue() { # queue NAME: the rows on standard input, cheapest first
+queue() { # queue NAME [PROFILE]: the rows on standard input, cheapest first
   cat > "$WORK/log/$1.yaml"
   rm -f "$WORK/log/$1.pid"
-  lane "$1" "$PY" -m ddlib queue "$WORK/log/$1.yaml" --profile $PROFILE --device "$DEVICE" --minutes "$MINUTES"
+  lane "$1" "$PY" -m ddlib queue "$WORK/log/$1.yaml" --profile "${2:-$PROFILE}" --device "$DEVICE" --minutes "$MINUTES"
 }
 
 start() {
@@ -44,11 +44,11 @@ start() {
   fi
   "$PY" -c "import ddlib; data = ddlib.load('folder:cifar10', device='$DEVICE'); print(data.checksum, data.device)" || exit 1
   timeout 120 "$PY" -m pytest -q -p no:cacheprovider -m gpu tests/unit tests/oracles tests/contract 2>&1 | tail -n 15
-  # Two steps of every method, compiled: what fails here would fail ten minutes later.
-  DDLIB_RESULTS=$WORK/try queue try <<'Y'
+  # Two steps of every method, compiled: what fails here would fail ten minutes later. No paper has the digits.
+  DDLIB_RESULTS=$WORK/try queue try smoke <<'Y'
 - {method: [dm, frepo], dataset: digits, ipc: 1, set: {compile: true, iterations: 2, eval_epochs: 3, networks: 1}}
-- {method: [idc, dream_plus], dataset: digits, ipc: 1, set: {compile: true, iterations: 2, inner: 2, eval_epochs: 3, networks: 1}}
-- {method: [mtt, ftd], dataset: digits, ipc: 1, set: {compile: true, iterations: 2, experts: 1, expert_total: 2, expert_epochs: 1, max_start: 1, eval_epochs: 3, networks: 1}}
+- {method: [dc, dsa, idc, dream, dream_plus], dataset: digits, ipc: 1, set: {compile: true, iterations: 2, inner: 2, eval_epochs: 3, networks: 1}}
+- {method: [mtt, tesla, ftd, datm], dataset: digits, ipc: 1, set: {compile: true, iterations: 2, experts: 1, expert_total: 2, expert_epochs: 1, max_start: 1, eval_epochs: 3, networks: 1}}
 Y
   queue dm <<< '[{method: [random, dm], dataset: "folder:cifar10", ipc: [1, 10, 50]}]'
   queue plain <<< '[{method: [mtt, tesla], dataset: "folder:cifar10", ipc: 1, set: {experts: 20, expert_total: 6}}]'

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,21 +28,25 @@ import torch
 
 from .. import __version__
 from ..config import Spec, dataset_of
-from ..core import DDError, Interrupted, pick_device
+from ..core import DDError, Interrupted, choose, pick_device, whole
 from ..data.cache import cache_folder
 from ..experts import experts_folder
-from ..files import Busy, lock, write_atomically
+from ..files import Busy, load_tensors, lock, read_json, write_atomically
 from ..methods import METHODS
 from .checkpoint import threads_of
 from .cost import shared_key
 from .meter import commit
-from .queue import Row
-from .record import checkpoint_path
+from .queue import GRACE, Row
+from .record import Run, checkpoint_path, record_path, record_paths
 from .run import run
 
 RETRIES = 3  # times that a run goes on elsewhere when its worker is lost
+PLACES = ("auto", "cpu", "cuda")  # devices that runs on a cluster are asked for
 PATIENCE = 5  # seconds in which an address must answer
 SUFFIXES = (".json", ".safetensors")  # of a finished run
+WEEK = (
+    7 * 24 * 3600
+)  # seconds that a node keeps what it has given back: the caller's disk may have been full
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,17 @@ class Outcome:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Expert:
+    """Expert `number` of those that the run of a row, and runs after it, need."""
+
+    row: Row
+    number: int
+
+    def __str__(self) -> str:
+        return f"expert {self.number} for {self.row}"
+
+
 # --- on a worker
 
 
@@ -112,24 +127,58 @@ def perform(order: Order, *experts: Outcome) -> Outcome:
     except (Interrupted, KeyboardInterrupt):
         return Outcome("stopped", files=_checkpoint(order, room / "runs"))
     except DDError as error:
-        return Outcome("failed", f"{error} (on {_host()})")
+        return Outcome("failed", f"{error} (on {_host()})", _checkpoint(order, room / "runs"))
 
 
 def _run(order: Order, results: Path) -> Outcome:
-    spec, saved = order.spec, checkpoint_path(order.spec, results)
-    if order.checkpoint and not saved.is_file():  # else a lost task's own, which is further on
-        _store(saved.parent, {saved.name: order.checkpoint})
-    words = spec.case | spec.overrides
+    _clear(record_path(order.spec, results), results)
+    if order.checkpoint:
+        _take_further(checkpoint_path(order.spec, results), order.checkpoint)
+    words = order.spec.case | order.spec.overrides
     kept = run(**words, device=order.device, results=results, progress=False)
-    paths = [kept.path.with_suffix(suffix) for suffix in SUFFIXES]
-    files = _read(paths, results)
-    for path in paths:  # they are the caller's from here on
-        path.unlink()
-    return Outcome("done", files=files)
+    return Outcome("done", files=_read([kept.path.with_suffix(s) for s in SUFFIXES], results))
+
+
+def _clear(record: Path, results: Path) -> None:
+    """Remove what has lain here for a week, and the asked-for record where other code may have made it."""
+    for path in (*record_paths(results), *results.glob("*/checkpoints/*.safetensors")):
+        with suppress(OSError):  # another worker has removed it
+            if time.time() - path.stat().st_mtime > WEEK or (path == record and _other_code(path)):
+                for suffix in SUFFIXES:
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _other_code(record: Path) -> bool:
+    """Whether the code that made a record may be another than what is here."""
+    try:
+        made = read_json(record, "record", "").get("commit")
+    except DDError:
+        return True
+    return made != commit() or str(made).endswith("-dirty")
+
+
+def _take_further(saved: Path, sent: bytes) -> None:
+    """Go on from the checkpoint that was sent, unless that of a lost task is here and further on."""
+    beside = saved.with_name(f".{saved.stem}.{os.getpid()}{saved.suffix}")
+    write_atomically(beside, partial(Path.write_bytes, data=sent))
+    if _work_behind(beside) >= _work_behind(saved):
+        beside.replace(saved)
+    else:
+        beside.unlink()
+
+
+def _work_behind(checkpoint: Path) -> tuple[int, ...]:
+    """Steps, evaluations and networks of the evaluation under way; () where there is nothing to read."""
+    try:
+        _, header = load_tensors(checkpoint, "checkpoint", "")
+        return header["step"], len(header["evaluations"]), len(header.get("scores", []))
+    except (DDError, KeyError):
+        return ()
 
 
 def _checkpoint(order: Order, results: Path) -> dict[str, bytes]:
-    return _read([checkpoint_path(order.spec, results)], results)
+    paths = [checkpoint_path(order.spec, results)] if order.expert is None else []
+    return _read(paths, results)
 
 
 def _experts(order: Order) -> Outcome:
@@ -214,99 +263,156 @@ def work_through(
     """Run every row that has no record on the cluster, for at most so many minutes; whether all ended well.
 
     address: HOST:PORT of a Ray cluster, "auto" for one that this machine is part of; None starts one of this machine's
-    own. threads: CPU cores that a run takes; with device "cuda" it takes a GPU besides. A row is locked here while a
-    worker is at it. Raises `DDError` where Ray is not installed or the address does not answer.
+    own. threads: CPU cores that a run takes; with device "cuda" it takes a GPU besides, and "auto" is "cuda" where the
+    cluster has a GPU, else "cpu". A row is locked here while a worker is at it. Raises `DDError` where Ray is not
+    installed, the address does not answer or no node has what a run takes.
     """
     if minutes is not None and not minutes > 0:
         raise DDError(f"minutes must be above 0, not {minutes:g}")
+    device, threads = choose("device", str(device), PLACES), whole("threads", threads, 1)
     end = time.time() + 60 * (math.inf if minutes is None else minutes)
     with connected(address) as ray, ExitStack() as locks:
+        device = _device_of(ray, device, threads)
         task = ray.remote(
             max_calls=1,  # a process for each, so that memory is measured and freed
             max_retries=RETRIES,
             num_cpus=threads,
             num_gpus=1 if device == "cuda" else 0,
         )(perform)
-        waiting = {}
+        waiting: dict[Any, Row | Expert] = {}
         experts: dict[Any, list] = {}
-        for row in _to_do(rows, locks):
-            order = Order(row.spec, device, threads, Code.here(), end)
-            refs = _prepare(ray, task, order, experts)
-            saved = row.checkpoint
-            order = replace(order, checkpoint=saved.read_bytes() if saved.is_file() else None)
-            waiting[task.remote(order, *refs)] = row
-            print(f"asked    {row}", flush=True)
+        locks.callback(lambda: [ray.cancel(ref) for ref in waiting])
         well = True
-        for row, outcome in _outcomes(ray, waiting):
-            well &= _receive(row, outcome)
+        for row in rows:
+            order = Order(row.spec, device, threads, Code.here(), end)
+            try:
+                if _is_to_do(row, locks):
+                    _ask(ray, task, row, order, waiting, experts)
+            except DDError as error:
+                well = _receive(row, Outcome("failed", str(error)))
+        for asked, outcome in _outcomes(ray, waiting, end):
+            well &= _receive(asked, outcome)
         return well
 
 
-def _to_do(rows: list[Row], locks: ExitStack) -> Iterator[Row]:
-    """The rows that are neither kept nor taken, each locked until `locks` are closed."""
-    for row in rows:
-        if row.done:
-            print(f"kept     {row}", flush=True)
-            continue
-        try:
-            locks.enter_context(lock(row.record, "the run", wait=False))
-        except Busy:
-            print(f"taken    {row}", flush=True)
-            continue
-        yield row
+def _device_of(ray: ModuleType, device: str, threads: int) -> str:
+    """What `device` means on this cluster; a `DDError` where no node has what a run takes, for which Ray would wait."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device == "cuda" and not gpus:
+        raise DDError("no node of the Ray cluster has a GPU; allowed: --device cpu or auto")
+    fit = [node for node in nodes if device == "cpu" or node.get("GPU", 0) >= 1]
+    most = max((int(node.get("CPU", 0)) for node in fit), default=0)
+    if threads > most:
+        kind = "node with a GPU" if device == "cuda" else "node"
+        raise DDError(
+            f"threads must be at most {most}, the cores of the largest {kind} of the Ray cluster, not {threads}"
+        )
+    return device
 
 
-def _prepare(ray: ModuleType, task: Any, order: Order, experts: dict[Any, list]) -> list:
-    """The experts that a run needs, as Ray's references: kept ones are sent, each other one is a task."""
-    spec = order.spec
+def _is_to_do(row: Row, locks: ExitStack) -> bool:
+    """Whether a row is neither kept nor taken; it is locked then until `locks` are closed."""
+    if row.done:
+        print(f"kept     {row}", flush=True)
+        return False
+    try:
+        locks.enter_context(lock(row.record, "the run", wait=False))
+        return True
+    except Busy:
+        print(f"taken    {row}", flush=True)
+        return False
+
+
+def _ask(
+    ray: ModuleType,
+    task: Any,
+    row: Row,
+    order: Order,
+    waiting: dict[Any, Row | Expert],
+    experts: dict[Any, list],
+) -> None:
+    """Ask for a row, and before it for its experts: kept ones are sent, each other one is a task."""
+    spec, saved = row.spec, row.checkpoint
     assets = METHODS[spec.method].needs(spec.config)
-    key = shared_key(spec)
+    key = shared_key(spec) if assets else None
     if assets and key not in experts:
         data = dataset_of(spec, "cpu")  # its checksum names the folder
         paths = [path for asset in assets for path in asset.paths(data, spec.run.backbone)]
-        experts[key] = [
-            ray.put(Outcome("done", files=_expert_files([path])))
-            if path.is_file()
-            else task.remote(replace(order, expert=number))
-            for number, path in enumerate(paths)
-        ]
-    return experts.get(key, []) if assets else []
+        experts[key] = []
+        for number, path in enumerate(paths):
+            if path.is_file():
+                experts[key].append(ray.put(Outcome("done", files=_expert_files([path]))))
+            else:
+                experts[key].append(task.remote(replace(order, expert=number)))
+                waiting[experts[key][-1]] = Expert(row, number)
+    order = replace(order, checkpoint=saved.read_bytes() if saved.is_file() else None)
+    waiting[task.remote(order, *(experts[key] if assets else []))] = row
+    print(f"asked    {row}", flush=True)
 
 
-def _outcomes(ray: ModuleType, waiting: dict[Any, Row]) -> Iterator[tuple[Row, Outcome]]:
-    """The rows as they end, with what came of them."""
+def _outcomes(
+    ray: ModuleType, waiting: dict[Any, Row | Expert], end: float
+) -> Iterator[tuple[Row | Expert, Outcome]]:
+    """What was asked for as it ends, with what came of it; what has not ended soon after `end` is for later."""
     while waiting:
-        (ready,), _ = ray.wait(list(waiting))
-        row = waiting.pop(ready)
+        left = None if end == math.inf else max(0.0, end + GRACE - time.time())
+        ready, _ = ray.wait(list(waiting), timeout=left)
+        if not ready:  # no node had room for it, or it does not stop
+            yield from ((asked, Outcome("later")) for asked in waiting.values())
+            return
+        asked = waiting.pop(ready[0])
         try:
-            outcome = ray.get(ready)
+            outcome = ray.get(ready[0])
         except ray.exceptions.RayTaskError as error:
             # No DDError: a fault of ddlib or of its install.
             outcome = Outcome("failed", str(error.cause))
         except ray.exceptions.RayError as error:
             what = str(error).splitlines()[0]
             outcome = Outcome("failed", f"its worker was lost {RETRIES + 1} times: {what}")
-        yield row, outcome
+        yield asked, outcome
 
 
-def _receive(row: Row, outcome: Outcome) -> bool:
-    """Keep the files of a row; whether it ended well."""
-    for name, content in sorted(outcome.files.items(), reverse=True):  # the set before its record
-        write_atomically(row.results / name, partial(Path.write_bytes, data=content))
-    if outcome.word == "done":
-        row.checkpoint.unlink(missing_ok=True)
+def _receive(asked: Row | Expert, outcome: Outcome) -> bool:
+    """Keep the files of a row or an expert; whether it ended well."""
+    try:
+        _keep(asked, outcome)
+    except DDError as error:
+        outcome = Outcome("failed", "; ".join(filter(None, (outcome.why, str(error)))))
     said = {"stopped": "stopped, to go on"}.get(outcome.word, outcome.word)
-    print(": ".join(filter(None, (f"{said:8} {row}", outcome.why))), flush=True)
+    print(": ".join(filter(None, (f"{said:8} {asked}", outcome.why))), flush=True)
     return outcome.word != "failed"
+
+
+def _keep(asked: Row | Expert, outcome: Outcome) -> None:
+    folder = asked.results if isinstance(asked, Row) else experts_folder()
+    for name, content in sorted(outcome.files.items(), reverse=True):  # the set before its record
+        write_atomically(folder / name, partial(Path.write_bytes, data=content))
+    if outcome.word == "done" and isinstance(asked, Row):
+        if not Run(asked.record).complete:
+            raise DDError("its record or its set did not come back")
+        with suppress(OSError):  # a finished run needs none, and forgets it when it is asked for
+            asked.checkpoint.unlink(missing_ok=True)
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[ModuleType]:
-    """Ray, connected; a cluster that was started here ends with the block."""
+    """Ray, connected; a cluster that was started here ends with the block, one that the process is on stays."""
     try:
         import ray
     except ImportError:
         raise DDError("the engine ray needs Ray: pip install 'ddlib[ray]'") from None
+    if ray.is_initialized():  # by a notebook
+        present = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", present):
+            raise DDError(
+                f"this process is on the Ray cluster at {present}, not {address}: leave the address "
+                "out, or call ray.shutdown() first"
+            )
+        yield ray
+        return
     if address not in (None, "auto"):
         _check_answer(address)
     try:
@@ -316,9 +422,9 @@ def connected(address: str | None) -> Iterator[ModuleType]:
             logging_level="ERROR",
             include_dashboard=False if address is None else None,
         )
-    except (ConnectionError, ValueError) as error:
-        where = "on this machine" if address == "auto" else f"at {address}"
-        raise DDError(f"no Ray cluster {where}: {str(error).splitlines()[0]}") from None
+    except (ConnectionError, ValueError, RuntimeError) as error:  # the last: of another version
+        where = f"at {address}" if address not in (None, "auto") else "on this machine"
+        raise DDError(f"no Ray cluster {where}: {' '.join(str(error).split())}") from None
     try:
         yield ray
     finally:

@@ -82,6 +82,9 @@ class Cost:
         return 1e12 * self.tflop / DEVICES[choose("device", device, DEVICES)]
 
 
+UNKNOWN = Cost(math.nan, math.nan, math.nan)
+
+
 def sizes_of(dataset: str) -> Sizes:
     """The sizes of a dataset by its name, or of a folder that is named as one; others are a `DDError`."""
     try:
@@ -245,7 +248,9 @@ def shared_key(spec: Spec) -> Hashable:
     if key is None:
         return None
     seed = spec.seed if key[0] == "extractor" else 0  # experts of all seeds are the same
-    return (spec.dataset, spec.run.backbone, spec.run.zca, seed, key)
+    run = spec.run
+    images = (spec.dataset, run.subset, run.minival, run.resolution, run.zca)
+    return (*images, run.backbone, seed, key)
 
 
 def _evaluation(spec: Spec, sizes: Sizes, device: str) -> tuple[float, float]:

@@ -32,7 +32,7 @@ from ..config import Spec, resolve
 from ..core import DDError, choose, path_of
 from ..files import Busy, is_there, lock, results_folder
 from ..methods import METHODS
-from .cost import DEVICES, Cost, predict, shared_key
+from .cost import DEVICES, UNKNOWN, Cost, predict, shared_key
 from .record import checkpoint_path, record_path
 
 ROWS = Path(__file__).with_name("queue.yaml")  # the papers' rows
@@ -131,7 +131,7 @@ def plan(
     The first that needs an extractor or experts pays for them; those that share them cost less from then on.
     """
     folder = results_folder(results)
-    left = [(spec, predict(spec, device), predict(spec, device, prepared=True)) for spec in specs]
+    left = [(spec, _cost(spec, device), _cost(spec, device, prepared=True)) for spec in specs]
     rows: list[Row] = []
     paid: set[Hashable] = set()
     while left:
@@ -146,8 +146,15 @@ def plan(
 def unpriced(specs: Iterable[Spec], results: str | Path | None = None) -> list[Row]:
     """The rows in the order given, their cost unknown."""
     folder = results_folder(results)
-    unknown = Cost(math.nan, math.nan, math.nan)
-    return [Row(spec, unknown, folder) for spec in specs]
+    return [Row(spec, UNKNOWN, folder) for spec in specs]
+
+
+def _cost(spec: Spec, device: str, prepared: bool = False) -> Cost:
+    """The predicted cost, unknown where the dataset's size is not on file."""
+    try:
+        return predict(spec, device, prepared)
+    except DDError:
+        return UNKNOWN
 
 
 def _order(cost: Cost) -> tuple[bool, float]:

@@ -6,7 +6,8 @@ import math
 import platform
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def run(
         return done
     every = whole("checkpoint_every", checkpoint_every, 1)
     device = pick_device(device)
-    with lock(done.path, f"the run {spec.name}", wait), threads_of(profile):
+    with lock(done.path, f"the run {spec.name}", wait), threads_of(profile), _room(device):
         if not fresh and _kept(done, checkpoint):  # another process has made it meanwhile
             refuse_other_images(done, spec, data)
             return done
@@ -113,9 +114,7 @@ def _compute(
     """Distil, evaluate and write the record; where memory runs out, with fewer images in one pass from there on."""
     peak, smaller = PeakMemory(data.device), {}
     while True:
-        state = Progress(spec, checkpoint, _method(spec, data, smaller), data.checksum, peak)
-        state.restore(any_threads)
-        state.smaller |= smaller
+        state = _restored(spec, data, checkpoint, smaller, peak, any_threads)
         try:
             with peak:
                 return _distil(state, data, done, progress, every)
@@ -126,6 +125,25 @@ def _compute(
             words = ", ".join(f"{key}={value}" for key, value in smaller.items())
             warnings.warn(f"{error}; meanwhile this run goes on with {words}", stacklevel=3)
         del state  # and what it holds of the memory
+
+
+def _restored(
+    spec: Spec,
+    data: Dataset,
+    checkpoint: Path,
+    smaller: dict[str, int],
+    peak: PeakMemory,
+    any_threads: bool,
+) -> Progress:
+    """Where the run stands; its method has the settings that were lowered, now or before a stop."""
+    state = Progress(spec, checkpoint, _method(spec, data, smaller), data.checksum, peak)
+    state.restore(any_threads)
+    lowered = state.smaller | smaller
+    if lowered != smaller:
+        del state  # and what it holds of the memory
+        return _restored(spec, data, checkpoint, lowered, peak, any_threads)
+    state.smaller = lowered
+    return state
 
 
 def _kept(done: Run, checkpoint: Path) -> bool:
@@ -164,14 +182,27 @@ def _check(spec: Spec, data: Dataset) -> None:
 
 
 class OutOfMemory(DDError):
-    """The device has no room for a step."""
+    """The device has no room for the run."""
+
+
+@contextmanager
+def _room(device: torch.device) -> Iterator[None]:
+    """One sentence where the device has no room for what a run needs before its first step."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise OutOfMemory(
+            f"{machine(device)} ran out of memory while the run was prepared; take a device with more"
+        ) from None
 
 
 def _halved(state: Progress, data: Dataset) -> dict[str, int]:
     """The setting of the method that halves the images in one pass, {} where it has none or can go no further.
 
-    Such a setting moves a sum's last bits and nothing else.
+    Such a setting moves a sum's last bits and nothing else. An evaluation knows nothing of it.
     """
+    if state.part == "evaluate":
+        return {}
     config = state.spec.config
     for key in ("chunk", "micro"):
         if hasattr(config, key):
@@ -205,8 +236,9 @@ def _distil(state: Progress, data: Dataset, done: Run, progress: bool, every: in
             f"stopped at step {state.step} of {state.total}; run the same command to go on"
         ) from None
     except torch.OutOfMemoryError:
+        place = "in the evaluation at" if state.part == "evaluate" else "at"
         raise OutOfMemory(
-            f"{machine(data.device)} ran out of memory at step {state.step} of {state.total}; "
+            f"{machine(data.device)} ran out of memory {place} step {state.step} of {state.total}; "
             f"{state.kept()}; take a device with more"
         ) from None
     except torch.AcceleratorError as error:
@@ -230,8 +262,9 @@ def prepare(
     spec = resolve(method, dataset, ipc, profile, **overrides)
     if not METHODS[method].needs(spec.config):
         raise DDError(f"{method} needs no experts; methods that do: mtt, tesla, ftd, datm")
-    with threads_of(profile):
-        return _teach(spec, dataset_of(spec, pick_device(device)), progress)
+    device = pick_device(device)
+    with threads_of(profile), _room(device):
+        return _teach(spec, dataset_of(spec, device), progress)
 
 
 def _teach(spec: Spec, data: Dataset, progress: bool) -> list[Path]:
@@ -296,7 +329,8 @@ def _loop(state: Progress, data: Dataset, signals: Signals, progress: bool, ever
                         _save(state)
         except KeyboardInterrupt:
             if state.step > state.saved or state.scores:
-                _save(state)
+                with signals.held():  # a second signal waits
+                    _save(state)
             raise
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from ..augment.siamese import DSAParams, augment, cutmix, draw
-from ..core import DDError, option
+from ..core import DDError, option, upload
 from ..data.dataset import Dataset
 from ..distilled import check_factor, decode, encode
 from ..match.gradients import DISTANCES, ENGINES, LAYERS, MATCHES, Matching, Traced
@@ -239,8 +239,8 @@ class Gradient(BaseMethod):
         epoch, place = divmod(k, -(-len(labels) // size))
         if self._order[0] != (outer, epoch):
             order = torch.randperm(len(labels), generator=self.rng("order", outer, epoch))
-            self._order = ((outer, epoch), order)
-        rows = self._order[1][place * size : (place + 1) * size].to(labels.device)
+            self._order = ((outer, epoch), upload(order, labels.device))
+        rows = self._order[1][place * size : (place + 1) * size]
         rng = self.rng("train", outer, "real", k)
         self.update_network(self.data.batch("train", rows), labels[rows], rng)
 
@@ -280,7 +280,7 @@ class Gradient(BaseMethod):
             return None
         rng = self.rng("subset", outer, inner)
         lots = torch.rand(self.data.num_classes, self.each, generator=rng)
-        return lots.topk(keep, dim=1).indices.to(self.data.device)
+        return upload(lots.topk(keep, dim=1).indices, self.data.device)
 
     def _parts(self, each: int) -> list[slice]:
         """The classes in equal groups that go through the network together, `each` images of every class.
@@ -359,7 +359,7 @@ class DC(Gradient):
         x, rng = self.decoded(self.raw), self.rng("train", outer, inner)
         y = self.labels.repeat(self.factor**2)
         for _ in range(self.config.net_epochs):
-            order = torch.randperm(len(y), generator=rng).to(y.device)
+            order = upload(torch.randperm(len(y), generator=rng), y.device)
             for rows in order.split(self.config.net_batch):
                 self.update_network(x[rows], y[rows], rng)
 

@@ -284,18 +284,18 @@ def _ours(row: Any) -> str:
 
 
 def figure(judged: pd.DataFrame, title: str = "Claims of the five papers by verdict") -> Figure:
-    """The counts as one bar a paper, and the number of claims in every part."""
+    """The counts as one bar a paper, and the number of claims in every part that is wide enough for it."""
     import matplotlib.pyplot as plt
 
     table, left = counts(judged), 0
+    digit = table.claims.max() / 80  # as many claims are as wide as one
     drawn, axis = plt.subplots(figsize=(8, 3), layout="constrained")
     for kind, colour in VERDICTS.items():
         bars = axis.barh(
             table.paper, table[kind], left=left, color=colour, label=kind, edgecolor="white"
         )
-        axis.bar_label(
-            bars, [str(n) if n else "" for n in table[kind]], label_type="center", fontsize=8
-        )
+        shown = [str(n) if n > digit * len(str(n)) else "" for n in table[kind]]
+        axis.bar_label(bars, shown, label_type="center", fontsize=8)
         left = left + table[kind]
     axis.invert_yaxis()
     axis.set(xlabel="claims (one a figure of a table)", title=title)

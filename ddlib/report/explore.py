@@ -49,15 +49,16 @@ NEIGHBOURS = 6  # of each first image
 
 
 def choices(found: Iterable[Run]) -> dict[Key, Run]:
-    """(dataset, method, IPC) -> its run, of those whose set is kept: the preset's own first, then the longest, then the
-    lowest seed."""
+    """(dataset, method, IPC) -> its run, of those whose set is kept: one in the paper's profile first, then with the fewest
+    overrides, then the longest, then the lowest seed."""
     kept = [run for run in found if run.path.with_suffix(".safetensors").is_file()]
-    rows = tables.runs(kept).assign(run=kept).sort_values("seed", kind="stable")
-    rows = rows.sort_values("iterations", ascending=False, kind="stable")
-    rows = rows.sort_values("overrides", key=lambda column: column != "", kind="stable")
-    rows = rows.drop_duplicates(["dataset", "method", "ipc"]).sort_values(
-        ["dataset", "method", "ipc"]
-    )
+    rows = tables.runs(kept).assign(run=kept)
+    rows["size"] = rows.profile.map([*PROFILES].index)
+    rows["changes"] = rows.overrides.map(tables.changes)
+    order = {"size": False, "changes": True, "iterations": False, "seed": True}
+    rows = rows.sort_values([*order], ascending=[*order.values()], kind="stable")
+    place = ["dataset", "method", "ipc"]
+    rows = rows.drop_duplicates(place).sort_values(place)
     return {(row.dataset, row.method, row.ipc): row.run for row in rows.itertuples()}
 
 
@@ -110,9 +111,12 @@ class Look:
 
     @cached_property
     def side(self) -> dict[str, torch.Tensor]:
-        """What is kept to be shown without the data (`ddlib look`); only of the last step, else nothing."""
-        last = self.step == self.run.record["accuracy"]["last"]["step"]
-        return kept_look.load(self.run) if last and not self.anew else {}
+        """What is kept to be shown without the data (`ddlib look`): all of the last step, of others their pixels."""
+        facts = {} if self.anew else kept_look.load(self.run)
+        if self.step == self.run.record["accuracy"]["last"]["step"]:
+            return facts
+        pixels = facts.get(f"pixels@{self.step}")
+        return {} if pixels is None else {"pixels": pixels}
 
     @property
     def seen(self) -> Synthetic:
@@ -411,6 +415,8 @@ def keep(run: Run, device: str = "auto") -> Path:
     facts["confusion"] = _confusion(look).int()
     if look.syn.zca:
         facts["pixels"] = look.pixels
+        for step in steps(run)[:-1]:
+            facts[f"pixels@{step}"] = replace(look, step=step).pixels
     return kept_look.save(run, facts)
 
 

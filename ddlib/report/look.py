@@ -1,7 +1,8 @@
 """What it takes to look at a kept set where its data are not at hand: NAME.look.safetensors beside the record.
 
 The file holds, after the run's last step: the pixels of a whitened set, thumbnails of the nearest real images (a JPEG),
-test images by true and predicted class, and the places of real and synthetic images on two axes. Tens of kilobytes.
+test images by true and predicted class, and the places of real and synthetic images on two axes; and the pixels of a
+whitened set's snapshots. Tens of kilobytes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import DDError, checksum
-from ..engine.record import Run
+from ..core import DDError
+from ..engine.record import Run, set_checksum
 from ..files import load_tensors, save_tensors
 from ..recipe import VERSION
 
@@ -54,8 +55,7 @@ def load(run: Run) -> dict[str, Tensor]:
 
 
 def _identity(run: Run) -> str:
-    syn = run.synthetic
-    return checksum(syn.images, syn.labels)[:16]
+    return set_checksum(run.synthetic)[:16]
 
 
 def _squeezed(images: Tensor) -> Tensor:

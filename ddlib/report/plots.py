@@ -91,6 +91,12 @@ def colour_of(method: str) -> str:
     return registered or LINES[sum(method.encode()) % len(LINES)]
 
 
+def ordered(methods: Iterable[str]) -> list[str]:
+    """The methods, each once, in the order of `COLOURS`, which all figures keep; others follow by name."""
+    names = set(methods)
+    return [*filter(names.__contains__, COLOURS), *sorted(names.difference(COLOURS))]
+
+
 def grid(
     pixels: torch.Tensor,
     columns: int,
@@ -309,8 +315,7 @@ def _families(methods: Collection[str]) -> dict[str, set[str]]:
 
 
 def _rank(methods: pd.Series) -> pd.Series:
-    order = list(dict.fromkeys([*COLOURS, *sorted(set(methods))]))
-    return methods.map(order.index)
+    return methods.map(ordered(methods).index)
 
 
 def _ours(rows: pd.DataFrame) -> dict[str, tuple[str, pd.DataFrame]]:

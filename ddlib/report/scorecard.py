@@ -11,7 +11,7 @@ from pandas.io.formats.style import Styler
 
 from ..core import DDError
 from ..engine.record import Run
-from . import tables
+from . import plots, tables
 
 # In the smoke profile two networks, and a tenth of the training images kept to select a checkpoint on.
 QUICK = {"minival": 0.1, "evaluations": 2, "networks": 2}
@@ -28,8 +28,9 @@ def runs(
     profile: str,
     **options: Any,
 ) -> dict[Key, Run]:
-    """(method, seed) -> its run by `fairness.find`, those that are there; a `DDError` where none is."""
-    methods, seeds, found = list(methods), list(seeds), {}
+    """(method, seed) -> its run by `fairness.find`, those that are there, methods in the figures' order; a `DDError`
+    where none is."""
+    methods, seeds, found = plots.ordered(methods), list(seeds), {}
     short = QUICK if profile == "smoke" else {}
     for method in methods:
         more = short | (EXTRA.get(method, {}) if profile == "smoke" else {})

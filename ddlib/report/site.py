@@ -41,6 +41,8 @@ FRONT = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+# The name under which a notebook's cell saves a figure.
+SAVED = re.compile(r'plots\.save\(\s*\w+,\s*f?"([^"]+)"')
 # Of a notebook that was executed in several profiles. `kept` has the embedded digits' of those that no other has.
 BEST = ("paper", "small", "smoke", "kept")
 Pages = dict[str, str | bytes]  # path below the site -> Markdown, or a file's bytes
@@ -98,9 +100,11 @@ def executed(results: str | Path | None = None) -> dict[str, tuple[str, Path]]:
 def stale(results: str | Path | None = None) -> list[str]:
     """For every executed notebook whose text has changed since, the command that executes it again."""
     return [
-        f"ddlib reproduce --profile {folder} --again --only {name}"
+        f"ddlib reproduce --only {name}, and copy it from smoke/ to kept/"
+        if folder == "kept"
+        else f"ddlib reproduce --profile {folder} --again --only {name}"
         for name, (folder, path) in executed(results).items()
-        if folder != "kept" and _changed_since(path)
+        if _changed_since(path)
     ]
 
 
@@ -452,14 +456,14 @@ def _captions() -> dict[str, str]:
 
 
 def _caption(stem: str, told: dict[str, str]) -> str:
-    """The caption of the cell that saves a figure of this name, or of its beginning: names carry the IPC at the end."""
-    start = stem
-    while start:
-        for source, caption in told.items():
-            if f'"{start}' in source:
-                return caption
-        start = start.rpartition("_")[0]
-    return stem.replace("_", " ")
+    """The caption of the cell that saves a figure of this name; of several names with {}, that which spells out most."""
+    fits = {}
+    for source, caption in told.items():
+        for name in SAVED.findall(source):
+            spelt = re.split(r"\{[^{}]*\}", name)
+            if re.fullmatch(".+".join(map(re.escape, spelt)), stem):
+                fits[len("".join(spelt))] = caption
+    return fits[max(fits)] if fits else stem.replace("_", " ")
 
 
 def _sets(results: str | Path | None) -> Pages:

@@ -202,7 +202,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     table = made(table)
     if table.empty:
         return table
-    overrides = table.overrides.map(_changes)
+    overrides = table.overrides.map(changes)
     table = table.assign(
         line=table["values"].map(lambda values: (_family(values), values["eval_augment"])),
         far=[_settings_changed(row) for _, row in table.iterrows()],
@@ -217,7 +217,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(nearest)[[*COLUMNS]]
 
 
-def _changes(overrides: str) -> int:
+def changes(overrides: str) -> int:
     """How many overrides there are that are not neutral."""
     names = [part.partition("=")[0] for part in overrides.split(", ") if part]
     return sum(name not in verdict.NEUTRAL for name in names)
@@ -635,16 +635,33 @@ def sweep(
     """`run` for every IPC and seed; one row per run, as `tables.runs` makes them.
 
     engine: "local" makes one run after the other, "ray" makes them on a Ray cluster at `address`
-    (`ddlib.engine.cluster`), from which the records come back; they are the same ones.
+    (`ddlib.engine.cluster`), from which the records come back; they are the same ones. Raises `DDError` where a run
+    failed there, and for options that the cluster does not take: fresh, any_threads, checkpoint_every.
     """
     ipcs, seeds = listed("ipcs", ipcs), listed("seeds", seeds)
     asked = [{"ipc": ipc, "seed": seed} for ipc in ipcs for seed in seeds]
     if choose("engine", engine, ENGINES) == "ray":
-        from ..engine import cluster
-
-        overrides = {k: v for k, v in options.items() if k not in signature(distil).parameters}
-        profile, results = options.get("profile", "smoke"), options.get("results")
-        specs = [resolve(method, dataset, profile=profile, **one, **overrides) for one in asked]
-        device = options.get("device", "auto")
-        cluster.work_through(queue.unpriced(specs, results), address, None, device, results)
+        _run_on_cluster(method, dataset, asked, address, options)
     return runs([distil(method, dataset, **one, **options) for one in asked])
+
+
+def _run_on_cluster(
+    method: str, dataset: str, asked: list[dict], address: str | None, options: dict[str, Any]
+) -> None:
+    """Make the records of a sweep on a Ray cluster; a run that failed there is not made here in silence."""
+    from ..engine import cluster
+
+    known = signature(distil).parameters
+    for key in ("fresh", "any_threads", "checkpoint_every"):
+        if options.get(key, known[key].default) != known[key].default:
+            raise DDError(
+                f"{key} does not go with engine='ray': leave it out, or say engine='local'"
+            )
+    overrides = {key: value for key, value in options.items() if key not in known}
+    profile, results = options.get("profile", "smoke"), options.get("results")
+    specs = [resolve(method, dataset, profile=profile, **one, **overrides) for one in asked]
+    rows, device = queue.unpriced(specs, results), options.get("device", "auto")
+    cluster.work_through(rows, address, None, device, results)
+    failed = sum(not row.done and not row.taken for row in rows)
+    if failed:
+        raise DDError(f"{failed} of {len(rows)} runs failed on the cluster, as said above")

@@ -309,7 +309,7 @@ def one_step(spec: Spec, data: Dataset) -> Callable[[], object]:
 
 
 PANELS = {
-    "memory (MiB)": "peak graph + weight vectors (MiB)",
+    "memory (MiB)": "peak graph + weight vectors (MiB)\n(checkpoint: a lower bound)",
     "seconds": "seconds per gradient",
     "cosine": "cosine to the exact gradient",
     "norm ratio": "norm / exact norm",

@@ -16,7 +16,7 @@ from ddlib.core import DDError
 from ddlib.engine import queue
 from ddlib.engine.run import run as distil
 from ddlib.files import SOURCE
-from ddlib.methods import dm
+from ddlib.methods import METHODS, dm
 from ddlib.train import evaluate as evaluation
 
 CPU = torch.device("cpu")
@@ -131,20 +131,32 @@ def test_the_kept_pairs_of_precisions_are_as_neutral_as_the_page_says():
 
 
 def test_every_row_of_the_gpu_lanes_resolves(tmp_path):
-    """The rows that tools/gpu.sh gives its queues, and what it says to a phase that is none."""
-    script = SOURCE / "tools" / "gpu.sh"
-    rows = re.findall(r"\{method: .*?\}(?=[,\]]|$)", script.read_text(), re.MULTILINE)
-    assert len(rows) >= 10
-    for number, row in enumerate(rows):
-        file = tmp_path / f"{number}.yaml"
-        file.write_text(f"[{row}]")
-        assert queue.read(file, "smoke" if "digits" in row else "paper"), row
-    words = ["bash", str(script), "begin"]
-    wrong = subprocess.run(
-        words,
-        env=os.environ | {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The rows and the profile that tools/gpu.sh gives its queues, under a Python that only repeats its words."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$*"\n')
+    python.chmod(0o755)
+    ours = {"OUT": tmp_path / "out", "WORK": tmp_path / "work", "PY": python, "DEVICE": "cpu"}
+
+    def call(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", str(SOURCE / "tools" / "gpu.sh"), *words],
+            cwd=SOURCE,
+            env=os.environ | {key: str(value) for key, value in ours.items()},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert call("start", "60").returncode == 0
+    lanes = {}
+    for log in (tmp_path / "work" / "log").glob("*.log"):
+        _, file, profile = re.fullmatch(
+            r"(-m ddlib queue) (\S+) --profile (\w+) --device cpu --minutes 26\n", log.read_text()
+        ).groups()
+        lanes[log.stem] = queue.read(file, profile)
+    assert len(lanes) >= 6 and all(lanes.values())
+    tried, coresets = {spec.method for spec in lanes["try"]}, {"random", "herding", "kcenter"}
+    assert tried == set(METHODS) - coresets - {"kmeans", "forgetting"}
+    assert all(spec.run.compile and spec.config.iterations < 4 for spec in lanes["try"])
+    wrong = call("begin")
     assert wrong.returncode == 2 and "start, wait or stop, not begin" in wrong.stdout

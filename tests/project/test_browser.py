@@ -79,10 +79,12 @@ def lab(tmp_path_factory):
         "JUPYTERLAB_WORKSPACES_DIR",
         "IPYTHONDIR",
         "DDLIB_FIGURES",
+        "DDLIB_DATA",
+        "DDLIB_CACHE",
     )
     own = {
         name: str(folder / name.lower()) for name in names
-    }  # the reader's settings and figures stay as they are
+    }  # the reader's settings and figures stay as they are, and there is no data set on the machine
     own |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "PYTHONPATH": str(ROOT)}
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(

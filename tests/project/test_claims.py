@@ -384,6 +384,19 @@ def test_counts_and_tables_hold_every_claim(tmp_path):
     assert sum(bar.get_width() for bar in axis.patches) == len(found)
 
 
+def test_no_number_of_the_claims_figure_stands_on_another():
+    ends = {kind: 1 for kind in claims.VERDICTS} | {"not attempted": 100, "reproduced": 12}
+    rows = [
+        (paper, kind) for paper in claims.papers() for kind, n in ends.items() for _ in range(n)
+    ]
+    drawn = claims.figure(pd.DataFrame(rows, columns=["paper", "kind"]))
+    drawn.canvas.draw()
+    texts = [text for text in drawn.axes[0].texts if text.get_text()]
+    assert {text.get_text() for text in texts} == {"100", "12"}
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+
+
 # --- docs/methods
 
 

@@ -108,6 +108,16 @@ def test_a_reader_finds_every_notebook_and_method_from_the_front_page():
     assert {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} <= linked
 
 
+@pytest.mark.parametrize("name", sorted(set(dd.METHODS) - set(KINDS)))
+def test_the_glossary_says_what_a_methods_name_stands_for(name):
+    word = (ROOT / f"docs/methods/{name}.md").read_text().partition(":")[0].removeprefix("# ")
+    (line,) = re.findall(
+        rf"^\| {re.escape(word)} \| (.+) \|$", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE
+    )
+    paper = dd.METHODS.registration(name).paper.removeprefix("arXiv ")
+    assert f"(https://arxiv.org/abs/{paper})" in line
+
+
 def test_the_guide_to_a_method_of_ones_own_works(tmp_path):
     text = (ROOT / "docs/guides/add_a_method.md").read_text()
     script = tmp_path / "mine.py"

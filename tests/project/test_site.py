@@ -101,6 +101,44 @@ def test_the_notebooks_stand_in_the_order_in_which_the_first_one_leads_to_them()
     assert listed == [f"notebooks/{name}.md" for name in path]
 
 
+METHODS = sorted(path.stem for path in (ROOT / "docs/methods").glob("*.md"))
+METHODS.remove("README")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_page_and_its_notebooks_lead_to_one_another(name):
+    text = (ROOT / "docs/methods" / f"{name}.md").read_text()
+    text = site.relinked(text, f"methods/{name}.md")
+    linked = re.findall(r"\[`notebooks/\w+\.ipynb`\]\(\.\./notebooks/(\w+)\.md\)", text)
+    assert linked
+    for notebook in linked:
+        assert name in site._methods_by_notebook()[notebook]
+
+
+@pytest.mark.parametrize(
+    ("stem", "above", "notebook"),
+    [
+        ("memory_vs_unroll", "One gradient against N", "memory_vs_unroll"),
+        ("memory_vs_batch", "Memory at full width", "memory_vs_unroll"),
+        ("memory_vs_classes", "Memory at full width", "memory_vs_unroll"),
+        ("scaling_ipc", "One update against one size", "scaling"),
+        ("dm_images_ipc10", "The images as they change", "dm"),
+        ("dm_images_cifar10", "On photographs", "dm"),
+        ("membership_steps", "", "membership_inference"),
+    ],
+)
+def test_a_figure_has_the_caption_of_the_cell_that_saves_it(stem, above, notebook):
+    caption = site._caption(stem, site._captions())
+    assert caption.startswith(above)
+    assert caption.endswith(f"notebook [{notebook}](notebooks/{notebook}.md)")
+
+
+def test_a_figure_that_no_cell_saves_has_its_name():
+    assert site._caption("memory_vs", site._captions()) == "memory vs"
+    told = {'dd.plots.save(figure, f"a_{x}", p)': "any", 'dd.plots.save(figure, "a_b", p)': "one"}
+    assert (site._caption("a_b", told), site._caption("a_c", told)) == ("one", "any")
+
+
 def test_an_executed_notebook_that_is_older_than_its_text_is_named(tmp_path, monkeypatch):
     def cell(text, *tags):
         return {"cell_type": "code", "source": [text], "metadata": {"tags": list(tags)}}
@@ -116,6 +154,9 @@ def test_an_executed_notebook_that_is_older_than_its_text_is_named(tmp_path, mon
     write(tmp_path / "notebooks", cell("another"))
     (command,) = site.stale(tmp_path / "results")
     assert command == "ddlib reproduce --profile small --again --only one"
+    (tmp_path / "results/notebooks/small").rename(tmp_path / "results/notebooks/kept")
+    (command,) = site.stale(tmp_path / "results")
+    assert command == "ddlib reproduce --only one, and copy it from smoke/ to kept/"
 
 
 def test_a_build_without_results_or_into_a_strange_folder_is_one_sentence(tmp_path):

@@ -10,9 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-import nbformat
 import pandas as pd
-import psutil
 import pytest
 
 from ddlib import cli
@@ -36,16 +34,21 @@ def ddlib(monkeypatch, capsys):
     return call
 
 
-def test_help_needs_neither_torch_nor_pandas():
+def test_help_needs_neither_torch_nor_pandas_and_is_there_at_once():
     code = (
         "import sys; from ddlib.cli import parser; print(parser().format_help());"
         "assert not {'torch', 'pandas', 'matplotlib', 'yaml'} & {*sys.modules}"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(f"\n    {name}" in done.stdout for name in cli.COMMANDS)
+    seconds = []
+    for _ in range(3):  # the best of them: the machine may be busy
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert all(f"\n    {name}" in done.stdout for name in cli.COMMANDS)
+    assert min(seconds) < 1
 
 
 def test_bare_ddlib_helps(ddlib):
@@ -107,6 +110,8 @@ def test_the_kept_runs_fit_a_terminal():
 @pytest.fixture
 def notebooks(tmp_path, monkeypatch):
     """A checkout with one notebook of three lines."""
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("papermill")
     monkeypatch.setattr(reproduce, "SOURCE", tmp_path)
     for name in ("DDLIB_RESULTS", "DDLIB_FIGURES", "PYTHONPATH", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "1" if name == "OMP_NUM_THREADS" else str(tmp_path))
@@ -176,6 +181,7 @@ reproduce.reproduce(results=sys.argv[1] + "/results")
 
 def test_ctrl_c_ends_reproduces_kernel_within_two_seconds(notebooks):
     """The command itself ends when nbclient has seen it, which looks once a second."""
+    nbformat, psutil = pytest.importorskip("nbformat"), pytest.importorskip("psutil")
     note = notebooks / "kernel"
     waits = f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
     path = notebooks / "notebooks" / "one.ipynb"

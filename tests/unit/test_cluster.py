@@ -4,19 +4,24 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ddlib as dd
 from ddlib import cli
 from ddlib.core import DDError
-from ddlib.engine import cluster, queue
+from ddlib.engine import checkpoint, cluster, queue
 from ddlib.engine.checkpoint import Progress
 from ddlib.engine.cluster import Code, Order, Outcome, perform
+from ddlib.files import CannotWrite
 
 SHORT = {"networks": 1, "eval_epochs": 2, "evaluations": 1, "snapshots": 0}
 EXPERTS = {"experts": 2, "expert_total": 3, "max_start": 1, "expert_epochs": 1, "syn_steps": 2}
@@ -100,6 +105,7 @@ def test_a_cluster_makes_the_same_records_though_a_worker_is_lost(tmp_path, room
         assert not killer.is_alive() and counts == [2, 1, 1]
         assert kept(folder) == kept(tmp_path / "local")
         assert begun.read_text().count(specs[2].name) == 1 + EXPERTS["experts"]
+        assert len(list((tmp_path / "others").glob("*/expert-*.safetensors"))) == EXPERTS["experts"]
         before = begun.read_text()
         assert cluster.work_through(planned, address, device="cpu", results=folder)
         assert begun.read_text() == before  # all kept: nothing is computed twice
@@ -123,6 +129,7 @@ def test_a_stopped_order_goes_on_elsewhere_and_ends_in_the_same_bytes(tmp_path, 
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Progress, "save", stop_after)
+    monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / "another"))
     stopped = perform(order())
     monkeypatch.undo()
     assert stopped.word == "stopped" and list(stopped.files) == [
@@ -135,6 +142,220 @@ def test_a_stopped_order_goes_on_elsewhere_and_ends_in_the_same_bytes(tmp_path, 
     made = f"smoke/dm/{name}.safetensors"
     assert rest.word == "done" and 0 < len(steps) < order().spec.config.iterations
     assert rest.files[made] == whole.files[made]
+
+
+class Ray:
+    """Ray in this process: a task is carried out when its outcome is asked for; `stuck` tasks find no place."""
+
+    exceptions = SimpleNamespace(RayTaskError=KeyError, RayError=KeyError)
+
+    def __init__(self, *nodes: dict[str, float], stuck: bool = False):
+        self.resources, self.stuck = nodes or ({"CPU": 2.0},), stuck
+        self.orders: list[Order] = []
+        self.tasks, self.cancelled = [], []
+
+    def nodes(self) -> list[dict]:
+        return [{"Alive": True, "Resources": node} for node in self.resources]
+
+    def remote(self, **options):
+        self.options = options
+        return lambda function: SimpleNamespace(remote=lambda *args: self._task(function, args))
+
+    def _task(self, function, args) -> int:
+        def outcome() -> Outcome:
+            return function(args[0], *map(self.get, args[1:]))
+
+        self.orders.append(args[0])
+        return self.put(outcome)
+
+    def put(self, value) -> int:
+        self.tasks.append(value)
+        return len(self.tasks) - 1
+
+    def wait(self, refs, timeout):
+        return ([], refs) if self.stuck else (refs[:1], refs[1:])
+
+    def get(self, ref: int) -> Outcome:
+        if callable(self.tasks[ref]):
+            self.tasks[ref] = self.tasks[ref]()
+        return self.tasks[ref]
+
+    def cancel(self, ref: int) -> None:
+        self.cancelled.append(ref)
+
+
+@pytest.fixture
+def work_through(monkeypatch, tmp_path):
+    """`cluster.work_through` of specs on a `Ray`, with the records in tmp_path."""
+
+    def call(ray: Ray, *specs, **options) -> bool:
+        monkeypatch.setattr(cluster, "connected", lambda address: nullcontext(ray))
+        return cluster.work_through(queue.unpriced(specs, tmp_path), device="cpu", **options)
+
+    return call
+
+
+def short(seed: int = 0):
+    return dd.resolve("dm", "digits", 1, "smoke", seed, iterations=3, **SHORT)
+
+
+def test_a_full_disk_here_costs_no_run(work_through, monkeypatch, capsys, tmp_path):
+    for module in (cluster, checkpoint):
+        monkeypatch.setattr(module, "commit", lambda: "c" * 40)
+    write = cluster.write_atomically
+
+    def full(path, content):
+        if short().name in path.name:
+            raise CannotWrite(f"cannot write {path}: no space")
+        return write(path, content)
+
+    monkeypatch.setattr(cluster, "write_atomically", full)
+    assert not work_through(Ray(), short(), short(1))
+    said = capsys.readouterr().out
+    assert "failed   dm digits IPC 1 seed 0" in said and "no space" in said
+    assert "done     dm digits IPC 1 seed 1" in said
+    monkeypatch.setattr(cluster, "write_atomically", write)
+    monkeypatch.setattr(dd.METHODS["dm"], "step", None)  # the node has the run still
+    assert work_through(Ray(), short(), short(1))
+    assert len(list(tmp_path.glob("smoke/dm/*.json"))) == 2
+
+
+def test_what_a_node_keeps_is_removed_in_time_or_where_the_code_is_another(room, monkeypatch):
+    steps, step_once = [], dd.METHODS["dm"].step
+    monkeypatch.setattr(dd.METHODS["dm"], "step", lambda dm: steps.append(dm) or step_once(dm))
+    for code, expected in (("a", 3), ("a", 3), ("b", 6), ("b-dirty", 9), ("b-dirty", 12)):
+        for module in (cluster, checkpoint):
+            monkeypatch.setattr(module, "commit", lambda code=code: code)
+        assert perform(Order(short(), "cpu", 1, Code.here())).word == "done"
+        assert len(steps) == expected
+    (record,) = room.glob("dm/*.json")
+    os.utime(record, (0, 0))
+    perform(Order(short(1), "cpu", 1, Code.here()))
+    assert not record.exists() and not record.with_suffix(".safetensors").exists()
+
+
+def test_a_row_whose_images_are_not_here_fails_alone(work_through, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DDLIB_DATA", str(tmp_path / "nothing"))
+    absent = dd.resolve("mtt", "mnist", 1, "smoke", **EXPERTS)
+    assert not work_through(Ray(), absent, short())
+    said = capsys.readouterr().out
+    assert "failed   mtt mnist" in said and "done     dm digits" in said
+
+
+def test_a_done_run_without_its_files_has_failed(work_through, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "perform", lambda order: Outcome("done"))
+    assert not work_through(Ray(), short()) and "did not come back" in capsys.readouterr().out
+
+
+def test_a_failed_run_goes_on_from_the_checkpoint_that_is_further_on(tmp_path, monkeypatch):
+    step_once, name = dd.METHODS["dm"].step, f"smoke/checkpoints/{order().spec.name}.safetensors"
+
+    def perform_at(node: str, last: int, sent: bytes | None = None) -> tuple[Outcome, int]:
+        """What came of an order on a node that fails after so many steps, and how many were made."""
+        steps = []
+
+        def step(dm):
+            if len(steps) == last:
+                raise DDError("no more")
+            steps.append(dm)
+            return step_once(dm)
+
+        monkeypatch.setattr(dd.METHODS["dm"], "step", step)
+        monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / node))
+        return perform(order(checkpoint=sent)), len(steps)
+
+    early, late = perform_at("a", 30)[0], perform_at("b", 90)[0]
+    assert early.word == late.word == "failed" and "no more" in early.why
+    assert perform_at("b", 200, sent=early.files[name])[1] == 30
+    done, count = perform_at("a", 200, sent=late.files[name])
+    assert done.word == "done" and count == 30
+
+
+def test_a_run_that_finds_no_place_is_for_later(work_through, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "GRACE", 0)
+    ray = Ray(stuck=True)
+    assert work_through(ray, short(), minutes=1e-3)
+    assert "later    dm digits" in capsys.readouterr().out and ray.cancelled == [0]
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "nodes", "means"),
+    [
+        ("auto", 1, [{"CPU": 2}], "cpu"),
+        ("auto", 1, [{}, {"CPU": 2, "GPU": 1}], "cuda"),
+        ("cpu", 4, [{"CPU": 4, "GPU": 1}], "cpu"),
+        ("cuda", 1, [{"CPU": 2}], "no node of the Ray cluster has a GPU"),
+        ("cpu", 64, [{"CPU": 2}, {"CPU": 8}], "threads must be at most 8"),
+        (
+            "auto",
+            4,
+            [{"CPU": 8}, {"CPU": 2, "GPU": 1}],
+            "at most 2, the cores of the largest node with",
+        ),
+        ("cuda:1", 1, [{"CPU": 2, "GPU": 2}], "unknown device .* allowed: auto, cpu, cuda"),
+    ],
+)
+def test_what_no_node_has_is_refused(device, threads, nodes, means, monkeypatch, tmp_path):
+    ray = Ray(*nodes)
+    monkeypatch.setattr(cluster, "connected", lambda address: nullcontext(ray))
+    monkeypatch.setattr(cluster, "perform", lambda order: Outcome("later"))
+    rows, options = queue.unpriced([short()], tmp_path), {"device": device, "threads": threads}
+    if means in cluster.PLACES:
+        assert cluster.work_through(rows, **options)
+        assert ray.orders[0].device == means
+        assert ray.options["num_gpus"] == (1 if means == "cuda" else 0)
+    else:
+        with pytest.raises(DDError, match=means):
+            cluster.work_through(rows, **options)
+
+
+def test_experts_come_back_and_are_trained_once(work_through, monkeypatch, tmp_path):
+    monkeypatch.setenv("DDLIB_EXPERTS", str(tmp_path / "experts"))
+    first, again = Ray(), Ray()
+    assert work_through(first, dd.resolve("mtt", "digits", 1, "smoke", **SHORT, **EXPERTS))
+    assert [order.expert for order in first.orders] == [0, 1, None]
+    assert len(list(tmp_path.glob("experts/*/expert-*.json"))) == EXPERTS["experts"]
+    assert work_through(again, dd.resolve("mtt", "digits", 1, "smoke", 1, **SHORT, **EXPERTS))
+    assert [order.expert for order in again.orders] == [None]
+
+
+def test_a_sweep_says_what_failed_on_the_cluster(monkeypatch, tmp_path):
+    monkeypatch.setattr(cluster, "work_through", lambda *rest: False)
+    monkeypatch.setenv("DDLIB_RESULTS", str(tmp_path))
+    with pytest.raises(DDError, match="2 of 2 runs failed on the cluster"):
+        dd.sweep("dm", "digits", ipcs=[1], seeds=[0, 1], engine="ray")
+    for option in ({"fresh": True}, {"any_threads": True}, {"checkpoint_every": 7}):
+        with pytest.raises(DDError, match=f"{next(iter(option))} does not go with engine='ray'"):
+            dd.sweep("dm", "digits", ipcs=[1], engine="ray", **option)
+
+
+def test_a_notebooks_own_ray_is_used_and_another_version_is_a_sentence(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Version mismatch: the cluster has\n  Ray: 1.0")
+
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379")
+    ray = SimpleNamespace(
+        is_initialized=lambda: True, get_runtime_context=lambda: context, init=refuse
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with cluster.connected("10.0.0.1:6379") as present:
+        assert present is ray
+    with pytest.raises(DDError, match="is on the Ray cluster at 10.0.0.1:6379, not 10.0.0.2:6379"):
+        cluster.work_through([], "10.0.0.2:6379")
+    ray.is_initialized = lambda: False
+    with pytest.raises(DDError, match="no Ray cluster on this machine: Version .* has Ray: 1.0"):
+        cluster.work_through([])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_head_without_a_gpu_plans_for_nodes_that_have_one(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "rows.yaml"
+    path.write_text("[]")
+    words = ["ddlib", "queue", str(path), "--device", "cuda", "--plan"]
+    monkeypatch.setattr("sys.argv", words)
+    assert cli.main() == 2 and "no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*words, "--engine", "ray"])
+    assert cli.main() == 0
 
 
 def test_errors_of_a_worker_are_sentences(monkeypatch, tmp_path):
@@ -166,7 +387,7 @@ def test_an_address_that_does_not_answer_is_named(address, message):
 
 
 def test_without_ray_a_sentence_says_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DDError, match="pip install 'ddlib\\[ray\\]'"):
         dd.sweep("dm", "digits", ipcs=[1], engine="ray", results=tmp_path)
     with pytest.raises(DDError, match="unknown engine 'dask'; allowed: local, ray"):

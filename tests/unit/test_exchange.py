@@ -118,6 +118,18 @@ def test_datm_saves_logits_and_its_step_size(tmp_path, data, images):
             import_set(tmp_path, data, zca="", **NET)
 
 
+def test_tesla_saves_soft_labels_without_its_step_size(tmp_path, data, images):
+    soft = torch.randn(10, 10, generator=generator(3)).softmax(1)
+    torch.save(images.clone().requires_grad_(), tmp_path / "images_best.pt")
+    torch.save(soft, tmp_path / "labels_best.pt")
+    with pytest.raises(DDError, match="does not hold the step size that tesla learned"):
+        import_set(tmp_path, data, zca="", **NET)
+    syn = import_set(tmp_path, data, zca="", lr=0.02, **NET)
+    assert syn.spec["method"] == "tesla" and syn.recipe.lr == 0.02
+    assert torch.equal(syn.images, images) and torch.equal(syn.labels, soft)
+    assert 0 <= scored(syn, data) <= 100
+
+
 @pytest.mark.parametrize("method", [None, "dream"])
 def test_the_layout_of_idc_and_dream(tmp_path, data, method):
     pixels = torch.rand(10, 3, SIDE, SIDE, generator=generator(4))

@@ -209,8 +209,10 @@ def test_learned_labels_are_judged_after_the_last_step_only(run, tmp_path):
 
 @pytest.mark.parametrize("zca", ["", "frepo"])
 def test_a_kept_look_draws_every_view_without_the_data(tmp_path, monkeypatch, zca):
-    run = dd.run("random", "digits", ipc=2, results=tmp_path, zca=zca, **QUICK)
-    drawn = {view: explore.draw(view, run) for view in explore.VIEWS if view != "evolution"}
+    short = {"iterations": 2, "snapshots": 1, "batch_real": 8, **QUICK}
+    run = dd.run("dm", "digits", ipc=2, results=tmp_path, zca=zca, **short)
+    assert explore.steps(run) == [0, 2]
+    drawn = {view: explore.draw(view, run) for view in explore.VIEWS}
     path = explore.keep(run, "cpu")
     assert path.name == f"{run.path.stem}.look.safetensors" and path.stat().st_size < 60_000
 
@@ -236,13 +238,12 @@ def test_a_kept_look_draws_every_view_without_the_data(tmp_path, monkeypatch, zc
 
 def test_the_committed_looks_are_of_their_sets_and_small():
     results = Path(__file__).parents[2] / "results"
-    kept = sorted(results.glob("small/*/*.look.safetensors"))
-    assert sum(path.stat().st_size for path in kept) < 400_000
+    kept = sorted(results.glob("*/*/*.look.safetensors"))
+    assert sum(path.stat().st_size for path in kept) < 1_000_000
     for path in kept:
         run = Run(path.with_name(path.name.replace(".look.safetensors", ".json")))
         assert path.stat().st_size < 60_000 and look.load(run), path.name
-        total = look.load(run)["confusion"].sum(1)
-        assert (total == total[0]).all()
+        assert look.load(run)["confusion"].sum() == 10_000  # test images of MNIST and of CIFAR-10
 
 
 def test_a_kept_cifar_set_is_shown_where_there_is_no_cifar(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ import torch
 import ddlib as dd
 from ddlib.core import DDError
 from ddlib.experts import ExpertRecipe, load_experts, train_experts
+from ddlib.report import scorecard
 from ddlib.studies import fairness
 from ddlib.studies.fairness import HARD, PLAIN, TAUGHT
 
@@ -191,6 +192,16 @@ def test_without_training_only_what_is_kept(results):
     card = fairness.scorecard(both).set_index("quantity")
     assert list(card.index) == ["native", "best checkpoint", HARD, "random", "IOR"]
     assert (card.seeds["native"], card.seeds["random"], card.seeds["IOR"]) == (2, 1, 1)
+
+
+def test_the_methods_stand_in_the_order_of_all_figures():
+    def find(method, dataset, *, seed, **_):
+        return (method, seed)
+
+    named = ["mine", "frepo", "dream_plus", "dm"]
+    found = scorecard.runs(find, named, "digits", [1, 0], "smoke")
+    order = ["dm", "frepo", "dream_plus", "mine"]
+    assert list(found) == [(method, seed) for method in order for seed in (1, 0)]
 
 
 def test_the_scorecard_of_soft_labels(results, monkeypatch):

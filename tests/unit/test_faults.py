@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -730,6 +729,7 @@ def test_a_figure_is_whole_or_the_old_one(tmp_path, monkeypatch):
 
 
 def test_an_executed_notebook_is_whole_or_the_old_one(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
     target = tmp_path / "a.ipynb"
     target.write_text("old")
 

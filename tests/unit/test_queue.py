@@ -148,6 +148,23 @@ def test_costs_follow_the_work(monkeypatch):
         cost.predict(dd.resolve("dm", "folder:pets", 1, "smoke"))
 
 
+def test_a_row_of_unknown_cost_stops_no_queue(monkeypatch):
+    monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, *how: batch / 1e3)
+    specs = [dd.resolve("random", name, 1, "smoke") for name in ("folder:pets", "digits")]
+    rows = queue.plan(specs)
+    assert [row.spec.dataset for row in rows] == ["digits", "folder:pets"]
+    assert math.isnan(rows[1].cost.seconds) and "unknown" in queue.table(rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"subset": 100}, {"resolution": 16}, {"minival": 0.1}, {"zca": "mtt"}, {"backbone": "mlp"}],
+)
+def test_experts_on_other_images_or_networks_serve_nobody_else(change):
+    one, other = (cost.shared_key(dd.resolve("mtt", "digits", 1, **kw)) for kw in ({}, change))
+    assert one == cost.shared_key(dd.resolve("mtt", "digits", 10)) != other
+
+
 def test_an_extractor_and_experts_are_paid_for_once(monkeypatch):
     monkeypatch.setattr(cost, "_timed_step", lambda net, shape, classes, batch, *how: batch / 1e3)
     coresets = [("herding", 1, 0), ("forgetting", 10, 0), ("herding", 10, 1)]

@@ -437,6 +437,29 @@ def test_a_stop_between_two_networks_trains_none_twice(whole, tmp_path, monkeypa
     assert len(trained) == 5  # two evaluations of two networks, and the one that was stopped
 
 
+def test_a_second_signal_waits_until_the_first_has_saved(whole, tmp_path, monkeypatch):
+    trained, train, save = [], evaluation.train, runs.Progress.save
+
+    def stopped_in_training(*args, **options):
+        trained.append(1)
+        if len(trained) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train(*args, **options)
+
+    def stopped_in_saving(state):
+        if len(trained) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(state)
+
+    monkeypatch.setattr(evaluation, "train", stopped_in_training)
+    monkeypatch.setattr(runs.Progress, "save", stopped_in_saving)
+    with pytest.raises(core.Interrupted, match="stopped at step 30"):
+        run(tmp_path)
+    assert len(load_tensors(checkpoint(tmp_path), "checkpoint", "")[1]["scores"]) == 1
+    monkeypatch.undo()
+    assert same(run(tmp_path), whole)
+
+
 def test_more_evaluations_than_steps(tmp_path):
     assert [
         e["step"] for e in run(tmp_path, iterations=2, evaluations=5).record["evaluations"]
@@ -490,6 +513,48 @@ def test_no_memory_for_one_image_is_a_sentence(tmp_path, monkeypatch):
     ):
         run(tmp_path, checkpoint_every=2)
     assert load_tensors(checkpoint(tmp_path), "checkpoint", "")[1]["step"] == 2
+
+
+def test_a_resumed_run_keeps_the_halved_chunk(tmp_path, monkeypatch):
+    full = full_above(3, DM.step)
+
+    def step(method):
+        if method.steps == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return full(method)
+
+    monkeypatch.setattr(DM, "step", step)
+    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(core.Interrupted):
+        run(tmp_path)
+    kept = load_tensors(checkpoint(tmp_path), "checkpoint", "")[1]
+    assert (kept["step"], kept["smaller"]) == (6, {"chunk": 2})
+    monkeypatch.undo()
+    chunks, real = set(), DM.step
+    monkeypatch.setattr(DM, "step", lambda self: chunks.add(self.config.chunk) or real(self))
+    assert run(tmp_path).record["smaller"] == {"chunk": 2} and chunks == {2}
+
+
+def no_room(*args, **options):
+    raise torch.OutOfMemoryError("2 GiB")
+
+
+def test_no_memory_for_an_evaluation_is_a_sentence_at_once(whole, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(runs, "evaluate", no_room)
+    with pytest.raises(DDError, match="out of memory in the evaluation at step 30 .* more$"):
+        run(tmp_path)
+    assert not [w for w in recwarn if "out of memory" in str(w.message)]  # it is not repeated
+    monkeypatch.undo()
+    assert same(run(tmp_path), whole)
+
+
+@pytest.mark.parametrize("place", ["dataset_of", "_method", "_teach"])
+def test_no_memory_before_the_first_step_is_a_sentence(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(runs, place, no_room)
+    with pytest.raises(DDError, match="ran out of memory while the run was prepared; take a"):
+        run(tmp_path, teach=True)
+    if place != "_method":
+        with pytest.raises(DDError, match="ran out of memory while the run was prepared; take a"):
+            runs.prepare("mtt", "digits", ipc=1, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -955,19 +1020,38 @@ def test_the_step_sizes_of_dm_on_cifar10():
 
 # Without Jupyter
 
-WITHOUT_JUPYTER = """
+REFUSE_JUPYTER = """
 import sys
+
+OTHERS = ("IPython", "papermill", "ipywidgets", "nbformat", "ipykernel", "nbclient", "psutil", "ray", "selenium")
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         root = name.split(".")[0]
-        if root in ("IPython", "papermill", "ipywidgets", "nbformat", "ipykernel", "nbclient") or root.startswith("jupyter"):
+        if root in OTHERS or root.startswith("jupyter"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())
+"""
+WITHOUT_JUPYTER = f"""{REFUSE_JUPYTER}
 from ddlib.cli import main
 sys.exit(main())
 """
+
+
+@pytest.mark.slow  # imports every test
+def test_the_gpu_tests_are_found_where_jupyter_is_not_installed(monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # nbval and others import it
+    code = f"{REFUSE_JUPYTER}\nimport pytest\nsys.exit(pytest.main(sys.argv[1:]))"
+    words = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "tests/unit", "tests/oracles", "tests/contract"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "error" not in done.stdout.lower(), done.stdout + done.stderr
 
 
 def test_dm_runs_where_jupyter_is_not_installed(tmp_path):
