@@ -68,7 +68,7 @@ class Config:
 class FRePo(BaseMethod):
     """Feature regression of `ipc` images a class on `data`, with learned labels [n, C]; `backbone` is the pool's.
 
-    `frepo` attains 39.1 ± 0.4 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=3; 320 s, AMD EPYC, 1 thread).
+    `frepo` attains 39.0 ± 0.5 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=3; 1433 s, Intel Xeon, 1 thread).
     """
 
     Config, version, preset, stream = Config, 1, "frepo", "frepo"

@@ -418,7 +418,7 @@ class TESLA(MTT):
     """Cui et al., ICML 2023: the gradient as a sum over steps that treats inner weights as constants (`gradient`:
     tesla), and on ImageNet-1K labels that a teacher assigns (`labels`: assigned), the expert at the segment's end.
 
-    `tesla` attains 26.8 ± 1.0 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=9; 435 s, AMD EPYC, 1 thread).
+    `tesla` attains 27.2 ± 1.3 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=9; 737 s, Intel Xeon, 1 thread).
     """
 
     only: ClassVar = MTT.only | {"labels": ("hard", "assigned")}

@@ -242,7 +242,7 @@ def test_the_committed_looks_are_of_their_sets_and_small():
     assert sum(path.stat().st_size for path in kept) < 1_000_000
     for path in kept:
         run = Run(path.with_name(path.name.replace(".look.safetensors", ".json")))
-        assert path.stat().st_size < 60_000 and look.load(run), path.name
+        assert path.stat().st_size < 250_000 and look.load(run), path.name
         assert look.load(run)["confusion"].sum() == 10_000  # test images of MNIST and of CIFAR-10
 
 
