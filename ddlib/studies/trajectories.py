@@ -253,7 +253,7 @@ def outer_steps(
     Columns: method, network, seconds (median of `repeats`), graph bytes (peak of what autograd holds), peak bytes.
     """
     specs = {
-        name: resolve(method, dataset, ipc, profile, compile=False, zca="", **more)
+        name: resolve(method, dataset, ipc, profile, compile=False, zca="", snapshots=0, **more)
         for name, method, more in (
             ("dm", "dm", {}),
             ("mtt, unrolled", "mtt", {"gradient": "unroll"}),
