@@ -465,7 +465,11 @@ COMMANDS = {
         _option("--profile", default="paper", choices=("smoke", "small", "paper")),
         _option("--cifar10", default="cifar10", help="where CIFAR-10 is, e.g. folder:cifar10"),
         _option("--minutes", type=float, help="stop cleanly after so many (default: never)"),
-        _option("--plan", action="store_true", help="say what each row costs, here and on a GPU"),
+        _option(
+            "--plan",
+            action="store_true",
+            help="say what each row costs, here and on GPUs, and stop",
+        ),
         _option(
             "--engine", default="local", choices=("local", "ray"), help="ray: several machines"
         ),

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -212,12 +213,13 @@ class Dataset:
 
 
 def _integers(what: str, values: object, device: torch.device) -> Tensor:
-    """`values` as a tensor on `device`, else a `DDError` that names `what`."""
-    try:
+    """Integers, or a mask, as a tensor on `device`, else a `DDError` that names `what`."""
+    with suppress(TypeError, ValueError, RuntimeError):
         found = torch.as_tensor(values, device=device)
-    except (TypeError, ValueError, RuntimeError):
-        raise DDError(f"{what} must be integers, not {shown(values)}") from None
-    return found if found.numel() else found.long()  # [] would be float
+        found = found if found.numel() else found.long()  # [] would be float
+        if not (found.is_floating_point() or found.is_complex()):
+            return found
+    raise DDError(f"{what} must be integers, not {shown(values)}")
 
 
 def minival_name(fraction: float, seed: int = 0) -> str:

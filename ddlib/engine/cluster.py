@@ -44,9 +44,8 @@ RETRIES = 3  # times that a run goes on elsewhere when its worker is lost
 PLACES = ("auto", "cpu", "cuda")  # devices that runs on a cluster are asked for
 PATIENCE = 5  # seconds in which an address must answer
 SUFFIXES = (".json", ".safetensors")  # of a finished run
-WEEK = (
-    7 * 24 * 3600
-)  # seconds that a node keeps what it has given back: the caller's disk may have been full
+# Seconds that a node keeps what it has given back: the caller's disk may have been full.
+WEEK = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)

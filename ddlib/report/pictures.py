@@ -1,8 +1,7 @@
-"""The pictures of README.md, made anew by `python -m ddlib.report.pictures` where CIFAR-10 is at hand.
+"""The pictures of README.md, made anew by `python -m ddlib.report.pictures` from the kept sets.
 
 `real_to_distilled.png`: real images, and what FRePo and DM made of such. `forming.gif`: one FRePo set from its first
-step to its last. The sets are the kept ones; the way there is that run again with `snapshots`, which changes nothing
-in it and takes some minutes on a CPU.
+step to its last, by its snapshots.
 """
 
 from __future__ import annotations
@@ -13,26 +12,16 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from ..config import dataset_of, resolve
-from ..core import DDError, pick_device
-from ..engine.record import resolve_record
-from ..engine.run import run
 from ..files import SOURCE
-from . import lesson, plots
+from . import explore, lesson, plots
 
-FRAMES = 30  # snapshots of the run, at steps in equal ratios
 ENLARGED = 2  # pixels of the animation for each pixel of an image
 
 
 def forming() -> dict[int, torch.Tensor]:
-    """Step -> pixels [10, 3, 32, 32] of FRePo's kept CIFAR-10 set at IPC 1, by the same run with snapshots."""
-    kept = lesson.kept_run("frepo", "cifar10", 1)
-    spec = resolve_record(kept.record)
-    again = run("frepo", spec.dataset, ipc=1, profile=spec.profile, snapshots=FRAMES).synthetic
-    if not torch.allclose(again.images, kept.synthetic.images, atol=1e-3):
-        raise DDError("the run with snapshots ends in another set than the kept one")
-    data = dataset_of(resolve("frepo", spec.dataset, 1, spec.profile), pick_device("cpu"))
-    return {step: again.pixels(data, shot) for step, shot in again.snapshots.items()}
+    """Step -> pixels [10, 3, 32, 32] of FRePo's kept CIFAR-10 set at IPC 1."""
+    run = lesson.kept_run("frepo", "cifar10", 1)
+    return {step: explore.Look(run, step).pixels.float() / 255 for step in explore.steps(run)}
 
 
 def strip(shots: dict[int, torch.Tensor]) -> plt.Figure:
@@ -46,15 +35,14 @@ def strip(shots: dict[int, torch.Tensor]) -> plt.Figure:
 def animation(shots: dict[int, torch.Tensor], path: Path) -> Path:
     """An animated GIF of two rows of five classes; it dwells on the first and the last frame."""
     frames = []
-    steps = [*list(shots)[:-1:2], max(shots)]  # half of them, for the size of the file
-    for pixels in (shots[step] for step in steps):
+    for pixels in shots.values():
         tiles = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=1.0)
         mosaic = tiles.unflatten(0, (2, 5)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         picture = Image.fromarray((mosaic * 255).round().byte().cpu().numpy())
         width, height = picture.size
         frames.append(picture.resize((width * ENLARGED, height * ENLARGED), Image.NEAREST))
     palette = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
-    pauses = [1200, *[140] * (len(palette) - 2), 2500]
+    pauses = [1200, *[700] * (len(palette) - 2), 2500]
     first, *others = palette
     first.save(path, save_all=True, append_images=others, duration=pauses, loop=0, optimize=True)
     return path

@@ -112,6 +112,7 @@ def _shape(dataset: str, sizes: Mapping[str, int]) -> tuple[tuple[int, int, int]
 def _spec(name: str, dataset: str, profile: str, sizes: Mapping[str, int]) -> Spec:
     """The run whose update is measured: the preset's at IPC 1, with those of the `sizes` that a run itself has."""
     method, changes = UPDATES[name]
+    # Snapshots cost an update nothing, and without them the study's name does not depend on them.
     changes = {**changes, "compile": False, "zca": "", "snapshots": 0}
     if "syn_steps" in sizes:
         changes["syn_steps"] = sizes["syn_steps"]

@@ -252,6 +252,7 @@ def outer_steps(
 
     Columns: method, network, seconds (median of `repeats`), graph bytes (peak of what autograd holds), peak bytes.
     """
+    # Snapshots cost an update nothing, and without them the study's name does not depend on them.
     specs = {
         name: resolve(method, dataset, ipc, profile, compile=False, zca="", snapshots=0, **more)
         for name, method, more in (

@@ -160,7 +160,11 @@ def test_minival_carves_a_stratified_share():
         ),
         (lambda d: d.denormalise(torch.zeros(3)), r"images of digits must be a tensor \[..., 1, 8"),
         (lambda d: d.batch("test", "x"), "rows must be integers, not 'x'"),
-        (lambda d: d.batch("test", [0.5]), "rows of test must be integers from 0 to"),
+        (lambda d: d.batch("test", [0.5]), r"rows must be integers, not \[0.5\]"),
+        (
+            lambda d: d.sample(1, torch.Generator(), classes=[0.5]),
+            r"classes must be integers, not \[0.5\]",
+        ),
         (lambda d: d.batch("test", [10**9]), "rows of test must be integers from 0 to"),
         (lambda d: d.sample("x", torch.Generator()), "n must be an integer of at least 0, not 'x'"),
         (lambda d: d.sample(1, 0), "generator must be of type Generator, not 0"),
