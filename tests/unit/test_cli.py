@@ -170,10 +170,12 @@ def test_of_two_that_reproduce_at_once_one_executes(notebooks, monkeypatch):
     assert made == [None, None, 0]
 
 
+# A shell's background job ignores Ctrl-C, and what it starts does too.
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
 from ddlib.report import reproduce
+signal.signal(signal.SIGINT, signal.default_int_handler)
 reproduce.SOURCE = Path(sys.argv[1])
 reproduce.reproduce(results=sys.argv[1] + "/results")
 """

@@ -755,7 +755,15 @@ def test_statistics_of_a_large_set_take_little_memory_and_are_exact():
     torch.testing.assert_close(found, wanted.float(), rtol=0, atol=1e-7)
 
 
-def test_ctrl_c_ends_the_decoding_within_two_seconds(tmp_path, monkeypatch):
+@pytest.fixture
+def _ctrl_c():
+    """Ctrl-C as in a terminal: a shell's background job ignores it, and what it starts does too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_decoding_within_two_seconds(tmp_path, monkeypatch, _ctrl_c):
     tree(tmp_path / "pets", n=50)
     monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / "cache"))
     pixels, began = decoding._pixels, threading.Event()
