@@ -147,7 +147,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict) -> 
     tensors = {
         name: value.detach().cpu().contiguous().clone() for name, value in sorted(tensors.items())
     }
-    seal = _seal(json.loads(json.dumps(header)), [*tensors], checksum(*tensors.values()))
+    seal = seal_of(json.loads(json.dumps(header)), [*tensors], checksum(*tensors.values()))
     meta = {"ddlib": json.dumps({**header, "sha256": seal}, sort_keys=True)}
     return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
 
@@ -156,7 +156,7 @@ def load_tensors(path: Path, kind: str, cure: str) -> tuple[dict[str, torch.Tens
     """Read what `save_tensors` wrote as (tensors, header); a missing, truncated or altered file is a `DDError`."""
     tensors, header, seal = _read_tensors(path, kind, cure)
     old = checksum(*tensors.values())
-    if seal not in (_seal(header, [*tensors], old), old):
+    if seal not in (seal_of(header, [*tensors], old), old):
         raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
     return tensors, header
 
@@ -198,14 +198,14 @@ def write_json(path: Path, value: dict[str, Any]) -> Path:
     First, where no text stands before it: a few lost bytes that join a text to the next key, the seal's, leave an
     object that is valid and has no seal, which would pass for an older file.
     """
-    text = json.dumps({"seal": _seal(json.loads(json.dumps(value))), **value}, indent=1)
+    text = json.dumps({"seal": seal_of(json.loads(json.dumps(value))), **value}, indent=1)
     return write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_json(path: Path, kind: str, cure: str) -> dict[str, Any]:
     """Read what `write_json` wrote, or an older file without a checksum; what is amiss is a `DDError` with the cure."""
     value = _read(path, kind, cure, dict)
-    if "seal" in value and value.pop("seal") != _seal(value):
+    if "seal" in value and value.pop("seal") != seal_of(value):
         raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
     return value
 
@@ -255,10 +255,10 @@ def sealed(path: Path) -> bool:
     if path.suffix == ".json":
         return "seal" in _read(path, "file", "make it anew", dict)
     tensors, header, seal = _read_tensors(path, "file", "make it anew")
-    return seal == _seal(header, [*tensors], checksum(*tensors.values()))
+    return seal == seal_of(header, [*tensors], checksum(*tensors.values()))
 
 
-def _seal(value: dict[str, Any], *more: object) -> str:
-    """sha256, as hex, of a JSON object as it is read, and of what comes with it."""
+def seal_of(value: object, *more: object) -> str:
+    """sha256, as hex, of a JSON value as it is read, and of what comes with it."""
     text = json.dumps([value, *more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

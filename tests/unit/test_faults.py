@@ -33,7 +33,7 @@ from ddlib.engine import run as trunk
 from ddlib.experts import _timing
 from ddlib.methods.dm import DM
 from ddlib.recipe import VERSION
-from ddlib.report import answers, docs, plots, reproduce, site, tables
+from ddlib.report import answers, docs, plots, reproduce, site, slim, tables
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -697,11 +697,56 @@ def test_wrong_types_for_an_evaluation(kept):
         dd.evaluate(kept.synthetic, "digits")
 
 
-def test_half_a_notebook_is_one_sentence(tmp_path):
-    for text in ('{"cells": [', "[]", "{}"):
-        (tmp_path / "a.ipynb").write_text(text)
+NOTEBOOK = {
+    "cells": [
+        {"cell_type": "markdown", "source": ["# DM"], "metadata": {}},
+        {
+            "cell_type": "code",
+            "source": "run()",
+            "metadata": {"tags": ["parameters"]},
+            "outputs": [{"output_type": "execute_result", "data": {"text/plain": "67.0 ± 5.6"}}],
+        },
+    ],
+    "metadata": {"papermill": {"parameters": {"ipcs": 1}, "end_time": "2026-11-30"}},
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"cells": [', "[]", "{}"]
+    + [
+        json.dumps(NOTEBOOK).replace(*change)
+        for change in (
+            ('"source"', '"sourcE"'),
+            ('"run()"', "5"),
+            ('"cell_type": "code"', '"cell_type": 1'),
+            ('["parameters"]', "null"),
+            ('"text/plain": "67.0', '"image/png": "67.0'),
+            ('"67.0', '[1], "": "'),
+            ('"output_type"', '"output"'),
+            ('"2026-11-30"', "2026"),
+            ('{"ipcs": 1}', '"ipcs"'),
+        )
+    ],
+)
+def test_half_a_notebook_is_one_sentence(tmp_path, text):
+    (tmp_path / "a.ipynb").write_text(text)
+    for reader in (site.notebook, lambda path: reproduce._executed_with(path.parent)):
         with pytest.raises(DDError, match="the notebook .* reproduce it again"):
-            site.notebook(tmp_path / "a.ipynb")
+            reader(tmp_path / "a.ipynb")
+
+
+def test_a_changed_digit_in_an_executed_notebook(tmp_path):
+    path = tmp_path / "a.ipynb"
+    path.write_text(json.dumps(NOTEBOOK))  # of before notebooks had a checksum
+    assert "67.0" in site.notebook(path)[0]
+    whole = json.dumps(slim.sealed(json.loads(json.dumps(NOTEBOOK))))
+    path.write_text(whole)
+    assert "67.0" in site.notebook(path)[0]
+    for change in (("67.0", "97.0"), ('"ipcs": 1', '"ipcs": 2')):
+        path.write_text(whole.replace(*change))
+        with pytest.raises(DDError, match="altered since it was executed"):
+            site.notebook(path)
 
 
 def test_an_output_runs_nothing_in_a_browser():
@@ -709,7 +754,21 @@ def test_an_output_runs_nothing_in_a_browser():
         "<p onclick='x()'>one = 5</p><iframe src='javascript:x'></iframe><a href='javascript:x()'>"
         "<SCRIPT>x()</script><object data=x></object><embed src=y>"
     )
-    assert site.tame(html) == "<p>one = 5</p><a href='x()'>"
+    assert site.tame(html) == "<p>one = 5</p>"
+    for attack in (
+        '<p title=">" onclick=x()>',
+        "<img/onerror=x() src=y>",
+        '<td a="b"onclick=x()>',
+        "<meta http-equiv=refresh content=0;url=y>",
+        "<a href=java&#115;cript:x()>",
+        "<svg onload=x() ",
+        "<scr<b>ipt>x()</script>",
+    ):
+        left = site.tame(attack)
+        assert not re.search("<(?!/?(p|td|b)>)", left), left
+    printed = {"output_type": "stream", "text": "```\n<script>x()</script>\n```"}
+    assert site._output(printed, "a", {}).startswith("````text\n```\n")
+    assert site.tame("<" * 100_000) == "&lt;" * 100_000  # in a moment, not in minutes
 
 
 def test_a_figure_is_whole_or_the_old_one(tmp_path, monkeypatch):
