@@ -179,6 +179,14 @@ def test_a_kill_between_a_new_set_and_its_record(results, tmp_path, cache, monke
     assert records.set_checksum(run.synthetic) == run.record["set_checksum"] != old["set_checksum"]
 
 
+def test_a_record_under_another_runs_name(results):
+    one, other = dm(), dm(seed=1)
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(other.path.with_suffix(suffix), one.path.with_suffix(suffix))
+    with pytest.raises(DDError, match="is that of the run dm-digits-ipc1-smoke-seed1-"):
+        _ = dm().accuracy
+
+
 def test_a_folder_that_goes_while_it_is_looked_at(tmp_path, cache):
     root = pets(tmp_path / "pets", 0)
     tree = dataset.tree(f"folder:{root}", None)
