@@ -7,6 +7,7 @@ tensors alone, a JSON file none at all (`sealed` tells them apart).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -68,6 +69,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
     Temporary files of `path` that a killed process left more than an hour ago are removed. Raises `CannotWrite`.
     """
     try:
+        if path.is_char_device() or path.is_block_device():  # root would replace it for everybody
+            raise FileExistsError(errno.EEXIST, "it is a device")
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

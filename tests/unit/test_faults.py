@@ -179,6 +179,13 @@ def test_a_kill_between_a_new_set_and_its_record(results, tmp_path, cache, monke
     assert records.set_checksum(run.synthetic) == run.record["set_checksum"] != old["set_checksum"]
 
 
+def test_a_device_is_never_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("/dev/null")  # a real one would be gone where this test fails
+    with pytest.raises(DDError, match="it is a device; choose a writable folder"):
+        files.write_json(tmp_path / "link", {})
+    assert (tmp_path / "link").is_char_device()
+
+
 def test_a_record_under_another_runs_name(results):
     one, other = dm(), dm(seed=1)
     for suffix in (".json", ".safetensors"):
