@@ -107,6 +107,7 @@ READERS = OTHERS | {
 
 def originals(folder: str) -> dict[str, str]:
     """A whole file of each kind."""
+    pictures()
     done = run("dm", folder, dataset="digits")
     done.transfer("mlp", networks=1)
     place, rows = Path(folder), [{"steps": 3, "seconds": 0.25}]
