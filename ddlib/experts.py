@@ -239,6 +239,7 @@ def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int)
     """
     net = build(backbone, data.shape, data.num_classes)
     wanted, place = _header(data, net, recipe), folder(data, backbone, recipe)
+    size = FlatNet(net).size
     weights, seconds = [], 0.0
     for seed in range(count):
         path = place / f"expert-{seed:03d}.safetensors"
@@ -256,7 +257,11 @@ def load_experts(data: Dataset, backbone: str, recipe: ExpertRecipe, count: int)
                     f"the expert {path.name} was made with {key} {header.get(key)!r}, this run has "
                     f"{value!r}; delete {path} and make it anew"
                 )
-        rows = tensors["weights"]
+        rows, shape = tensors.get("weights", torch.empty(0)), [recipe.epochs + 1, size]
+        if list(rows.shape) != shape or not rows.is_floating_point():
+            raise ExpertsError(
+                f"the expert {path} does not hold weights {shape}; delete it and make it anew"
+            )
         if not (rows[1:] != rows[:-1]).any(1).all() or not torch.isfinite(rows).all():
             raise ExpertsError(
                 f"two epochs of the expert {path} hold the same weights, or weights that are not "

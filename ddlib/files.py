@@ -7,6 +7,7 @@ tensors alone, a JSON file none at all (`sealed` tells them apart).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -68,6 +69,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
     Temporary files of `path` that a killed process left more than an hour ago are removed. Raises `CannotWrite`.
     """
     try:
+        if path.is_char_device() or path.is_block_device():  # root would replace it for everybody
+            raise FileExistsError(errno.EEXIST, "it is a device")
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -147,7 +150,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict) -> 
     tensors = {
         name: value.detach().cpu().contiguous().clone() for name, value in sorted(tensors.items())
     }
-    seal = _seal(json.loads(json.dumps(header)), [*tensors], checksum(*tensors.values()))
+    seal = seal_of(json.loads(json.dumps(header)), [*tensors], checksum(*tensors.values()))
     meta = {"ddlib": json.dumps({**header, "sha256": seal}, sort_keys=True)}
     return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=meta))
 
@@ -156,7 +159,7 @@ def load_tensors(path: Path, kind: str, cure: str) -> tuple[dict[str, torch.Tens
     """Read what `save_tensors` wrote as (tensors, header); a missing, truncated or altered file is a `DDError`."""
     tensors, header, seal = _read_tensors(path, kind, cure)
     old = checksum(*tensors.values())
-    if seal not in (_seal(header, [*tensors], old), old):
+    if seal not in (seal_of(header, [*tensors], old), old):
         raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
     return tensors, header
 
@@ -198,14 +201,14 @@ def write_json(path: Path, value: dict[str, Any]) -> Path:
     First, where no text stands before it: a few lost bytes that join a text to the next key, the seal's, leave an
     object that is valid and has no seal, which would pass for an older file.
     """
-    text = json.dumps({"seal": _seal(json.loads(json.dumps(value))), **value}, indent=1)
+    text = json.dumps({"seal": seal_of(json.loads(json.dumps(value))), **value}, indent=1)
     return write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_json(path: Path, kind: str, cure: str) -> dict[str, Any]:
     """Read what `write_json` wrote, or an older file without a checksum; what is amiss is a `DDError` with the cure."""
     value = _read(path, kind, cure, dict)
-    if "seal" in value and value.pop("seal") != _seal(value):
+    if "seal" in value and value.pop("seal") != seal_of(value):
         raise DDError(f"the {kind} {path} was altered: its checksum does not match; {cure}")
     return value
 
@@ -255,10 +258,10 @@ def sealed(path: Path) -> bool:
     if path.suffix == ".json":
         return "seal" in _read(path, "file", "make it anew", dict)
     tensors, header, seal = _read_tensors(path, "file", "make it anew")
-    return seal == _seal(header, [*tensors], checksum(*tensors.values()))
+    return seal == seal_of(header, [*tensors], checksum(*tensors.values()))
 
 
-def _seal(value: dict[str, Any], *more: object) -> str:
-    """sha256, as hex, of a JSON object as it is read, and of what comes with it."""
+def seal_of(value: object, *more: object) -> str:
+    """sha256, as hex, of a JSON value as it is read, and of what comes with it."""
     text = json.dumps([value, *more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

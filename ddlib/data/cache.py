@@ -19,6 +19,7 @@ from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from stat import S_ISREG
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -352,8 +353,8 @@ def _from_cache(
     # Images without a note are of a process that was killed between the two.
     if not (path.is_file() and path.with_suffix(".json").is_file()):
         return None
-    # DDError, a ValueError, is a damaged note's.
-    with suppress(OSError, ValueError, KeyError, TypeError, EOFError):
+    # DDError, a ValueError, is a damaged note's; NumPy lets a damaged header's TokenError through.
+    with suppress(OSError, ValueError, KeyError, TypeError, EOFError, TokenError):
         note, images = _note(path), torch.from_numpy(np.load(path, mmap_mode="c"))
         small = images.nbytes <= VERIFY_ALL_BELOW
         verify, name = (checksum, "sha256") if small else (_sampled, "sampled")

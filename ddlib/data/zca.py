@@ -106,12 +106,13 @@ class ZCA:
         """`fit`, kept in `folder` under its id; a damaged file is refitted. `pixel_sha` is `checksum(pixels)`."""
         name = _identity(kind, pixel_sha)
         path = folder / f"zca-{kind}-{name}.safetensors"
+        size = pixels[0].numel() // _tiles(kind)
         with suppress(DDError, OSError):
-            return _kept(path, kind, name).to(device)
+            return _kept(path, kind, name, size).to(device)
         zca = None
         with suppress(CannotWrite), lock(path, "the whitening of these images"):
             with suppress(DDError, OSError):  # another process may have fitted it
-                return _kept(path, kind, name).to(device)
+                return _kept(path, kind, name, size).to(device)
             zca = ZCA.fit(pixels, kind, device)
             save_tensors(path, {part: getattr(zca, part) for part in _PARTS}, {})
         return zca or ZCA.fit(pixels, kind, device)  # nowhere to keep it: it is fitted again
@@ -130,8 +131,13 @@ class ZCA:
             return _join(_split(z, _tiles(self.kind)) @ self.inverse + self.mean, z.shape)
 
 
-def _kept(path: Path, kind: str, name: str) -> ZCA:
-    return ZCA(kind, name, **load_tensors(path, "ZCA", "it is fitted again")[0])
+def _kept(path: Path, kind: str, name: str, size: int) -> ZCA:
+    parts, _ = load_tensors(path, "ZCA", "it is fitted again")
+    square, mean = (size, size), (size,) if _tiles(kind) == 1 else (_tiles(kind), size)
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    if shapes != {"mean": mean, "matrix": square, "inverse": square}:
+        raise DDError(f"the ZCA {path} is of other images; it is fitted again")
+    return ZCA(kind, name, **parts)
 
 
 def _tiles(kind: str) -> int:

@@ -62,13 +62,18 @@ class Run:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What the run measured, as `dd.run` wrote it; a damaged or altered record is a `DDError`."""
+        """What the run measured, as `dd.run` wrote it; a damaged record, or one of another name, is a `DDError`."""
         record = read_json(self.path, "record", _CURE)
         # Records name their threads since they have a checksum.
         if "threads" in record and not self.sealed:
             raise DDError(f"the record {self.path} was altered: its checksum is missing; {_CURE}")
         with _sense(f"the record {self.path} is no record of a run"):
             _check(record)
+        if "threads" in record and record["name"] != self.path.stem:
+            raise DDError(
+                f"the record {self.path} is that of the run {record['name']}: give it that name, or "
+                "delete it and run again"
+            )
         return record
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -17,13 +18,12 @@ from ..files import (
     CannotWrite,
     figures_folder,
     lock,
-    read_json,
     results_folder,
     write_atomically,
 )
 from . import tables, terminal
 from .plots import short
-from .slim import slim
+from .slim import read, sealed, slim
 
 # What the notebooks reproduce on where no dataset is named.
 DATASETS = {"smoke": "digits", "small": "cifar10", "paper": "cifar10"}
@@ -98,13 +98,10 @@ def _made_since(moment: float, target: Path, values: dict[str, object]) -> bool:
 
 def _executed_with(folder: Path) -> dict[str, dict[str, object]]:
     """Name of a notebook that lies executed in `folder` -> the parameters; no such notebook is a `DDError`."""
-    copies = {
-        path.stem: read_json(path, "notebook", "reproduce it again")
-        for path in sorted(folder.glob("*.ipynb"))
-    }
+    copies = {path.stem: read(path) for path in sorted(folder.glob("*.ipynb"))}
     if not copies:
         raise DDError(f"there is no executed notebook in {folder} to be executed again")
-    about = {name: copy.get("metadata", {}).get("papermill", {}) for name, copy in copies.items()}
+    about = {name: copy["metadata"].get("papermill") or {} for name, copy in copies.items()}
     return {name: facts.get("parameters", {}) for name, facts in about.items()}
 
 
@@ -154,7 +151,8 @@ def _execute(papermill: object, source: Path, target: Path, values: dict[str, ob
     )
     # Without this machine's paths.
     executed.metadata["papermill"] |= {"input_path": source.name, "output_path": target.name}
-    text = nbformat.writes(slim(executed))
+    whole = sealed(json.loads(nbformat.writes(slim(executed))))
+    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
     write_atomically(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -19,10 +19,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..core import DDError, path_of
-from ..files import SOURCE, CannotWrite, read_json, results_folder
+from ..files import SOURCE, CannotWrite, results_folder
 from . import claims, explore, plots, tables
 from .docs import fill
-from .slim import is_progress
+from .slim import is_progress, read
 
 MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$(\S[^$\n]*?)\$", re.DOTALL)
 # Code, which stays; a Markdown link or picture; a link or picture as a tag.
@@ -116,7 +116,7 @@ def _changed_since(path: Path) -> bool:
         return ["".join(cell["source"]) for cell in own]
 
     today = SOURCE / "notebooks" / path.name
-    return today.is_file() and sources(_read(path)["cells"]) != sources(_read(today)["cells"])
+    return today.is_file() and sources(read(path)["cells"]) != sources(read(today)["cells"])
 
 
 def _tags(cell: dict) -> list[str]:
@@ -165,7 +165,7 @@ def nav(made: Pages) -> list:
 
 def guided_path() -> list[str]:
     """The notebooks in the order in which start_here.ipynb leads to them, itself the first."""
-    cells = _read(SOURCE / "notebooks" / "start_here.ipynb")["cells"]
+    cells = read(SOURCE / "notebooks" / "start_here.ipynb")["cells"]
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
     return ["start_here", *_linked("".join(texts), "ipynb")]
 
@@ -306,7 +306,7 @@ def _notebooks(results: str | Path | None) -> Pages:
 
 def _execution(path: Path) -> tuple[str, str]:
     """The profile of a notebook as papermill executed it, and a sentence that says so."""
-    about = _read(path)["metadata"].get("papermill", {})
+    about = read(path)["metadata"].get("papermill", {})
     if not about:
         return "not executed", f"Not executed yet: `ddlib reproduce --only {path.stem}`."
     profile = about.get("parameters", {}).get("profile", "smoke")
@@ -326,44 +326,40 @@ def _methods_by_notebook() -> dict[str, list[str]]:
 
 def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     """An executed notebook as Markdown, and its pictures by file name."""
-    cells = _read(path)["cells"]
+    cells = read(path)["cells"]
     parts, pictures = [], {}
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             parts.append(source)
         elif cell["cell_type"] == "code" and source.strip():
-            parts.append(f"```python\n{source}\n```")
+            parts.append(_fenced(source, "python"))
         for output in itertools.filterfalse(is_progress, cell.get("outputs", [])):
             parts.append(_output(output, path.stem, pictures))
     text = "\n\n".join(filter(None, parts))
     return text if text.startswith("#") else f"# {path.stem}\n\n{text}", pictures
 
 
-def _read(path: Path) -> dict:
-    """A notebook's JSON; half of one is a `DDError`."""
-    value = read_json(path, "notebook", "reproduce it again")
-    if not {"cells", "metadata"} <= value.keys():
-        raise DDError(f"the notebook {path} has no cells or no metadata; reproduce it again")
-    return value
-
-
-# What would run or load something in a reader's browser: whole elements, and attributes of others.
-ELEMENTS = re.compile(r"<(script|iframe|object|embed)\b.*?(</\1\s*>|\Z)", re.DOTALL | re.IGNORECASE)
-ATTRIBUTES = re.compile(
-    r"""\s(on\w+|srcdoc)\s*=\s*("[^"]*"|'[^']*'|[^\s>]+)|javascript:""", re.IGNORECASE
+# What is kept of a notebook's HTML: these elements without attributes, which can run and load nothing.
+TAGS = "table|caption|thead|tbody|tfoot|tr|th|td|details|summary|pre|code|p|div|span|br|b|i|em|strong|sub|sup"
+ELEMENTS = re.compile(
+    r"<(script|style|iframe|object|embed)\b.*?(</\1\s*>|\Z)", re.DOTALL | re.IGNORECASE
 )
+TAG = re.compile(rf"<(?:(/?)({TAGS})\b|[/!a-z])[^<>]*>", re.IGNORECASE)
 
 
 def tame(html: str) -> str:
     """A table or a text of a notebook's output, without what would run or load something."""
-    return re.sub(r"<[^>]*>", lambda tag: ATTRIBUTES.sub("", tag[0]), ELEMENTS.sub("", html))
+    plain = TAG.sub(
+        lambda tag: f"<{tag[1]}{tag[2].lower()}>" if tag[2] else "", ELEMENTS.sub("", html)
+    )
+    return re.sub(rf"<(?!/?(?:{TAGS})>)", "&lt;", plain)
 
 
 def _output(output: dict, name: str, pictures: dict[str, bytes]) -> str:
     """One output of a cell: its picture, its table, else its text; an error is left to the notebook's own tests."""
     if output["output_type"] == "stream":
-        return f"```text\n{''.join(output['text']).rstrip()}\n```"
+        return _fenced("".join(output.get("text", "")).rstrip(), "text")
     data = output.get("data", {})
     if "image/png" in data:
         file = f"{name}_files/{len(pictures)}.png"
@@ -375,7 +371,13 @@ def _output(output: dict, name: str, pictures: dict[str, bytes]) -> str:
         body = body.replace(" ± ", "&nbsp;±&nbsp;")
         return f'<div class="output">\n{body}\n</div>'
     text = "".join(data.get("text/plain", ""))
-    return f"```text\n{text}\n```" if text else ""
+    return _fenced(text, "text") if text else ""
+
+
+def _fenced(text: str, language: str) -> str:
+    """The text as a block of code, which no backticks in it can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _claims(results: str | Path | None) -> str:
@@ -445,7 +447,7 @@ def _captions() -> dict[str, str]:
     told = {}
     for path in sorted((SOURCE / "notebooks").glob("*.ipynb")):
         above = ""
-        for cell in _read(path)["cells"]:
+        for cell in read(path)["cells"]:
             source = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
                 headings = re.findall(r"^#+ (.+)", source, re.MULTILINE)
@@ -545,7 +547,13 @@ def _entry(name: str, value: object, level: int) -> str:
 
 def _docstring(value: object) -> str:
     text = inspect.getdoc(value) or ""
-    return f"```text\n{text}\n```" if text else ""
+    return _fenced(text, "text") if text else ""
+
+
+def _fenced(text: str, language: str) -> str:
+    """The text as a block of code, which no backticks in it can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _command_line() -> str:

@@ -1,6 +1,7 @@
 """An executed notebook without what no reader sees: progress bars, timings of cells, names of table cells, 32-bit plots.
 
-It comes to a third of the size and shows the same. Pictures of photographs keep their colours.
+It comes to a third of the size and shows the same. Pictures of photographs keep their colours. A checksum in its metadata
+covers its cells and the parameters that it was executed with; notebooks of before it stay readable.
 """
 
 from __future__ import annotations
@@ -8,7 +9,11 @@ from __future__ import annotations
 import base64
 import io
 import re
+from pathlib import Path
 from typing import Any
+
+from ..core import DDError
+from ..files import read_json, seal_of
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Pandas names every cell.
@@ -26,6 +31,46 @@ def slim(notebook: dict[str, Any]) -> dict[str, Any]:
         if cell["cell_type"] == "code":
             cell["outputs"] = [_slim(one) for one in cell["outputs"] if not is_progress(one)]
     return notebook
+
+
+def sealed(notebook: dict[str, Any]) -> dict[str, Any]:
+    """The notebook, as its file says it, with its checksum."""
+    notebook["metadata"]["seal"] = _seal(notebook)
+    return notebook
+
+
+def read(path: Path) -> dict[str, Any]:
+    """An executed notebook; one that is damaged, or was altered since it was executed, is a `DDError`."""
+    value = read_json(path, "notebook", "reproduce it again")
+    try:
+        whole = _readable(value)
+        altered = "seal" in value["metadata"] and value["metadata"]["seal"] != _seal(value)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        whole = False
+    if not whole:
+        raise DDError(f"the notebook {path} is damaged or not one; reproduce it again")
+    if altered:
+        raise DDError(f"the notebook {path} was altered since it was executed; reproduce it again")
+    return value
+
+
+def _seal(notebook: dict[str, Any]) -> str:
+    return seal_of(notebook["cells"], notebook["metadata"].get("papermill"))
+
+
+def _readable(notebook: dict[str, Any]) -> bool:
+    """Whether what is read of a notebook is text; an exception where it is not even there."""
+    about = notebook["metadata"].get("papermill") or {"end_time": "", "parameters": {}}
+    texts = [about["end_time"], about["parameters"].get("profile", "")]
+    for cell in notebook["cells"]:
+        tags = cell.get("metadata", {}).get("tags", [])
+        texts += [cell["cell_type"], "".join(cell["source"]), *tags]
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            shown = [data.get(kind, "") for kind in ("image/png", "text/html", "text/plain")]
+            base64.b64decode("".join(shown[0]))
+            texts += [output["output_type"], *map("".join, (output.get("text", ""), *shown))]
+    return all(isinstance(text, str) for text in texts)
 
 
 def is_progress(output: dict[str, Any]) -> bool:

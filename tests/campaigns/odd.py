@@ -1,5 +1,6 @@
 """Damaged files and crafted sets: each is refused in one sentence, or harmless."""
 
+import base64
 import json
 import math
 import os
@@ -19,9 +20,12 @@ import ddlib as dd
 from ddlib import experts, files
 from ddlib.core import DDError
 from ddlib.data import cache as cached
+from ddlib.data.zca import ZCA
 from ddlib.engine import queue, record
+from ddlib.experts import ExpertRecipe
+from ddlib.report import reproduce, site, slim
 
-from .faults import run
+from .faults import pictures, run
 from .server import Hang, alarm, case
 
 SECONDS = 60  # a call may take, on a busy machine too
@@ -50,6 +54,34 @@ def imported(path: Path) -> dd.Synthetic:
     return dd.import_set(path, digits())
 
 
+def decoded(path: Path) -> list:
+    """The images of the folder whose decode cache this file is in."""
+    os.environ["DDLIB_CACHE"] = str(path.parent)
+    data = dd.load("folder:pictures", device="cpu")
+    return [data.checksum, files.checksum(data.images["train"])]
+
+
+def whitening(path: Path) -> list:
+    images, cpu = digits().images["train"], torch.device("cpu")
+    zca = ZCA.fit_cached(images, "mtt", cpu, files.checksum(images), path.parent)
+    return [files.checksum(zca.mean, zca.matrix, zca.inverse)]
+
+
+def trained(path: Path) -> list:
+    """The expert in this file: its weights after each epoch."""
+    os.environ["DDLIB_EXPERTS"] = str(path.parents[1])
+    loaded = experts.load_experts(digits(), NET, TRAINING, 1)
+    return [files.checksum(*loaded.weights), len(loaded.weights[0])]
+
+
+def executed(path: Path) -> list:
+    """What pages and `reproduce` read of an executed notebook."""
+    text, shown = site.notebook(path)
+    known = reproduce._executed_with(path.parent)[path.stem]
+    return [text, [*shown.values()], known, *site._execution(path)]
+
+
+NET, TRAINING = "mlp:width=4", ExpertRecipe(epochs=3)
 # Files of others, which have no checksum: some other contents are as good.
 OTHERS = {
     "published .pt": imported,
@@ -65,11 +97,17 @@ READERS = OTHERS | {
     "study": lambda path: files.read_json(path, "study", "delete it"),
     "timing": experts._timing,
     "cache note": lambda path: cached._note(path.with_suffix(".npy")),
+    "decoded images": decoded,
+    "note of decoded images": decoded,
+    "whitening": whitening,
+    "expert": trained,
+    "executed notebook": executed,
 }
 
 
 def originals(folder: str) -> dict[str, str]:
     """A whole file of each kind."""
+    pictures()
     done = run("dm", folder, dataset="digits")
     done.transfer("mlp", networks=1)
     place, rows = Path(folder), [{"steps": 3, "seconds": 0.25}]
@@ -83,6 +121,11 @@ def originals(folder: str) -> dict[str, str]:
     torch.save({"data": [[images, labels]]}, place / "res_DM_digits.pt")
     np.savez_compressed(place / "step1.npz", image=images.movedim(1, 3), label=torch.eye(10))
     shutil.copy(queue.ROWS, place / "queue.yaml")
+    decoded(place / "decoded" / "a.npy")
+    (images,) = (place / "decoded").glob("pictures-train-*.npy")
+    whitening(place / "a.safetensors")
+    os.environ["DDLIB_EXPERTS"] = str(place / "experts")
+    (expert,) = experts.train_experts(digits(), NET, TRAINING, 1, progress=False)
     paths = {
         "published .pt": place / "res_DM_digits.pt",
         "published .npz": place / "step1.npz",
@@ -96,8 +139,27 @@ def originals(folder: str) -> dict[str, str]:
         "study": study,
         "timing": timing.with_suffix(".safetensors"),
         "cache note": noted,
+        "decoded images": images,
+        "note of decoded images": images.with_suffix(".json"),
+        "whitening": next(place.glob("zca-*.safetensors")),
+        "expert": expert,
+        "executed notebook": notebook(place / "a.ipynb"),
     }
     return {kind: str(path) for kind, path in paths.items()}
+
+
+def notebook(path: Path) -> Path:
+    """A small notebook as `reproduce` leaves it."""
+    picture = base64.b64encode(Path(pictures().name, "pictures/train/a/0.png").read_bytes())
+    data = {"image/png": picture.decode()}, {"text/html": "<table><td>41.5 ± 0.3</td></table>"}
+    outputs = [{"output_type": "display_data", "metadata": {}, "data": each} for each in data]
+    outputs.append({"output_type": "stream", "name": "stdout", "text": ["67.0\n", "5.6\n"]})
+    code = {"cell_type": "code", "source": ["run()\n"], "execution_count": 1, "outputs": outputs}
+    about = {"parameters": {"profile": "small"}, "end_time": "2026-11-30T00:00:00"}
+    cells = [{"cell_type": "markdown", "source": "# DM", "metadata": {}}, code | {"metadata": {}}]
+    whole = {"cells": cells, "metadata": {"papermill": about}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(slim.sealed(whole), indent=1))
+    return path
 
 
 def harmed(data: bytes, draw: random.Random) -> bytes:
@@ -134,7 +196,11 @@ def damage(paths: dict[str, str], seed: int) -> Counter:
         source = path.with_suffix(".json") if kind == "timing" else path
         data, whole = source.read_bytes(), READERS[kind](path)
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / source.name
+            copy = Path(folder) / source.parent.name / source.name
+            copy.parent.mkdir()
+            for beside in source.parent.glob(f"{source.stem}.*"):
+                shutil.copy(beside, copy.with_name(beside.name))
+            copy.unlink()
             if draw.random() < 0.1:
                 draw.choice(ENDLESS)(copy)
             else:
@@ -202,6 +268,7 @@ def crafted(paths: dict[str, str], seed: int) -> Counter:
 def campaign(kind, draw: random.Random, end) -> Counter:
     """Batches of cases, each in a child of its own, until `end(tried)`."""
     counts = Counter()
+    pictures()
     with tempfile.TemporaryDirectory() as folder:
         what, paths = case(originals, folder)
         assert what == "done", paths

@@ -28,10 +28,11 @@ def table(record: Path = RECORD) -> str:
 def compat(record: Path = PAIRS) -> str:
     """Markdown: a row per pair of Python and torch that was tried."""
     kept = read_json(record, "record of the pairs", "run make compat")
-    lines = ["| Python | torch | torchvision | tests |", "| --- | --- | --- | --- |"]
+    lines = ["| Python | torch | torchvision | tests | of commit |", "| --- |" + " --- |" * 4]
     for _, row in sorted(kept.items()):
         cells = [f"`{row[name]}`" for name in ("python", "torch", "torchvision")]
-        lines.append(f"| {' | '.join(cells)} | {row['tests'].partition(' in ')[0]} |")
+        cells += [row["tests"].partition(" in ")[0], row["commit"][:7]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ def _own(module, face: dict[str, object]) -> dict[str, object]:
 
 
 def test_every_function_and_command_is_called(tmp_path, monkeypatch):
-    for name in ("DDLIB_RESULTS", "DDLIB_CACHE"):
+    for name in ("DDLIB_RESULTS", "DDLIB_CACHE", "DDLIB_DATA", "DDLIB_EXPERTS"):
         monkeypatch.setenv(name, str(tmp_path))
     paths = odd.originals(str(tmp_path))
     called = set(calls.functions(paths, random.Random(0)))

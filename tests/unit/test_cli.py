@@ -204,7 +204,7 @@ def test_ctrl_c_ends_reproduces_kernel_within_two_seconds(notebooks):
 
 
 def test_what_is_executed_again_keeps_its_parameters(tmp_path):
-    copy = {"cells": [], "metadata": {"papermill": {"parameters": {"ipcs": 1}}}}
+    copy = {"cells": [], "metadata": {"papermill": {"parameters": {"ipcs": 1}, "end_time": ""}}}
     (tmp_path / "one.ipynb").write_text(json.dumps(copy))
     assert reproduce._executed_with(tmp_path) == {"one": {"ipcs": 1}}
     with pytest.raises(DDError, match="there is no executed notebook in"):

@@ -23,6 +23,7 @@ from ddlib.data import cache as decoding
 from ddlib.data import dataset as data
 from ddlib.data import folders
 from ddlib.data.zca import KINDS, ZCA
+from ddlib.files import save_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -424,7 +425,7 @@ def test_images_are_decoded_once_and_again_when_the_folder_changes(tmp_path, mon
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("harm", ["flip", "cut", "note"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "header", "note"])
 def test_a_damaged_cache_is_named_and_rebuilt(tmp_path, monkeypatch, harm, sampled):
     if sampled:
         monkeypatch.setattr(decoding, "VERIFY_ALL_BELOW", 0)
@@ -436,6 +437,8 @@ def test_a_damaged_cache_is_named_and_rebuilt(tmp_path, monkeypatch, harm, sampl
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     elif harm == "cut":
         path.write_bytes(whole[:-50])
+    elif harm == "header":
+        path.write_bytes(whole.replace(b"}", b" ", 1))
     else:
         path.with_suffix(".json").write_text("{")
     with pytest.warns(UserWarning, match=f"{path.name} are damaged and are built again"):
@@ -705,7 +708,13 @@ def test_zca_is_kept_on_disk_and_refitted_when_damaged(tmp_path, monkeypatch):
     for broken in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:100]):
         path.write_bytes(broken)
         assert torch.equal(load("digits", zca="mtt").zca.inverse, one.zca.inverse)
-    assert len(calls) == 3 and load("digits", zca="frepo").zca.id != one.zca.id
+    for of_others in (
+        {"matrix": torch.eye(64)},
+        dict.fromkeys(("mean", "matrix", "inverse"), torch.eye(9)),
+    ):
+        save_tensors(path, of_others, {})
+        assert torch.equal(load("digits", zca="mtt").zca.inverse, one.zca.inverse)
+    assert len(calls) == 5 and load("digits", zca="frepo").zca.id != one.zca.id
 
 
 def test_zca_errors():

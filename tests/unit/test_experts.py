@@ -200,6 +200,16 @@ def test_experts_that_stand_still_or_broke_are_refused(damage):
         load_experts(dataset(), NET, RECIPE, 1)
 
 
+@pytest.mark.parametrize("other", [{"theta": 4}, {"weights": 3}, {"weights": 5}])
+def test_experts_of_other_tensors_are_refused(other):
+    [path] = trained(1)
+    tensors, header = load_tensors(path, "expert", "")
+    long = torch.cat([tensors["weights"], torch.zeros(1, tensors["weights"].shape[1])])
+    save_tensors(path, {name: long[:rows] for name, rows in other.items()}, header)
+    with pytest.raises(DDError, match="does not hold weights .*make it anew"):
+        load_experts(dataset(), NET, RECIPE, 1)
+
+
 def test_damaged_files_are_refused():
     [path] = trained(1)
     path.write_bytes(path.read_bytes()[:-40])

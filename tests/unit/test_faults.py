@@ -33,7 +33,7 @@ from ddlib.engine import run as trunk
 from ddlib.experts import _timing
 from ddlib.methods.dm import DM
 from ddlib.recipe import VERSION
-from ddlib.report import answers, docs, plots, reproduce, site, tables
+from ddlib.report import answers, docs, plots, reproduce, site, slim, tables
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -177,6 +177,21 @@ def test_a_kill_between_a_new_set_and_its_record(results, tmp_path, cache, monke
         _ = torn.synthetic
     run = dm(name)
     assert records.set_checksum(run.synthetic) == run.record["set_checksum"] != old["set_checksum"]
+
+
+def test_a_device_is_never_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("/dev/null")  # a real one would be gone where this test fails
+    with pytest.raises(DDError, match="it is a device; choose a writable folder"):
+        files.write_json(tmp_path / "link", {})
+    assert (tmp_path / "link").is_char_device()
+
+
+def test_a_record_under_another_runs_name(results):
+    one, other = dm(), dm(seed=1)
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(other.path.with_suffix(suffix), one.path.with_suffix(suffix))
+    with pytest.raises(DDError, match="is that of the run dm-digits-ipc1-smoke-seed1-"):
+        _ = dm().accuracy
 
 
 def test_a_folder_that_goes_while_it_is_looked_at(tmp_path, cache):
@@ -697,11 +712,56 @@ def test_wrong_types_for_an_evaluation(kept):
         dd.evaluate(kept.synthetic, "digits")
 
 
-def test_half_a_notebook_is_one_sentence(tmp_path):
-    for text in ('{"cells": [', "[]", "{}"):
-        (tmp_path / "a.ipynb").write_text(text)
+NOTEBOOK = {
+    "cells": [
+        {"cell_type": "markdown", "source": ["# DM"], "metadata": {}},
+        {
+            "cell_type": "code",
+            "source": "run()",
+            "metadata": {"tags": ["parameters"]},
+            "outputs": [{"output_type": "execute_result", "data": {"text/plain": "67.0 ± 5.6"}}],
+        },
+    ],
+    "metadata": {"papermill": {"parameters": {"ipcs": 1}, "end_time": "2026-11-30"}},
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"cells": [', "[]", "{}"]
+    + [
+        json.dumps(NOTEBOOK).replace(*change)
+        for change in (
+            ('"source"', '"sourcE"'),
+            ('"run()"', "5"),
+            ('"cell_type": "code"', '"cell_type": 1'),
+            ('["parameters"]', "null"),
+            ('"text/plain": "67.0', '"image/png": "67.0'),
+            ('"67.0', '[1], "": "'),
+            ('"output_type"', '"output"'),
+            ('"2026-11-30"', "2026"),
+            ('{"ipcs": 1}', '"ipcs"'),
+        )
+    ],
+)
+def test_half_a_notebook_is_one_sentence(tmp_path, text):
+    (tmp_path / "a.ipynb").write_text(text)
+    for reader in (site.notebook, lambda path: reproduce._executed_with(path.parent)):
         with pytest.raises(DDError, match="the notebook .* reproduce it again"):
-            site.notebook(tmp_path / "a.ipynb")
+            reader(tmp_path / "a.ipynb")
+
+
+def test_a_changed_digit_in_an_executed_notebook(tmp_path):
+    path = tmp_path / "a.ipynb"
+    path.write_text(json.dumps(NOTEBOOK))  # of before notebooks had a checksum
+    assert "67.0" in site.notebook(path)[0]
+    whole = json.dumps(slim.sealed(json.loads(json.dumps(NOTEBOOK))))
+    path.write_text(whole)
+    assert "67.0" in site.notebook(path)[0]
+    for change in (("67.0", "97.0"), ('"ipcs": 1', '"ipcs": 2')):
+        path.write_text(whole.replace(*change))
+        with pytest.raises(DDError, match="altered since it was executed"):
+            site.notebook(path)
 
 
 def test_an_output_runs_nothing_in_a_browser():
@@ -709,7 +769,21 @@ def test_an_output_runs_nothing_in_a_browser():
         "<p onclick='x()'>one = 5</p><iframe src='javascript:x'></iframe><a href='javascript:x()'>"
         "<SCRIPT>x()</script><object data=x></object><embed src=y>"
     )
-    assert site.tame(html) == "<p>one = 5</p><a href='x()'>"
+    assert site.tame(html) == "<p>one = 5</p>"
+    for attack in (
+        '<p title=">" onclick=x()>',
+        "<img/onerror=x() src=y>",
+        '<td a="b"onclick=x()>',
+        "<meta http-equiv=refresh content=0;url=y>",
+        "<a href=java&#115;cript:x()>",
+        "<svg onload=x() ",
+        "<scr<b>ipt>x()</script>",
+    ):
+        left = site.tame(attack)
+        assert not re.search("<(?!/?(p|td|b)>)", left), left
+    printed = {"output_type": "stream", "text": "```\n<script>x()</script>\n```"}
+    assert site._output(printed, "a", {}).startswith("````text\n```\n")
+    assert site.tame("<" * 100_000) == "&lt;" * 100_000  # in a moment, not in minutes
 
 
 def test_a_figure_is_whole_or_the_old_one(tmp_path, monkeypatch):
