@@ -180,3 +180,21 @@ def test_the_share_of_the_gap_is_0_at_random_images_and_1_at_the_whole_set():
     top = tables.summary(runs, by=("method", "ipc")).set_index(["method", "ipc"])
     share = lesson.share_closed(runs[runs.ipc == 10], top.accuracy["dm", 10])
     assert share.to_dict("records") == [{"method": "dm", "IPC 10": 1.0}]
+
+
+EXECUTED = sorted((ROOT / "results" / "notebooks").glob("*/*.ipynb"))
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: path.stem)
+def test_no_table_that_stands_open_has_more_than_seven_columns(path):
+    outputs = [
+        out for cell in json.loads(path.read_text())["cells"] for out in cell.get("outputs", [])
+    ]
+    shown = "".join("".join(out.get("data", {}).get("text/html", "")) for out in outputs)
+    for table in re.findall(
+        r"<table.*?</table>",
+        re.sub(r"<details.*?</details>", "", shown, flags=re.DOTALL),
+        re.DOTALL,
+    ):
+        rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+        assert max(len(re.findall(r"<t[hd]\b", row)) for row in rows) <= 7, table[:500]
