@@ -44,6 +44,13 @@ FRONT = {
 SAVED = re.compile(r'plots\.save\(\s*\w+,\s*f?"([^"]+)"')
 # Of a notebook that was executed in several profiles. `kept` has the embedded digits' of those that no other has.
 BEST = ("paper", "small", "smoke", "kept")
+# Figures of the landing page -> the page that each leads to.
+THUMBNAILS = {
+    "figures/small/frepo_images_ipc1.png": "notebooks/frepo.md",
+    "figures/small/accuracy_vs_ipc.png": "notebooks/accuracy_vs_ipc.md",
+    "figures/small/memory_vs_unroll.png": "notebooks/memory_vs_unroll.md",
+    "figures/small/claims.png": "claims.md",
+}
 Pages = dict[str, str | bytes]  # path below the site -> Markdown, or a file's bytes
 
 
@@ -131,10 +138,25 @@ def pages(results: str | Path | None = None) -> Pages:
     made |= _sets(results)
     made["reference/api.md"] = _api()
     made["reference/command_line.md"] = _command_line()
-    made["index.md"] += (
-        "- Here too: [gallery](gallery.md), [kept sets](sets/index.md), [every claim](claims.md).\n"
-    )
+    made["index.md"] = _landing(made)
     return made
+
+
+def _landing(made: Pages) -> str:
+    """README with four figures behind its first section, each a link to its page under that page's title."""
+    shown = [
+        f"[![]({figure}){{ loading=lazy }}<br>{made[page].partition(chr(10))[0].strip('# ')}]({page})"
+        for figure, page in THUMBNAILS.items()
+        if figure in made
+    ]
+    strip = "\n".join(shown)
+    lead, first, rest = made["index.md"].split("\n## ", 2)
+    return (
+        f"{lead}\n## {first}\n## A look around\n\n"
+        f'<div class="thumbnails" markdown>\n\n{strip}\n\n</div>\n\n'
+        "All figures: [gallery](gallery.md). All distilled images, with a card each: [kept sets](sets/index.md). "
+        f"[Every claim](claims.md).\n\n## {rest}"
+    )
 
 
 def nav(made: Pages) -> list:
@@ -403,8 +425,7 @@ def _claims(results: str | Path | None) -> str:
         f"read: {facts['version']}; [how it is built here](methods/{facts['page']}.md)"
         for paper, facts in papers.items()
     )
-    counted = claims.counts(judged)
-    counts = tables.as_markdown(counted.loc[:, (counted != 0).any()])
+    counts = tables.as_markdown(claims.by_verdict(judged))
     table = "\n".join(rows)
     return (
         f"# Every claim, and what became of it\n\nA claim is one figure of a paper's table. "
