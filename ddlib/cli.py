@@ -151,6 +151,7 @@ def _export(args: argparse.Namespace) -> None:
     from .distilled import Synthetic
     from .engine.record import Run
     from .exchange.outward import save_images, save_pt
+    from .files import write_atomically
     from .report.card import of_folder, seen
 
     syn = Synthetic.load(args.file)
@@ -165,7 +166,7 @@ def _export(args: argparse.Namespace) -> None:
         raise DDError("this set is whitened, and no look is kept beside it: name its --dataset")
     text = of_folder(of)
     folder = save_images(syn, args.to, data, seen=pixels)
-    (folder / "README.md").write_text(text)
+    write_atomically(folder / "README.md", lambda path: path.write_text(text))
     print(f"wrote {folder}, a card in README.md")
 
 

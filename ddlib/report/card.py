@@ -62,6 +62,8 @@ def card(of: Run | Synthetic, *, pictures: str = "", use: str = "") -> str:
     `pictures` is Markdown that shows the images; `use` stands in place of how the set's own file is read. Raises
     `DDError` where a run's record or its set is missing.
     """
+    for name, text in (("pictures", pictures), ("use", use)):
+        instance(name, text, str)
     run = of if isinstance(instance("what the card is of", of, Run, Synthetic), Run) else None
     if run and not is_there(run.path):
         raise DDError(f"a card needs the set's record, and there is no {run.path}")
@@ -173,7 +175,7 @@ def _what(syn: Synthetic, made: dict) -> str:
     share = f"{syn.ipc} for each of {len(syn.classes)} classes"
     source = f"distilled from `{syn.dataset}` by `{made['method']}`"
     if "imported" not in made and "profile" in made:
-        source += f" (`{made['profile']}` profile, seed {made['seed']})"
+        source += f" (`{made['profile']}` profile, seed {made.get('seed')})"
     parts = [
         f"{size}, {share}, {source}.",
         "Labels are learned, one real number a class." if soft else "Labels are the classes.",
@@ -237,7 +239,8 @@ def _making(record: dict, spec: Spec) -> str:
 def _origin(syn: Synthetic) -> str:
     """What is known of the making of a set that has no record."""
     file = syn.spec.get("imported")
-    read = f"Read from `{file['file']}`, SHA-256 `{file['sha256']}`. " if file else ""
+    known = isinstance(file, dict)  # a set from elsewhere may say anything there
+    read = f"Read from `{file.get('file')}`, SHA-256 `{file.get('sha256')}`. " if known else ""
     return f"{read}Its settings, its cost and the machine are not known: no record lies beside it."
 
 

@@ -372,6 +372,7 @@ def test_the_command_line_goes_out_and_in(tmp_path, run, monkeypatch, capsys):
     file = run.path.with_suffix(".safetensors")
     assert call("export", file, "--to", tmp_path / "a.pt")[0] == 0
     assert call("export", file, "--to", tmp_path / "pictures")[0] == 0
+    assert "ImageFolder" in (tmp_path / "pictures" / "README.md").read_text()
     assert call("export", file, "--to", tmp_path / "pictures")[0] == 2
     words = ("--dataset", "digits", "--out", tmp_path / "b.safetensors")
     code, text = call("import", tmp_path / "a.pt", *words)
@@ -398,6 +399,10 @@ def test_an_exported_folder_has_a_card_whose_pictures_are_its_own_files(tmp_path
     assert "ImageFolder" in text and card(run).split("## Use it")[0].split("## What")[1] in text
     alone = of_folder(run.synthetic)  # the set without its record
     assert "Not known: no record lies beside the set" in alone
+    strange = replace(run.synthetic, spec={"imported": 1, "profile": "small"})
+    assert "no record lies beside it" in card(strange)
+    with pytest.raises(DDError, match="pictures must be of type str, not 1"):
+        card(run, pictures=1)
 
 
 def test_the_picture_of_a_whitened_set_needs_its_look(data, images):
