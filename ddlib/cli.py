@@ -139,39 +139,35 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    """A distilled set for use elsewhere: PNG files by class (an ImageFolder), or one .pt file of tensors.
+    """A distilled set for use elsewhere: PNG files by class (an ImageFolder) with a card, or one .pt file of tensors.
 
     ddlib export results/small/dm/NAME.safetensors --to cats_and_dogs
     ddlib export results/small/dm/NAME.safetensors --to set.pt      torch.load(..., weights_only=True)
     ddlib export frepo.safetensors --to photos --dataset cifar10     whitened, no look kept
     """
+    from pathlib import Path
+
+    from .core import DDError
     from .distilled import Synthetic
+    from .engine.record import Run
     from .exchange.outward import save_images, save_pt
+    from .files import write_atomically
+    from .report.card import of_folder, seen
 
     syn = Synthetic.load(args.file)
     if args.to.endswith(".pt"):
         print(f"wrote {save_pt(syn, args.to)}")
         return
-    if args.dataset:
-        written = save_images(syn, args.to, _data_of(syn, args.dataset, "cpu"))
-    else:
-        written = save_images(syn, args.to, seen=_seen(args.file) if syn.zca else None)
-    print(f"wrote {written}")
-
-
-def _seen(file: str):
-    """The pixels of a whitened set that `ddlib look` has kept beside it."""
-    from pathlib import Path
-
-    from .core import DDError
-    from .engine.record import Run
-    from .report import look
-
-    run = Run(Path(file).with_suffix(".json"))
-    pixels = look.load(run).get("pixels") if run.path.is_file() else None
-    if pixels is None:
+    run = Run(Path(args.file).with_suffix(".json"))
+    of = run if run.path.is_file() else syn
+    data = _data_of(syn, args.dataset, "cpu") if args.dataset else None
+    pixels = seen(of) if syn.zca and not data else None
+    if syn.zca and not data and pixels is None:
         raise DDError("this set is whitened, and no look is kept beside it: name its --dataset")
-    return pixels
+    text = of_folder(of)
+    folder = save_images(syn, args.to, data, seen=pixels)
+    write_atomically(folder / "README.md", lambda path: path.write_text(text))
+    print(f"wrote {folder}, a card in README.md")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -194,21 +190,26 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    """A card for a kept set, in the manner of Hugging Face: what, from what, how well, at what cost, whose data.
+    """A card for a kept or imported set, as Hugging Face has them: what, from what, how well, at what cost, whose data.
 
     ddlib card results/small/dm/NAME.safetensors
-    ddlib card results/small/dm/NAME.safetensors --out README.md
+    ddlib card results/small/dm/NAME.safetensors --out README.md     with its picture, README.png
     """
     from pathlib import Path
 
     from .files import write_atomically
-    from .report.card import card, of_file
+    from .report.card import card, of_set, picture
 
-    text = card(of_file(args.file))
-    if args.out:
-        print(f"wrote {write_atomically(Path(args.out), lambda path: path.write_text(text))}")
-    else:
-        print(text, end="")
+    of = of_set(args.file)
+    if not args.out:
+        print(card(of), end="")
+        return
+    out, drawn = Path(args.out), picture(of)
+    beside = out.with_suffix(".png")
+    if drawn:
+        print(f"wrote {write_atomically(beside, lambda path: path.write_bytes(drawn))}")
+    text = card(of, pictures=f"![The images, a column a class]({beside.name})" if drawn else "")
+    print(f"wrote {write_atomically(out, lambda path: path.write_text(text))}")
 
 
 def _look(args: argparse.Namespace) -> None:
@@ -427,7 +428,7 @@ COMMANDS = {
     "card": (
         _card,
         _option("file", help="a kept .safetensors file beside its record"),
-        _option("--out", help="write to this file; default: print"),
+        _option("--out", help="write to this file, a picture beside it; default: print"),
     ),
     "look": (_look, _option("file", help="a kept .safetensors file beside its record"), DEVICE),
     "list-methods": (_list_methods,),

@@ -19,7 +19,7 @@ import os
 import pickle
 import re
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,9 @@ def import_set(
     experiment = instance("experiment", plain(experiment), int)
     factor = None if factor is None else whole("factor", factor, 1)
     found = _read(path, experiment)
+    source = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     if isinstance(found, Synthetic):
+        found = replace(found, spec=found.spec | {"imported": source})
         return _fitted(found, dataset, device)
     method = choose("method of this layout", method or found.methods[0], found.methods)
     images, labels, classes = _checked(path, found, method)
@@ -91,7 +93,6 @@ def import_set(
     images = images.to(data.device)
     if found.pixels:
         images = data.normalise(images)
-    facts = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return Synthetic.of(
         data,
         images,
@@ -99,7 +100,7 @@ def import_set(
         _recipe(path, found, method, spec.recipe, lr),
         spec.run.eval_backbone or spec.run.backbone,
         factor=_factor(method, spec, factor, data.shape),
-        spec=asdict(spec) | {"imported": facts},
+        spec=asdict(spec) | {"imported": source},
     )
 
 

@@ -78,7 +78,7 @@ def save_images(
         raise DDError(f"{folder} holds other files: name a new or an empty folder to export into")
     images, labels = by_class(syn)
     pixels = (syn.pixels(data, images) * 255).round().to(torch.uint8) if seen is None else seen
-    names = _folders(syn.classes)
+    names = class_folders(syn.classes)
     each = len(images) // len(names)
     files = [f"{name}/{k:04d}.png" for name in names for k in range(each)]
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
@@ -108,8 +108,8 @@ def save_images(
     return folder
 
 
-def _folders(classes: tuple[str, ...]) -> list[str]:
-    """A folder's name for each class; numbered where the alphabet would put the classes into another order."""
+def class_folders(classes: tuple[str, ...]) -> list[str]:
+    """The name of each class's folder; numbered where the alphabet would put the classes into another order."""
     names = [re.sub(r"[^\w -]", "_", name).strip() or "_" for name in classes]
     if names == sorted(set(names)):
         return names

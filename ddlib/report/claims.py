@@ -216,6 +216,14 @@ def counts(judged: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis(columns=None).reset_index()
 
 
+def by_verdict(judged: pd.DataFrame) -> pd.DataFrame:
+    """`counts` for a page: a row a verdict that occurs and one of all claims, a column a paper and one of all papers."""
+    table = counts(judged).set_index("paper").rename(columns={"claims": "all claims"})
+    table = table[[*VERDICTS, "all claims"]].T.assign(all=lambda each: each.sum(axis=1))
+    table = table[table["all"] > 0]
+    return table.rename_axis(index="verdict", columns=None).reset_index()
+
+
 def short_title(paper: str) -> str:
     """What a paper is called for short, by its arXiv id: "DM"."""
     return papers()[paper]["title"].partition(":")[0]

@@ -89,7 +89,8 @@ def _headline(_: list[str], results: str | Path | None) -> str:
 
 
 def markdown(table: pd.DataFrame, methods: Collection[str] = ()) -> str:
-    """`tables.compare` with the counts, the seconds and the whole verdict of each row, as a Markdown table.
+    """`tables.compare` with the counts, the seconds and the whole verdict of each row, as a Markdown table of at most
+    seven columns: dataset and IPC share one, and the difference is left to the eye.
 
     Only `methods`, if any are named, judged beside the random images of the table.
     """
@@ -97,20 +98,29 @@ def markdown(table: pd.DataFrame, methods: Collection[str] = ()) -> str:
     if not table.method.isin(methods).any():
         return "No record yet."
     table = _beside_random(table, methods)
-    judged, rows = tables.judge(table), tables.compare(table).drop(columns="verdict")
+    judged, rows = tables.judge(table), tables.compare(table).drop(columns=["Δ", "verdict"])
     asked = judged.method.isin(methods)
     judged, rows = judged[asked], rows[asked]
     if not any(rows.get("random", ())):
         rows = rows.drop(columns="random", errors="ignore")
-    rows["dataset"] = rows.dataset.map(short)
-    rows["networks"] = [_counted(row.networks, row.seeds) for row in judged.itertuples()]
-    rows["seconds"] = [f"{row.distill:.0f} + {row.evaluate:.0f}" for row in judged.itertuples()]
+    rows = _settled(rows, rows.pop("dataset"), rows.pop("ipc"))
+    rows["networks; seconds"] = [
+        f"{_counted(row.networks, row.seeds)}; {row.distill:.0f} + {row.evaluate:.0f}"
+        for row in judged.itertuples()
+    ]
     rows["verdict"] = [
         "; ".join(filter(None, (f"**{given.word}**", ", ".join(given.marks), given.why)))
         for given in judged.verdict
     ]
-    rows = _unbroken(rows, "dataset", "paper", "ours", "random", "seconds")
-    return tables.as_markdown(rows.rename(columns={"dataset": "data set", "ipc": "IPC"}))
+    return tables.as_markdown(_unbroken(rows, "paper", "ours", "random", "networks; seconds"))
+
+
+def _settled(rows: pd.DataFrame, datasets: pd.Series, ipcs: pd.Series) -> pd.DataFrame:
+    """The rows with a first column that says where: "CIFAR-10 (JPEG), IPC 1"."""
+    where = [f"{short(name)}, IPC {ipc}" for name, ipc in zip(datasets, ipcs, strict=True)]
+    rows = rows.copy()
+    rows.insert(0, "setting", where)
+    return rows
 
 
 def _unbroken(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -158,7 +168,7 @@ def _results(_: list[str], results: str | Path | None) -> str:
 
 
 def _claims(_: list[str], results: str | Path | None) -> str:
-    counts = claims.counts(claims.judge(claims.load(), results))
+    counts = claims.by_verdict(claims.judge(claims.load(), results))
     return f"{tables.as_markdown(counts)}\n\n{claims.from_memory()}"
 
 
@@ -178,13 +188,13 @@ def _records(methods: list[str], results: str | Path | None) -> str:
     printed = pd.concat([claims.of_method(method) for method in methods])
     printed["ipc"] = printed.ipc.astype(int)
     judged = claims.judge(printed, results)
-    rows = claims.shown(judged).rename(columns={"what": "method", "dataset": "data set"})
+    rows = claims.shown(judged).rename(columns={"what": "method"})
     rows["protocol"] = printed.protocol.tolist()
-    rows["data set"] = rows["data set"].map(short)
+    rows = _settled(rows, rows.dataset, rows.IPC)
     for column in ("paper", "ours"):
         rows[column] = [text.removesuffix(" %") for text in rows[column]]
     rows = _unbroken(rows, "paper", "ours")
-    columns = ["method", "data set", "IPC", "protocol", "paper", "evidence", "ours", "verdict"]
+    columns = ["setting", "method", "protocol", "paper", "evidence", "ours", "verdict"]
     columns = [name for name in columns if name != "method" or len(methods) > 1]
     answered = judged.kind != "not attempted"
     tags = "[tags](../layout.md#evidence)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import fill
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -256,7 +257,7 @@ def accuracy_vs_ipc(
     print of `methods`; of runs in several profiles the nearest to the paper's. More than `MOST`
     methods are split by `FAMILIES`, on one scale. `full`: our accuracy on the whole training set by
     dataset, a line. A panel whose runs share one IPC shows a row a method instead of a curve of one
-    point.
+    point. Where our random images are under another protocol than the printed ones, those are not drawn.
     """
     rows, every = tables.summary(table), bool(datasets)
     rows = rows.sort_values("method", key=_rank, kind="stable")
@@ -264,6 +265,7 @@ def accuracy_vs_ipc(
     for dataset, profile, here in _places(rows, datasets):
         ipcs = sorted(map(int, here.ipc.unique()))
         theirs = _theirs(methods or dict.fromkeys(here.method), dataset, () if every else ipcs)
+        theirs = theirs if every else _comparable(theirs, here)
         drawn = {*here.method, *theirs}
         curves = every or len(ipcs) > 1
         for family, names in _families(drawn).items() if curves else {"": drawn}.items():
@@ -339,6 +341,15 @@ def _theirs(methods: Iterable[str], dataset: str, ipcs: Sequence[int]) -> dict[s
     return found
 
 
+def _comparable(theirs: dict[str, pd.DataFrame], ours: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """`theirs` without its random images where ours are under another protocol."""
+    found = ours.protocol[ours.method == "random"].replace(tables.SAME_PROTOCOL)
+    known = theirs.get("random")
+    if known is None or found.empty or found.isin(known.protocol).any():
+        return theirs
+    return {name: line for name, line in theirs.items() if name != "random"}
+
+
 def _ceilings(dataset: str, full: dict[str, float] | None) -> dict[str, float]:
     if full is None:
         return {}
@@ -393,23 +404,27 @@ def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every:
 
 
 def _name_ends(axis: Axes, ends: list[tuple]) -> None:
-    """Names beside the right edge, in the lines' colours, moved apart so that none covers another."""
-    low, high = axis.get_ylim()
-    step = (high - low) / 26
+    """Names beside the right edge, in the lines' colours, moved apart so that none covers another.
+
+    `ends` are (x, y, name, colour, weight); heights are shares of the axis, so that its scale may be a log one.
+    """
+    axis.autoscale_view()  # settles the limits, on which the transform rests
+    place = axis.transData - axis.transAxes
+    ends = sorted(ends, key=lambda end: end[1])
+    rooms = [0.045 * (1 + end[2].count("\n")) for end in ends]
     heights: list[float] = []
-    for _, y, *_ in sorted(ends, key=lambda end: end[1]):
-        heights.append(max([y, *(last + step for last in heights[-1:])]))
-    over = max([0.0, *(heights[-1:] and [heights[-1] - high])])
+    for k, (x, y, *_) in enumerate(ends):
+        least = heights[-1] + (rooms[k - 1] + rooms[k]) / 2 if heights else 0.0
+        heights.append(max(place.transform((x, y))[1], least))
+    ceiling = 1.0
     for k in reversed(range(len(heights))):
-        ceiling = heights[k + 1] - step if k + 1 < len(heights) else heights[k] - over
         heights[k] = min(heights[k], ceiling)
-    for height, (x, y, name, colour, weight) in zip(
-        heights, sorted(ends, key=lambda end: end[1]), strict=True
-    ):
+        ceiling = heights[k] - (rooms[k - 1] + rooms[k]) / 2
+    for height, (x, y, name, colour, weight) in zip(heights, ends, strict=True):
         axis.annotate(
             name,
             (x, y),
-            (1.03, (height - low) / (high - low)),
+            (1.03, height),
             textcoords="axes fraction",
             color=_dark(colour),
             weight=weight,
@@ -563,27 +578,31 @@ def lines(
 ) -> Figure:
     """Columns against `x`, one panel each (three a row) under its axis label: mean ± std of the rows with equal `x`.
 
-    One line a value of `by`; later ones are thinner and every other one is dashed, so that lines that coincide stay
-    visible. `log` names the columns, `x` too, on a log axis.
+    One line a value of `by`, named at its end; lines that coincide in a panel are one, with all their names. `log`
+    names the columns, `x` too, on a log axis.
     """
-    figure, axes = _panels(len(columns), 3.7, 3.1)
+    names = list(dict.fromkeys(table[by]))
+    figure, axes = _panels(len(columns), 4.2, 3.1)
+    drawn = []
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
-        for k, name in enumerate(dict.fromkeys(table[by])):
-            rows = table[table[by] == name].groupby(x)[column]
-            mean, spread = rows.mean(), rows.std(ddof=0)
+        rows = table.groupby([by, x])[column].agg(["mean", ("std", lambda part: part.std(ddof=0))])
+        ends = []
+        for one, *others in _coinciding({name: rows.loc[name] for name in names}):
+            k, line = names.index(one), rows.loc[one]
+            colour = (ENGINES | COLOURS).get(one, LINES[k % len(LINES)])
             axis.errorbar(
-                mean.index,
-                mean,
-                spread if spread.any() else None,
+                line.index,
+                line["mean"],
+                line["std"] if line["std"].any() else None,
                 capsize=2,
-                label=name,
-                ms=7 - k,
-                color=(ENGINES | COLOURS).get(name, LINES[k % len(LINES)]),
+                label=one,
+                ms=5,
+                color=colour,
                 marker=MARKERS[k % len(MARKERS)],
-                ls="--" if k % 2 else "-",
-                lw=max(1.0, 2.6 - 0.5 * k),
-                mfc="white" if k % 2 else None,
             )
+            words = fill(", ".join([one, *others]), 14)
+            ends.append((line.index[-1], line["mean"].iloc[-1], words, colour, "normal"))
+        drawn.append(ends)
         axis.set(xlabel=xlabel or x, ylabel=label)
         for line, name in ((axis.xaxis, x), (axis.yaxis, column)):
             if name in log:
@@ -596,13 +615,24 @@ def lines(
                 line.set_major_formatter(lambda value, _: f"{value:g}")
                 line.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
-    handles, names = axes[0].get_legend_handles_labels()
-    if len(names) > 4:  # which would cover a line
-        figure.legend(handles, names, fontsize=8, loc="outside right center")
-    else:
-        axes[0].legend(fontsize=8)
+    for axis, ends in zip(axes, drawn, strict=True):
+        _name_ends(axis, ends)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _coinciding(curves: Mapping[str, pd.DataFrame]) -> list[list[str]]:
+    """The names of the curves, those together whose means and spreads are the same to a thousandth."""
+    groups: list[list[str]] = []
+    for name, curve in curves.items():
+        for group in groups:
+            other = curves[group[0]]
+            if curve.index.equals(other.index) and np.allclose(curve, other, rtol=1e-3, atol=0):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
 
 
 def intervals(

@@ -84,16 +84,18 @@ class Card:
 def bytes_and_seconds(
     found: Mapping[Key, Run], storage: Callable[..., dict], cost: Callable[..., dict], place: str
 ) -> tuple[Styler, Styler]:
-    """Bytes of one set a method, and seconds of a distillation by part, mean over seeds."""
+    """Bytes of one set a method, by the parts that any of the sets has, and seconds of a distillation by part, mean over
+    seeds."""
     first = {method: run for (method, _), run in reversed(found.items())}
-    sizes = [
+    sizes = pd.DataFrame(
         {"method": method, **storage(run.synthetic)} for method, run in reversed(first.items())
-    ]
+    )
+    sizes = sizes.loc[:, (sizes != 0).any()]
     spent = [{"method": method, **cost(run)} for (method, _), run in found.items()]
     mean = pd.DataFrame(spent).groupby("method", sort=False).mean()
     mean = mean.map(lambda s: "not measured" if pd.isna(s) else f"{s:.1f}").reset_index()
     machines = "; ".join(sorted({run.record["device"] for run in found.values()}))
     return (
-        tables.titled(pd.DataFrame(sizes), f"Bytes stored: {place}"),
+        tables.titled(sizes, f"Bytes stored: {place}"),
         tables.titled(mean, f"Seconds of one distillation: {place}; {machines}"),
     )

@@ -11,7 +11,6 @@ import base64
 import functools
 import html
 import inspect
-import io
 import itertools
 import os
 import re
@@ -45,6 +44,13 @@ FRONT = {
 SAVED = re.compile(r'plots\.save\(\s*\w+,\s*f?"([^"]+)"')
 # Of a notebook that was executed in several profiles. `kept` has the embedded digits' of those that no other has.
 BEST = ("paper", "small", "smoke", "kept")
+# Figures of the landing page -> the page that each leads to.
+THUMBNAILS = {
+    "figures/small/frepo_images_ipc1.png": "notebooks/frepo.md",
+    "figures/small/accuracy_vs_ipc.png": "notebooks/accuracy_vs_ipc.md",
+    "figures/small/memory_vs_unroll.png": "notebooks/memory_vs_unroll.md",
+    "figures/small/claims.png": "claims.md",
+}
 Pages = dict[str, str | bytes]  # path below the site -> Markdown, or a file's bytes
 
 
@@ -132,10 +138,25 @@ def pages(results: str | Path | None = None) -> Pages:
     made |= _sets(results)
     made["reference/api.md"] = _api()
     made["reference/command_line.md"] = _command_line()
-    made["index.md"] += (
-        "- Here too: [gallery](gallery.md), [kept sets](sets/index.md), [every claim](claims.md).\n"
-    )
+    made["index.md"] = _landing(made)
     return made
+
+
+def _landing(made: Pages) -> str:
+    """README with four figures behind its first section, each a link to its page under that page's title."""
+    shown = [
+        f"[![]({figure}){{ loading=lazy }}<br>{made[page].partition(chr(10))[0].strip('# ')}]({page})"
+        for figure, page in THUMBNAILS.items()
+        if figure in made
+    ]
+    strip = "\n".join(shown)
+    lead, first, rest = made["index.md"].split("\n## ", 2)
+    return (
+        f"{lead}\n## {first}\n## A look around\n\n"
+        f'<div class="thumbnails" markdown>\n\n{strip}\n\n</div>\n\n'
+        "All figures: [gallery](gallery.md). All distilled images, with a card each: [kept sets](sets/index.md). "
+        f"[Every claim](claims.md).\n\n## {rest}"
+    )
 
 
 def nav(made: Pages) -> list:
@@ -406,8 +427,7 @@ def _claims(results: str | Path | None) -> str:
         f"read: {facts['version']}; [how it is built here](methods/{facts['page']}.md)"
         for paper, facts in papers.items()
     )
-    counted = claims.counts(judged)
-    counts = tables.as_markdown(counted.loc[:, (counted != 0).any()])
+    counts = tables.as_markdown(claims.by_verdict(judged))
     table = "\n".join(rows)
     return (
         f"# Every claim, and what became of it\n\nA claim is one figure of a paper's table. "
@@ -470,48 +490,24 @@ def _caption(stem: str, told: dict[str, str]) -> str:
 
 def _sets(results: str | Path | None) -> Pages:
     """A card and a picture for each kept set on real images, and a page of all."""
-    from .card import card
+    from .card import card, picture
 
     made, parts = {}, []
     for profile in claims.KEPT:
         for (dataset, method, ipc), run in explore.choices(tables.stored(results, profile)).items():
             name = run.path.stem
-            picture = _picture(run)
-            text = card(run).split("---\n", 2)[2].replace("$", "&#36;")
-            shown = f"![The images, class by class]({name}.png)\n\n" if picture else ""
-            body = re.sub(r"\n## Pictures\n.*", "", text, flags=re.DOTALL).lstrip()
-            title, _, rest = body.partition("\n")
-            made[f"sets/{name}.md"] = f"{title}\n\n{shown}{rest}"
-            made |= {f"sets/{name}.png": picture} if picture else {}
+            drawn = picture(run)
+            shown = f"![The images, a column a class]({name}.png)" if drawn else ""
+            text = card(run, pictures=shown).split("---\n", 2)[2].lstrip()
+            made[f"sets/{name}.md"] = text.replace("$", "&#36;")
+            made |= {f"sets/{name}.png": drawn} if drawn else {}
             label = f"{method}, IPC {ipc}: {plots.place(dataset, profile)}"
-            parts.append(f"[{label}]({name}.md), accuracy {run.accuracy:.1f} %\n\n{shown}")
+            parts.append(f"[{label}]({name}.md), accuracy {run.accuracy:.1f} %\n\n{shown}\n")
     listed = "\n".join(parts) or "No set is kept yet."
     made["sets/index.md"] = (
         f"# Kept sets\n\nEach with a card: what, how well, at what cost.\n\n{listed}"
     )
     return made
-
-
-def _picture(run) -> bytes | None:
-    """At most ten images per class as a PNG, a column a class; None where only the dataset could undo a whitening."""
-    from PIL import Image
-
-    look = explore.Look(run, explore.steps(run)[-1])
-    if look.syn.zca and "pixels" not in look.side:
-        return None
-    seen = look.seen
-    classes = min(10, len(seen.classes))
-    images = (seen.pixels() * 255).round().byte().unflatten(0, (len(seen.classes), seen.ipc))
-    images = images[:classes, :10]  # [classes, ipc, C, H, W]
-    _, each, channels, height, width = images.shape
-    mosaic = images.permute(1, 3, 0, 4, 2).reshape(each * height, classes * width, channels)
-    array = mosaic.cpu().numpy()
-    picture = Image.fromarray(array[..., 0] if channels == 1 else array)
-    scale = max(1, 640 // picture.width)
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-    file = io.BytesIO()
-    picture.save(file, format="PNG", optimize=True)
-    return file.getvalue()
 
 
 def _api() -> str:

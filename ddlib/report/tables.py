@@ -284,7 +284,8 @@ def _mark(table: pd.DataFrame) -> pd.Series:
 
 
 def curve(method: str, dataset: str) -> pd.DataFrame:
-    """What the papers print on a method by IPC, on its own backbone: columns ipc, value, spread, mark (as in `printed`).
+    """What the papers print on a method by IPC, on its own backbone: columns ipc, value, spread, mark (as in
+    `printed`), protocol.
 
     Re-evaluations by later papers are left out. Random images are those under DSA's protocol where these are on file,
     else those of the papers' tables. "full", the whole training set, has one row and no IPC.
@@ -295,7 +296,7 @@ def curve(method: str, dataset: str) -> pd.DataFrame:
         rows = rows[rows.protocol == "dsa"]
     rows = rows.assign(mark=_mark(rows)).drop_duplicates("ipc")
     rows = rows.sort_values("ipc", ignore_index=True)
-    return rows[["ipc", "value", "spread", "mark"]]
+    return rows[["ipc", "value", "spread", "mark", "protocol"]]
 
 
 def printed_figure(

@@ -116,7 +116,7 @@ def functions(paths: dict[str, str], draw: random.Random) -> dict[str, Call]:
         "Synthetic.save": Call(syn.save, {"path": "a.safetensors"}),
         "Synthetic.to": Call(syn.to, device),
         "Synthetic.validate": Call(lambda **v: dd.Synthetic(**v).validate(), part),
-        "card": Call(dd.card, {"run": run}),
+        "card": Call(dd.card, {"of": run, "pictures": "x", "use": "x"}),
         "evaluate": Call(
             dd.evaluate,
             {"syn": syn, "data": data, "precision": "float32"} | scored,

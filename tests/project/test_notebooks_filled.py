@@ -180,3 +180,21 @@ def test_the_share_of_the_gap_is_0_at_random_images_and_1_at_the_whole_set():
     top = tables.summary(runs, by=("method", "ipc")).set_index(["method", "ipc"])
     share = lesson.share_closed(runs[runs.ipc == 10], top.accuracy["dm", 10])
     assert share.to_dict("records") == [{"method": "dm", "IPC 10": 1.0}]
+
+
+KEPT = (*lesson.KEPT, "kept")  # folders of executed notebooks that are kept
+EXECUTED = [
+    path
+    for folder in KEPT
+    for path in sorted((ROOT / "results" / "notebooks" / folder).glob("*.ipynb"))
+]
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: path.stem)
+def test_no_table_that_stands_open_has_more_than_seven_columns(path):
+    executed = json.loads(path.read_text())["cells"]
+    outputs = [out.get("data", {}) for cell in executed for out in cell.get("outputs", [])]
+    shown = "".join("".join(data.get("text/html", "")) for data in outputs)
+    opened = re.sub(r"<details.*?</details>", "", shown, flags=re.DOTALL)
+    for row in re.findall(r"<tr.*?</tr>", opened, re.DOTALL):
+        assert len(re.findall(r"<t[hd]\b", row)) <= 7, row

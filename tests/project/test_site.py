@@ -92,6 +92,18 @@ def test_a_notebook_becomes_a_page(tmp_path):
     assert "a bar" not in text and "```text\none\n```" in text  # progress is over
 
 
+def test_the_landing_page_shows_figures_that_lead_on_under_the_titles_of_their_pages():
+    made = {"index.md": "# ddlib\n\nx\n\n## Shown\n\ny\n\n## Commands\n\nz\n\n## More\n"}
+    made |= {page: f"# About {page}\n\ntext" for page in site.THUMBNAILS.values()}
+    assert "figures/" not in site._landing(made)  # none is stored
+    text = site._landing(made | dict.fromkeys(site.THUMBNAILS, b"png"))
+    for figure, page in site.THUMBNAILS.items():
+        assert f"[![]({figure}){{ loading=lazy }}<br>About {page}]({page})" in text
+        assert (ROOT / figure).is_file()
+    assert text.index("## Shown") < text.index("## A look around") < text.index("## Commands")
+    assert text.endswith("\n\nz\n\n## More\n")
+
+
 def test_the_notebooks_stand_in_the_order_in_which_the_first_one_leads_to_them():
     path = site.guided_path()
     assert path[:3] == ["start_here", "dm", "frepo"]

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import ddlib as dd
@@ -23,7 +25,7 @@ from ddlib.engine.record import Run
 from ddlib.exchange.inward import import_set
 from ddlib.exchange.outward import by_class, save_images, save_pt, tensor_dataset
 from ddlib.report import look
-from ddlib.report.card import card, of_file
+from ddlib.report.card import card, of_file, of_folder, picture
 
 NET = {"backbone": "convnet:width=4", "eval_epochs": 1, "eval_backbone": ""}
 SIDE = 8
@@ -370,12 +372,43 @@ def test_the_command_line_goes_out_and_in(tmp_path, run, monkeypatch, capsys):
     file = run.path.with_suffix(".safetensors")
     assert call("export", file, "--to", tmp_path / "a.pt")[0] == 0
     assert call("export", file, "--to", tmp_path / "pictures")[0] == 0
+    assert "ImageFolder" in (tmp_path / "pictures" / "README.md").read_text()
     assert call("export", file, "--to", tmp_path / "pictures")[0] == 2
     words = ("--dataset", "digits", "--out", tmp_path / "b.safetensors")
     code, text = call("import", tmp_path / "a.pt", *words)
     assert code == 0 and "40 images, 4 per class, idc protocol" in text.out
     code, text = call("card", file)
     assert code == 0 and text.out == card(run)
+    code, text = call("card", tmp_path / "b.safetensors")
+    assert code == 0 and "Read from `a.pt`, SHA-256 `" in text.out
+    assert call("card", file, "--out", tmp_path / "c.md")[0] == 0
+    assert "![The images, a column a class](c.png)" in (tmp_path / "c.md").read_text()
+    assert Image.open(tmp_path / "c.png").size == (640, 64)  # ten classes of 8 px, enlarged
+    (tmp_path / "d.safetensors").write_bytes(file.read_bytes())
+    code, text = call("card", tmp_path / "d.safetensors")  # a run's, whose record is lost
+    assert code == 2 and text.err.startswith(
+        "ddlib: a card needs the set's record, and there is no"
+    )
+
+
+def test_an_exported_folder_has_a_card_whose_pictures_are_its_own_files(tmp_path, run):
+    folder = save_images(run.synthetic, tmp_path / "pictures")
+    text = of_folder(run)
+    shown = re.findall(r'src="([^"]+)"', text)
+    assert len(shown) == 10 and all((folder / file).is_file() for file in shown)
+    assert "ImageFolder" in text and card(run).split("## Use it")[0].split("## What")[1] in text
+    alone = of_folder(run.synthetic)  # the set without its record
+    assert "Not known: no record lies beside the set" in alone
+    strange = replace(run.synthetic, spec={"imported": 1, "profile": "small"})
+    assert "no record lies beside it" in card(strange)
+    with pytest.raises(DDError, match="pictures must be of type str, not 1"):
+        card(run, pictures=1)
+
+
+def test_the_picture_of_a_whitened_set_needs_its_look(data, images):
+    zca = whitened(data, "mtt")
+    syn = Synthetic.of(zca, images, torch.arange(10), dd.protocol("mtt"), "convnet")
+    assert picture(syn) is None and picture(replace(syn, zca=None)).startswith(b"\x89PNG")
 
 
 # Cards

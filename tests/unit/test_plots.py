@@ -97,6 +97,19 @@ def test_runs_of_one_ipc_are_a_row_a_method_and_no_curve_of_one_point(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "paper"]
 
 
+@pytest.mark.parametrize(("protocol", "printed"), [("dsa", True), ("frepo", False)])
+def test_random_images_stand_beside_the_printed_ones_of_their_protocol_alone(
+    tmp_path, protocol, printed
+):
+    found = [
+        record(tmp_path, "random", dataset="cifar10", ipc=ipc, profile="small", protocol=protocol)
+        for ipc in (1, 10)
+    ]
+    (axis,) = plots.accuracy_vs_ipc(tables.runs(found)).axes
+    labels = [bars.get_label() for bars in axis.containers]
+    assert labels == ["random, ours", *["random, paper"] * printed]
+
+
 def test_names_at_the_line_ends_do_not_cover_one_another(tmp_path):
     kinds = [name for name in dd.METHODS if name != "random"]
     found = [
@@ -271,9 +284,9 @@ def test_history(tmp_path):
 def test_lines_draw_the_mean_and_spread_of_equal_x_by_group():
     table = pd.DataFrame(
         [
-            {"steps": n, "engine": e, "MiB": n + d, "cosine": 1.0}
+            {"steps": n, "engine": e, "MiB": k * n + d, "cosine": 1.0 + 1e-5 * k}
             for n in (1, 10)
-            for e in ("unroll", "tesla")
+            for e, k in (("unroll", 2), ("tesla", 1))
             for d in (-1, 1)
         ]
     )
@@ -291,9 +304,11 @@ def test_lines_draw_the_mean_and_spread_of_equal_x_by_group():
         "memory (MiB)",
         "log",
     )
-    assert [t.get_text() for t in memory.get_legend().get_texts()] == ["unroll", "tesla"]
-    assert [c.lines[0].get_ydata().tolist() for c in memory.containers] == [[1, 10]] * 2
-    (bars,) = memory.containers[0].lines[2]
+    assert [text.get_text() for text in memory.texts] == ["tesla", "unroll"]  # by height
+    assert [text.get_text() for text in cosine.texts] == ["unroll, tesla"] and not figure.legends
+    assert len(cosine.containers) == 1  # two lines that coincide are one
+    assert [c.lines[0].get_ydata().tolist() for c in memory.containers] == [[2, 20], [1, 10]]
+    (bars,) = memory.containers[1].lines[2]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[0, 2], [9, 11]]
     assert memory.containers[1].lines[0].get_color() == plots.ENGINES["tesla"]
     assert not cosine.containers[0].has_yerr  # no spread, no bars
