@@ -22,6 +22,8 @@ from ddlib.match.sampler import (
 )
 from ddlib.methods.dm import DM, Config
 from ddlib.methods.dream import DREAM, DREAMPlus, plug_in
+from ddlib.methods.gradient import IDC
+from ddlib.methods.gradient import Config as GradientConfig
 from ddlib.nets.build import build, initialise
 from ddlib.train.loop import _can_compile, compiled
 
@@ -174,6 +176,20 @@ def test_compiled_features_see_one_shape_and_give_the_plain_ones():
         representatives(net, data, 9, generator(0, "s"), features=f) for f in (None, features)
     )
     assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_compiled_run_chooses_by_compiled_features(compile, monkeypatch):
+    seen = []
+    wrap = lambda function: lambda x: seen.append(len(x)) or function(x)
+    for module in ("base", "dm", "gradient"):
+        monkeypatch.setattr(f"ddlib.methods.{module}.compiled", wrap)
+    options = {"batch_real": 6, "init": "kmeans", "sampling": "dream", "compile": compile}
+    for method, config in ((DM, Config(**options)), (IDC, GradientConfig(factor=1, **options))):
+        made = method(config, arrays(), 2, NET, 0)
+        made.sampler(made.net, 0, generator(0, "s"))
+        assert len(seen) == (2 if compile else 0)  # the first images, and the first batch
+        seen.clear()
 
 
 @pytest.mark.slow
