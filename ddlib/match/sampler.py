@@ -172,7 +172,7 @@ def embed(
     training, images, count = net.training, data.images["train"], len(rows)
     net.eval()
     # A larger piece leaves a CPU's cache; a smaller one leaves a GPU idle.
-    size = 256 if data.device.type == "cpu" else 4096
+    size = (64 if features else 256) if data.device.type == "cpu" else 4096
     if features:  # one shape, so that there is one graph: the first image fills the last piece
         rows = torch.cat([rows, rows[:1].expand(-count % size)])
     features = features or net.features
