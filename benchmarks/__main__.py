@@ -11,7 +11,7 @@ from ddlib.core import pick_device
 from ddlib.engine import heap
 from ddlib.files import write_atomically
 
-PARTS = ("dm", "trajectory", "frepo", "gradient", "kmeans")
+PARTS = ("dm", "trajectory", "frepo", "gradient", "kmeans", "dream")
 
 
 def parser() -> argparse.ArgumentParser:

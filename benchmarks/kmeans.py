@@ -28,19 +28,23 @@ from ddlib.nets.build import build
 FEWER = (4, 6, 8, 10, 12, 14, 16)  # iterations at which scikit-learn may have reached our inertia
 
 
-@torch.no_grad()
-def pool(rows: int, backbone: str = "convnet", device: torch.device | str = "cpu") -> torch.Tensor:
-    """Features [rows, d] of random pictures: octaves of noise, each half as strong as the next coarser one."""
-    rng = generator(0, "bench", "kmeans")
-    net = build(backbone, (3, 32, 32), 10, rng).to(device)
+def pictures(rows: int, rng: torch.Generator) -> torch.Tensor:
+    """Random pictures [rows, 3, 32, 32] in [0, 1]: octaves of noise, each half as strong as the next coarser one."""
     octaves = (
         F.interpolate(
             torch.randn(rows, 3, side, side, generator=rng) / side, size=32, mode="bilinear"
         )
         for side in (1, 2, 4, 8, 16, 32)
     )
-    pictures = (0.5 + 0.25 * sum(octaves)).clamp(0, 1)
-    return torch.cat([net.features(piece.to(device)) for piece in pictures.split(250)])
+    return (0.5 + 0.25 * sum(octaves)).clamp(0, 1)
+
+
+@torch.no_grad()
+def pool(rows: int, backbone: str = "convnet", device: torch.device | str = "cpu") -> torch.Tensor:
+    """Features [rows, d] of random pictures."""
+    rng = generator(0, "bench", "kmeans")
+    net = build(backbone, (3, 32, 32), 10, rng).to(device)
+    return torch.cat([net.features(piece.to(device)) for piece in pictures(rows, rng).split(250)])
 
 
 def timed(work: Callable[[], float], device: torch.device) -> tuple[float, float]:

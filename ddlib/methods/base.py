@@ -23,6 +23,7 @@ from ..core import DDError, check_only, generator, option
 from ..data.dataset import Dataset
 from ..match.sampler import SAMPLINGS, Sampler, initial_rows
 from ..nets.build import Backbone, build, initialise
+from ..train.loop import compiled
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,15 @@ class ImageMethod(BaseMethod):
         super().__init__(config, data, ipc, seed)
         self.net = self.network(backbone)
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
+        self.features = compiled(self.net.features) if config.compile else None
         self.sampler = Sampler(
-            data, self.batch, config.sampling, config.interval, config.subsample, pool=config.pool
+            data,
+            self.batch,
+            config.sampling,
+            config.interval,
+            config.subsample,
+            pool=config.pool,
+            features=self.features,
         )
         self.trained = self.first_images()
         self.average, self.velocity = self.trained, torch.zeros_like(self.trained)
@@ -179,7 +187,7 @@ class ImageMethod(BaseMethod):
         """Training rows int64 [classes, count] to begin with: random, or nearest to K-means centres (`init`)."""
         if self.config.init == "kmeans":
             self.fresh_network()
-            return initial_rows(self.net, self.data, count, self.rng("init"))
+            return initial_rows(self.net, self.data, count, self.rng("init"), self.features)
         return self.data.sample(count, self.rng("init"))
 
     def first_images(self) -> Tensor:

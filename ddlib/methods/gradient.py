@@ -109,15 +109,22 @@ class Gradient(BaseMethod):
         self.matching = Matching(
             self.net, config.distance, config.layers, config.match, config.engine
         )
-        self.forward = self.net.forward
+        self.forward, self.features = self.net.forward, None
         if config.compile:
             self.forward, self.matching = compiled(self.forward), Traced(self.matching)
+            self.features = compiled(self.net.features)
             if data.device.type == "cpu":
                 # A tenth faster, compiled; no matter otherwise.
                 self.net.to(memory_format=torch.channels_last)
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
         self.sampler = Sampler(
-            data, self.batch, config.sampling, config.interval, config.subsample, pool=config.pool
+            data,
+            self.batch,
+            config.sampling,
+            config.interval,
+            config.subsample,
+            pool=config.pool,
+            features=self.features,
         )
         self._order: tuple = (None, None)  # (outer iteration, epoch), its order of the real images
         self.raw = self.first_images()
@@ -212,7 +219,7 @@ class Gradient(BaseMethod):
         count, rng = self.ipc * factor**2, self.rng("init")
         if self.config.init == "kmeans":
             self.fresh_network(0)
-            rows = initial_rows(self.net, self.data, count, rng)
+            rows = initial_rows(self.net, self.data, count, rng, self.features)
         else:
             rows = self.data.sample(count, rng)
         return self.stored(encode(self.data.batch("train", rows), factor))

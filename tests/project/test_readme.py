@@ -145,6 +145,11 @@ def test_the_speed_figures_are_those_of_the_bench_rows():
     assert [row["ipc"] for row in steps] == [1, 10, 50]
     for key in ("seconds", "times faster", "times faster, heap kept"):
         assert " / ".join(f"{row[key]:.1f}" for row in steps) in speed, key
+    plain, before, compiled = json.loads((bench / "dream_cpu.json").read_text())[1:]
+    assert f"{compiled['seconds']:.1f} compiled, {plain['seconds']:.1f} plain" in speed
+    assert f"{compiled['times faster']:.2f} times faster (median over turns)" in speed
+    assert f"channels_last, {before['times faster']:.2f} times" in speed
+    assert compiled["same images"] == 1
     (score,) = (row for row in rows if row["what"].startswith("evaluation"))
     assert f"{score['times faster, heap kept']:.2f} times a DataLoader loop" in speed
     assert f"({score['times faster']:.2f} as the C" in speed

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import ddlib as dd
+from benchmarks import dream as bench_dream
 from benchmarks import kmeans as bench
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import Dataset, from_arrays
@@ -21,7 +22,10 @@ from ddlib.match.sampler import (
 )
 from ddlib.methods.dm import DM, Config
 from ddlib.methods.dream import DREAM, DREAMPlus, plug_in
+from ddlib.methods.gradient import IDC
+from ddlib.methods.gradient import Config as GradientConfig
 from ddlib.nets.build import build, initialise
+from ddlib.train.loop import _can_compile, compiled
 
 NET = "convnet:width=8"
 
@@ -151,6 +155,55 @@ def test_features_are_of_raw_pixels_unless_asked_and_the_mode_of_the_network_sta
     assert not torch.equal(
         representatives(net, data, 9, generator(0, "s")),
         representatives(net, data, 9, generator(0, "s"), raw=False),
+    )
+
+
+def test_compiled_features_see_one_shape_and_give_the_plain_ones():
+    data, seen = arrays((90, 90, 90)), set()
+    net, rows = fresh(data).train(), torch.arange(270)
+
+    def features(x: torch.Tensor) -> torch.Tensor:
+        seen.add(len(x))
+        assert not net.training
+        return net.features(x)
+
+    for count in (3, 256, 270):
+        torch.testing.assert_close(
+            embed(net, data, rows[:count], features=features), embed(net, data, rows[:count])
+        )
+    assert seen == {64} and net.training
+    plain, ours = (
+        representatives(net, data, 9, generator(0, "s"), features=f) for f in (None, features)
+    )
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_compiled_run_chooses_by_compiled_features(compile, monkeypatch):
+    seen = []
+    wrap = lambda function: lambda x: seen.append(len(x)) or function(x)
+    for module in ("base", "dm", "gradient"):
+        monkeypatch.setattr(f"ddlib.methods.{module}.compiled", wrap)
+    options = {"batch_real": 6, "init": "kmeans", "sampling": "dream", "compile": compile}
+    for method, config in ((DM, Config(**options)), (IDC, GradientConfig(factor=1, **options))):
+        made = method(config, arrays(), 2, NET, 0)
+        made.sampler(made.net, 0, generator(0, "s"))
+        assert len(seen) == (4 if compile else 0)  # pieces for first images, first batch
+        seen.clear()
+
+
+@pytest.mark.slow
+def test_compiling_leaves_the_choice_alone():
+    if not _can_compile():
+        pytest.skip("needs a C++ compiler and Python.h for torch.compile")
+    data = dd.load("digits", device="cpu")
+    # In float32 rounding breaks ties between clusters, and then some of the images are others.
+    net, rows = fresh(data).double(), torch.arange(300)
+    fast = compiled(net.features)
+    torch.testing.assert_close(embed(net, data, rows, features=fast), embed(net, data, rows))
+    assert torch.equal(
+        representatives(net, data, 16, generator(0, "s"), features=fast),
+        representatives(net, data, 16, generator(0, "s")),
     )
 
 
@@ -322,3 +375,11 @@ def test_the_benchmarks_rows():
     rows = bench.clustering(bench.pool(60, "convnet:width=64"), 4, turns=1, defaults=False)
     assert rows[0]["over ours"] == rows[0]["inertia over ours"] == 1 and len(rows) >= 2
     assert all(row["seconds"] > 0 and 0.8 < row["inertia over ours"] < 1.2 for row in rows)
+
+
+def test_the_rows_of_the_choice(monkeypatch):
+    monkeypatch.setattr(bench_dream, "compiled", lambda function: function)
+    rows = bench_dream.choice(60, 8, torch.device("cpu"), 1, "convnet:width=8")
+    assert [row["what"].split(": ")[1] for row in rows] == ["plain", "channels last", "compiled"]
+    assert all(row["seconds"] > 0 and row["times faster"] > 0 for row in rows)
+    assert rows[0]["same images"] == 1 and all(row["same images"] > 0.5 for row in rows)
