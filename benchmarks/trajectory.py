@@ -2,8 +2,8 @@
 
 `unroll` is what MTT's released code does; `tesla` leaves out the Hessian products, so it is what the exact adjoint is
 held against. `kept` holds the graphs of all steps, as `unroll` does. The setting is CIFAR-10 at IPC 1 with N = 20
-steps; images and weights are random, which changes no work. The engines take turns, so that a busy machine slows all of
-them alike, and a ratio is the median over the turns.
+steps, then N = 50, then IPC 10 with N = 10; images and weights are random, which changes no work. The engines take
+turns, so that a busy machine slows all of them alike, and a ratio is the median over the turns.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ddlib.match.inner import CompiledStep
 from ddlib.match.trajectory import FlatNet, Match, Segment, match, stored_weights
 from ddlib.nets.build import build
 
+SETTING = (20, 1)  # steps N and IPC
+OTHERS = ((50, 1), (10, 10))
 # name: (engine, whether compiled, whether the graphs of all steps wait in memory)
 ENGINES = {
     "tesla": ("tesla", False, False),
@@ -77,6 +79,7 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
     def over(engine: str, other: str) -> float:
         return median(a / b for a, b in zip(times[engine], times[other], strict=True))
 
+    where = "" if (steps, ipc) == SETTING else f" at N = {steps}, IPC {ipc}"
     rows = []
     for engine in ENGINES:
         with SavedTensors() as saved:
@@ -84,7 +87,7 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
         stored = 4 * arguments[0].size * stored_weights(ENGINES[engine][0], steps)
         rows.append(
             {
-                "what": f"outer step, {engine}",
+                "what": f"outer step{where}, {engine}",
                 "steps": steps,
                 "ipc": ipc,
                 "seconds": median(times[engine]),
@@ -101,8 +104,10 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
 
 def main(device: torch.device, out: Path | None = None) -> list[dict]:
     """Print the rows and write them to `out` as JSON."""
-    rows = outer_step(20, 1, device, 21)
-    print(f"trajectory matching on {machine(device)}, medians of 21 repeats that take turns")
+    rows = outer_step(*SETTING, device, 21)
+    for steps, ipc in OTHERS:
+        rows += outer_step(steps, ipc, device, 7)
+    print(f"trajectory matching on {machine(device)}, medians of 21 or 7 repeats that take turns")
     for row in rows:
         print(
             ", ".join(
