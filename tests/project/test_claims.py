@@ -647,3 +647,10 @@ def test_a_run_has_one_verdict_in_the_long_table_on_its_methods_page_and_on_its_
         setting = tuple(rows.loc[run.path.stem])
         if setting in alone.index and run.record["method"] != "random":
             assert f"| verdict | {alone[setting].short} |" in card._accuracy(run), run.path.stem
+
+
+def test_a_curve_whose_start_is_not_said_is_answered_by_no_run(tmp_path):
+    record(tmp_path, "dream", "cifar10", 10, "paper", scores=around(53.0), iterations=0)
+    starts = claims.load()[lambda rows: rows.variant.str.endswith("only, iteration=0")]
+    assert len(starts) == 2
+    assert (claims.judge(starts, tmp_path).kind == "not attempted").all()
