@@ -546,12 +546,6 @@ def _docstring(value: object) -> str:
     return _fenced(text, "text") if text else ""
 
 
-def _fenced(text: str, language: str) -> str:
-    """The text as a block of code, which no backticks in it can end."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
 def _command_line() -> str:
     """The help page of every command."""
     from ..cli import COMMANDS, parser
