@@ -9,18 +9,17 @@ twice: in this process, where freed memory is kept (`ddlib.engine.heap`), and al
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import show
 from ddlib.augment.siamese import augment, draw
 from ddlib.core import generator
 from ddlib.data.dataset import Dataset, from_arrays
@@ -192,8 +191,8 @@ def evaluations(device: torch.device, networks: int = 5, epochs: int = 100) -> d
     return compared(row, plain_evaluations, device, networks, epochs)
 
 
-def main(device: torch.device, out: Path | None = None) -> list[dict]:
-    """Print the rows, one as soon as it is measured, and write them to `out` as JSON."""
+def main(device: torch.device) -> list[dict]:
+    """Print the rows, each as soon as it is measured, and return them."""
     rate = sgemm_rate(device)
     rows = [{"what": f"sgemm rate on {machine(device)}: {rate / 1e9:.0f} GFLOP/s"}]
     print(rows[0]["what"], flush=True)
@@ -205,12 +204,5 @@ def main(device: torch.device, out: Path | None = None) -> list[dict]:
     ]
     for job in jobs:
         rows.append(job())
-        print(
-            ", ".join(
-                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()
-            ),
-            flush=True,
-        )
-    if out:
-        out.write_text(json.dumps(rows, indent=1))
+        show(rows[-1])
     return rows

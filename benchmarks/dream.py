@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+from benchmarks import show
 from benchmarks.kmeans import pictures
 from ddlib.core import generator
 from ddlib.data.dataset import from_arrays
@@ -65,10 +66,5 @@ def main(device: torch.device, turns: int = 5) -> list[dict]:
     """Print the rows and return them."""
     rows = [{"what": f"DREAM's choice on {machine(device)}"}, *choice(5000, 128, device, turns)]
     for row in rows:
-        print(
-            ", ".join(
-                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-            ),
-            flush=True,
-        )
+        show(row)
     return rows

@@ -9,11 +9,9 @@ changes no work.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 
+from benchmarks import show
 from benchmarks.dm import shapes
 from ddlib.config import Spec, resolve
 from ddlib.data.dataset import Dataset
@@ -74,8 +72,8 @@ def rows_of(
     return found
 
 
-def main(device: torch.device, out: Path | None = None) -> list[dict]:
-    """Print the rows, one IPC as soon as it is measured, and write them to `out` as JSON."""
+def main(device: torch.device) -> list[dict]:
+    """Print the rows, those of an IPC as soon as they are measured, and return them."""
     rate = sgemm_rate(device)
     rows = [
         {"what": f"FRePo beside the others on {machine(device)}, sgemm {rate / 1e9:.0f} GFLOP/s"}
@@ -85,17 +83,7 @@ def main(device: torch.device, out: Path | None = None) -> list[dict]:
     for ipc in (1, 10, 50) if gpu else (1, 10):
         for compile in (False, True) if gpu else (False,):
             found = rows_of(ipc, data, rate, 15 if gpu else 1, compile)
-            print(
-                "\n".join(
-                    ", ".join(
-                        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-                        for k, v in row.items()
-                    )
-                    for row in found
-                ),
-                flush=True,
-            )
+            for row in found:
+                show(row)
             rows += found
-    if out:
-        out.write_text(json.dumps(rows, indent=1))
     return rows

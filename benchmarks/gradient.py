@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import show
 from ddlib.augment.siamese import augment, cutmix, draw
 from ddlib.core import generator
 from ddlib.distilled import decode
@@ -176,10 +177,5 @@ def main(device: torch.device) -> list[dict]:
         lambda: engines(device, 2),
     ):
         rows.append(job())
-        print(
-            ", ".join(
-                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()
-            ),
-            flush=True,
-        )
+        show(rows[-1])
     return rows

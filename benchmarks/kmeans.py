@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
+from benchmarks import show
 from ddlib.core import generator
 from ddlib.engine.meter import machine
 from ddlib.match.kmeans import ITERATIONS, kmeans
@@ -115,10 +116,5 @@ def main(device: torch.device, turns: int = 5) -> list[dict]:
         *clustering(pool(5000, device=device), 128, turns),
     ]
     for row in rows:
-        print(
-            ", ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-            ),
-            flush=True,
-        )
+        show(row)
     return rows

@@ -8,13 +8,12 @@ turns, so that a busy machine slows all of them alike, and a ratio is the median
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks import show
 from ddlib.augment.siamese import draw
 from ddlib.core import generator
 from ddlib.engine.meter import SavedTensors, machine, seconds
@@ -102,19 +101,13 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
     return rows
 
 
-def main(device: torch.device, out: Path | None = None) -> list[dict]:
-    """Print the rows and write them to `out` as JSON."""
-    rows = outer_step(*SETTING, device, 21)
-    for steps, ipc in OTHERS:
-        rows += outer_step(steps, ipc, device, 7)
+def main(device: torch.device) -> list[dict]:
+    """Print the rows, those of a setting as soon as they are measured, and return them."""
     print(f"trajectory matching on {machine(device)}, medians of 21 or 7 repeats that take turns")
-    for row in rows:
-        print(
-            ", ".join(
-                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-            ),
-            flush=True,
-        )
-    if out:
-        out.write_text(json.dumps(rows, indent=1))
+    rows = []
+    for (steps, ipc), repeats in ((SETTING, 21), *((other, 7) for other in OTHERS)):
+        found = outer_step(steps, ipc, device, repeats)
+        for row in found:
+            show(row)
+        rows += found
     return rows

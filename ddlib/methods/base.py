@@ -10,7 +10,7 @@ A method owns its synthetic images. `engine.run` calls `step` as often as its Co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -144,6 +144,21 @@ class ImageConfig:
     pool: int = option(0, least=0)  # images of a class to choose from, drawn anew; 0 is all
 
 
+def sampler_of(
+    config: Any, data: Dataset, batch: int, features: Callable[[Tensor], Tensor] | None
+) -> Sampler:
+    """What chooses `batch` real images of each class as the config's sampling says; see `Sampler`."""
+    return Sampler(
+        data,
+        batch,
+        config.sampling,
+        config.interval,
+        config.subsample,
+        pool=config.pool,
+        features=features,
+    )
+
+
 class ImageMethod(BaseMethod):
     """Moves images by plain SGD with momentum down the gradient of `loss`, a chunk of classes at a time.
 
@@ -159,15 +174,7 @@ class ImageMethod(BaseMethod):
         self.net = self.network(backbone)
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
         self.features = compiled(self.net.features) if config.compile else None
-        self.sampler = Sampler(
-            data,
-            self.batch,
-            config.sampling,
-            config.interval,
-            config.subsample,
-            pool=config.pool,
-            features=self.features,
-        )
+        self.sampler = sampler_of(config, data, self.batch, self.features)
         self.trained = self.first_images()
         self.average, self.velocity = self.trained, torch.zeros_like(self.trained)
         self.momentum, self.lr = config.momentum, config.lr_img

@@ -39,10 +39,10 @@ from ..core import DDError, option, upload
 from ..data.dataset import Dataset
 from ..distilled import check_factor, decode, encode
 from ..match.gradients import DISTANCES, ENGINES, LAYERS, MATCHES, Matching, Traced
-from ..match.sampler import SAMPLINGS, Sampler, initial_rows
+from ..match.sampler import SAMPLINGS, initial_rows
 from ..nets.build import initialise
 from ..train.loop import compiled
-from .base import BaseMethod, Result
+from .base import BaseMethod, Result, sampler_of
 from .registry import register
 
 
@@ -117,15 +117,7 @@ class Gradient(BaseMethod):
                 # A tenth faster, compiled; no matter otherwise.
                 self.net.to(memory_format=torch.channels_last)
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
-        self.sampler = Sampler(
-            data,
-            self.batch,
-            config.sampling,
-            config.interval,
-            config.subsample,
-            pool=config.pool,
-            features=self.features,
-        )
+        self.sampler = sampler_of(config, data, self.batch, self.features)
         self._order: tuple = (None, None)  # (outer iteration, epoch), its order of the real images
         self.raw = self.first_images()
         self.velocity = torch.zeros_like(self.raw)
