@@ -293,3 +293,15 @@ def test_no_augmentation_is_no_cutmix_either(results, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run.transfer(augment="none")
     assert run.synthetic.recipe.cutmix > 0 and (seen[0].augment, seen[0].cutmix) == ("none", 0)
+
+
+def test_the_table_of_bytes_leaves_out_parts_that_no_set_has():
+    runs = {("dm", 0): 30, ("frepo", 0): 40}
+    found = {
+        key: SimpleNamespace(synthetic=size, record={"device": "a CPU"})
+        for key, size in runs.items()
+    }
+    storage = lambda size: {"images": size, "labels": size - 30, "decoder": 0}
+    sizes, _ = scorecard.bytes_and_seconds(found, storage, lambda run: {"distill": 1.0}, "digits")
+    assert list(sizes.data) == ["method", "images", "labels"]
+    assert sizes.data.labels.tolist() == [0, 10]
