@@ -384,9 +384,6 @@ def imagenet(predict: Callable[..., dict], known: pd.DataFrame) -> Styler:
     return tables.titled(shown, caption).format({"predicted (GiB)": "{:.2f}"}, precision=1)
 
 
-SHORT = ("mtt", "tesla", "ftd", "datm")  # what takes 30 iterations in the smoke profile
-
-
 def wanted(word: str, profile: str) -> bool:
     """Whether what no record holds is to be computed: "yes" or "no"; "" is yes in the smoke profile alone."""
     word = word or ("yes" if choose("profile", profile, PROFILES) == "smoke" else "no")
@@ -394,8 +391,8 @@ def wanted(word: str, profile: str) -> bool:
 
 
 def chosen(methods: str, profile: str) -> list[str]:
-    """Methods named with commas, "all" of them, or for "" seven in the smoke profile and else all."""
-    few = "random,kmeans,dm,mtt,ftd,frepo,dream" if profile == "smoke" else "all"
+    """Methods named with commas, "all" of them, or for "" in the smoke profile one a paper, and else all."""
+    few = "random,dm,frepo,tesla,ftd,dream_plus" if profile == "smoke" else "all"
     names = methods or few
     return list(METHODS) if names == "all" else checked(names)
 
@@ -420,8 +417,7 @@ def made(
     if train:
         seeds, found = list(seeds), []
         for method in methods:
-            few = {"iterations": 30} if method in SHORT and profile == "smoke" else {}
-            values = {"profile": profile, "teach": True, **options, **few}
+            values = {"profile": profile, "teach": True, **options}
             found += [
                 run(method, dataset, ipc=ipc, seed=seed, **values) for ipc in ipcs for seed in seeds
             ]

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from ..config import PROFILES
@@ -404,32 +405,45 @@ def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every:
 
 
 def _name_ends(axis: Axes, ends: list[tuple]) -> None:
-    """Names beside the right edge, in the lines' colours, moved apart so that none covers another.
+    """Names of lines in their colours: beside the right edge, or beside a line that ends far to the left of it.
 
-    `ends` are (x, y, name, colour, weight); heights are shares of the axis, so that its scale may be a log one.
+    `ends` are (x, y, name, colour, weight).
     """
     axis.autoscale_view()  # settles the limits, on which the transform rests
-    place = axis.transData - axis.transAxes
-    ends = sorted(ends, key=lambda end: end[1])
-    rooms = [0.045 * (1 + end[2].count("\n")) for end in ends]
+    place = (axis.transData - axis.transAxes).transform
+    placed = [(*place(end[:2]), end) for end in ends]
+    early = [one for one in placed if one[0] < 0.3]
+    if early:
+        _name_column(axis, max(x for x, *_ in early) + 0.06, early)
+    _name_column(axis, 1.03, [one for one in placed if one[0] >= 0.3])
+
+
+def _name_column(axis: Axes, left: float, placed: list[tuple]) -> None:
+    """Names under one another from `left` on, moved apart so that none covers another.
+
+    `placed` are (x, y, end): shares of the axis, so that its scale may be a log one.
+    """
+    placed = sorted(placed, key=lambda one: one[1])
+    rooms = [0.045 * (1 + end[2].count("\n")) for *_, end in placed]
     heights: list[float] = []
-    for k, (x, y, *_) in enumerate(ends):
+    for k, (_, y, _) in enumerate(placed):
         least = heights[-1] + (rooms[k - 1] + rooms[k]) / 2 if heights else 0.0
-        heights.append(max(place.transform((x, y))[1], least))
+        heights.append(max(y, least))
     ceiling = 1.0
     for k in reversed(range(len(heights))):
         heights[k] = min(heights[k], ceiling)
         ceiling = heights[k] - (rooms[k - 1] + rooms[k]) / 2
-    for height, (x, y, name, colour, weight) in zip(heights, ends, strict=True):
+    for height, (*_, (x, y, name, colour, weight)) in zip(heights, placed, strict=True):
         axis.annotate(
             name,
             (x, y),
-            (1.03, height),
+            (left, height),
             textcoords="axes fraction",
             color=_dark(colour),
             weight=weight,
             fontsize=7,
             va="center",
+            path_effects=[withStroke(linewidth=2, foreground="white")],
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5},
             annotation_clip=False,
         )

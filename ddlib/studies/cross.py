@@ -17,7 +17,7 @@ IMAGES, TRAINED = "method of the images", "network that is trained on them"
 def networks(profile: str) -> list[str]:
     """The networks of the heat maps, each with instance and with batch norm; narrow ones in the smoke profile."""
     full = {"convnet": [], "alexnet": [], "vgg11": [], "resnet18": []}
-    narrow = {"convnet": ["width=32"], "vgg11": ["width=8"], "resnet18": ["width=8"]}
+    narrow = {"convnet": ["width=32"], "resnet18": ["width=8"]}
     names = []
     for name, width in (narrow if profile == "smoke" else full).items():
         for keys in (width, [*width, "norm=bn"]):
