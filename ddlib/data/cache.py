@@ -2,7 +2,7 @@
 
 The cache (folder DDLIB_CACHE, else ~/.cache/ddlib/decoded) holds one .npy [N,C,H,W] and one .json a split. Its name
 is a hash of the folder, the resolution and every file's name, size and time of change, so a changed folder is decoded
-anew. Nothing there is needed: it may be deleted at any time.
+anew. A decoding that was stopped goes on where it was. Nothing there is needed: it may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from stat import S_ISREG
 from tokenize import TokenError
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -198,12 +199,12 @@ def _decoded(
         return cached
     decode = partial(_blocks, root, split, files, resolution, shape, first)
     try:
-        _ask_for_room(path.parent, math.prod(whole))
+        _ask_for_room(path, math.prod(whole))
         with lock(path, f"the decoding of {root.name}/{split}"):
             cached = _from_cache(path, whole, warn=True)  # another process may have built it
             if cached:
                 return cached
-            write_atomically(path, lambda to: _write_images(to, whole, decode()))
+            write_atomically(path, lambda to: _write_images(to, path, whole, decode))
             images = torch.from_numpy(np.load(path, mmap_mode="c"))
             note = {
                 "source": str(root),
@@ -228,12 +229,19 @@ def _decoded(
     return images, checksum(images)
 
 
-def _ask_for_room(folder: Path, size: int) -> None:
-    """Raise `CannotWrite` where `size` bytes will not go into `folder`: asked before hours of decoding."""
+def _ask_for_room(path: Path, size: int) -> None:
+    """Raise `CannotWrite` where `path` of `size` bytes will not go into its folder: asked before hours of decoding."""
+    folder, part = path.parent, path.with_suffix(".part")
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
+        size -= part.stat().st_size
     if not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < size:
         raise CannotWrite(f"no room in {folder}")
+
+
+def _block_size(shape: tuple[int, ...]) -> int:
+    """Images [*, C, H, W] of a shape that are decoded, and written, together."""
+    return max(1, min(_BATCH, _BLOCK_BYTES // math.prod(shape[-3:])))
 
 
 def _blocks(
@@ -243,14 +251,17 @@ def _blocks(
     resolution: int | None,
     shape: tuple[int, int, int],
     first: Path,
+    done: int = 0,
 ) -> Iterator[np.ndarray]:
-    """The decoded images in their order, some at a time: uint8 [n,C,H,W]."""
-    size = max(1, min(_BATCH, _BLOCK_BYTES // math.prod(shape)))
+    """The decoded images in their order, from number `done` on, some at a time: uint8 [n,C,H,W]."""
+    size = _block_size(shape)
     starts = tqdm(
-        range(0, len(files), size),
+        range(done, len(files), size),
         f"decoding {root.name}/{split}",
         unit="img",
         unit_scale=size,
+        initial=done // size,
+        total=math.ceil(len(files) / size),
         delay=1,
         leave=False,
         disable=None,
@@ -263,15 +274,46 @@ def _blocks(
             )
 
 
-def _write_images(to: Path, shape: tuple[int, ...], blocks: Iterator[np.ndarray]) -> None:
-    """A .npy file of the blocks. Written, not mapped: a disk that fills up is an error, not a bus error."""
-    with open(to, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.flush()
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), file.tell(), max(1, math.prod(shape)))
-        file.writelines(block.tobytes() for block in blocks)
+def _write_images(
+    to: Path, path: Path, shape: tuple[int, ...], decode: Callable[..., Iterator[np.ndarray]]
+) -> None:
+    """Move to `to` a .npy file of the images, which grows block by block as `.part` beside `path`.
+
+    `.done` has a checksum of each block: a decoding that was stopped goes on behind the last one that is as it was
+    written. Written, not mapped: a disk that fills up is an error, not a bus error.
+    """
+    part, done = path.with_suffix(".part"), path.with_suffix(".done")
+    part.touch()
+    done.touch()
+    size = _block_size(shape)
+    try:
+        with open(part, "r+b") as images, open(done, "r+b") as sums:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(images, header)
+            blocks = _find_end(images, sums, size * math.prod(shape[1:]))
+            for block in decode(done=blocks * size):
+                pixels = block.tobytes()
+                images.write(pixels)
+                images.flush()
+                sums.write(hashlib.sha256(pixels).digest())
+                sums.flush()
+        os.replace(part, to)
+        done.unlink()
+    except Exception:  # with one image changed the name is another; a full disk gets its room back
+        part.unlink(missing_ok=True)
+        done.unlink(missing_ok=True)
+        raise
+
+
+def _find_end(images: BinaryIO, sums: BinaryIO, length: int) -> int:
+    """Cut both files behind the last block of `length` bytes that its checksum fits; the number of blocks."""
+    blocks, end = 0, images.tell()
+    while (known := sums.read(32)) and hashlib.sha256(images.read(length)).digest() == known:
+        blocks, end = blocks + 1, images.tell()
+    for file, place in ((images, end), (sums, 32 * blocks)):
+        file.seek(place)
+        file.truncate()
+    return blocks
 
 
 def _in_memory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -447,6 +448,45 @@ def test_a_damaged_cache_is_named_and_rebuilt(tmp_path, monkeypatch, harm, sampl
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(name)
+
+
+@pytest.mark.parametrize("harm", ["", "flip", "torn", "no checksums"])
+def test_a_stopped_decoding_goes_on_behind_the_last_whole_block(tmp_path, monkeypatch, harm):
+    monkeypatch.setattr(decoding, "_BATCH", 2)
+    name = f"folder:{tree(tmp_path / 'pets')}"
+    whole = load(name)
+    path = next((tmp_path / "cache").glob("pets-train-*.npy"))
+    expected, count = path.read_bytes(), len(whole.images["train"])
+    shutil.rmtree(tmp_path / "cache")
+    real, calls = decoding._pixels, []
+
+    def stopped(file, *rest):
+        calls.append(file)
+        if len(calls) > 4:  # in the third block
+            raise KeyboardInterrupt
+        return real(file, *rest)
+
+    monkeypatch.setattr(decoding, "_pixels", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        load(name)
+    part, sums = path.with_suffix(".part"), path.with_suffix(".done")
+    assert not path.exists() and len(sums.read_bytes()) == 2 * 32
+    pixels = part.read_bytes()
+    if harm == "flip":
+        part.write_bytes(pixels[:-1] + bytes([pixels[-1] ^ 1]))
+    elif harm == "torn":
+        part.write_bytes(pixels[:-1])
+    elif harm == "no checksums":
+        sums.unlink()
+
+    calls.clear()
+    monkeypatch.setattr(
+        decoding, "_pixels", lambda file, *rest: (calls.append(file), real(file, *rest))[1]
+    )
+    assert load(name).checksum == whole.checksum and path.read_bytes() == expected
+    kept = {"": 4, "flip": 2, "torn": 2, "no checksums": 0}[harm]
+    assert len([file for file in calls if "train" in file.parts]) == count - kept
+    assert not part.exists() and not sums.exists()
 
 
 def test_splits_are_memory_mapped_and_are_never_rewritten(tmp_path, monkeypatch):

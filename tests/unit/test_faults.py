@@ -513,7 +513,7 @@ def test_a_program_is_never_asked_to_decode(tmp_path, cache, monkeypatch):
     assert not (tmp_path / "started").exists()
 
 
-@pytest.mark.parametrize("where", ["reserve", "write", "note"])
+@pytest.mark.parametrize("where", ["write", "move", "note"])
 def test_a_full_disk_leaves_the_images_in_memory(tmp_path, cache, monkeypatch, where):
     name = f"folder:{pets(tmp_path / 'pets', 0)}"
     wanted = dd.load(name, device="cpu").checksum
@@ -522,14 +522,16 @@ def test_a_full_disk_leaves_the_images_in_memory(tmp_path, cache, monkeypatch, w
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if where == "reserve":
-        monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    elif where == "write":
+    if where == "write":
         monkeypatch.setattr(decoded.np.lib.format, "write_array_header_1_0", full)
+    elif where == "move":
+        monkeypatch.setattr(os, "replace", full)
     else:
         monkeypatch.setattr(decoded, "write_json", lambda *args: full_sentence())
     with pytest.warns(UserWarning, match="cannot write the decode cache"):
         assert dd.load(name, device="cpu").checksum == wanted
+    left = [path.suffix for path in (tmp_path / "full").iterdir()]
+    assert ".part" not in left and ".done" not in left
 
 
 def full_sentence():
