@@ -111,7 +111,7 @@ def main(words: list[str] | None = None) -> None:
         os.environ["DDLIB_CACHE"] = str(cache)
         plant(root, args.images)
         row = {"images": args.images, "GB": args.images * 3 * SIDE**2 / 1e9}
-        row |= {"device": machine(pick_device("cpu")), "cores": os.cpu_count()}
+        row |= {"device": machine(pick_device("cpu")), "cores": len(os.sched_getaffinity(0))}
         row |= decode(root, cache)
         row |= json.loads(child(root, args.batches).communicate()[0])
     print(json.dumps(row, indent=1))

@@ -73,6 +73,13 @@ def test_experts_extractors_and_studies_of_version_0_1_are_not_made_anew(pinned,
         "d01c6c9deeac8f64516383ba415ecb9890b0a70affb7c03d4da42677101e0f36"
     )
     monkeypatch.setattr(scaling, "one_step", None)
+    resolve, then = (
+        scaling.resolve,
+        {"dm": {"networks": 3}, "mtt": {"networks": 3, "iterations": 40}},
+    )
+    monkeypatch.setattr(
+        scaling, "resolve", lambda method, *case, **kw: resolve(method, *case, **then[method], **kw)
+    )  # as the smoke profile was at version 0.1
     steps = {"syn_steps": [1]}
     table = dd.scaling.updates("digits", "smoke", steps, device="cpu", repeats=1)
     assert list(table.method) == ["unroll", "tesla", "adjoint"]

@@ -156,6 +156,9 @@ def test_the_speed_figures_are_those_of_the_bench_rows():
     outer = {row["what"]: row for row in rows if row["what"].startswith("outer step")}
     exact = outer["outer step, adjoint"]
     assert f"{exact['over tesla']:.2f} times TESLA's and {exact['over unroll']:.2f} times" in speed
+    held = f"{exact['graph MiB']:.0f} MiB (and {exact['stored MiB']:.0f} MiB of weight vectors)"
+    whole = outer["outer step, unroll"]["graph MiB"]
+    assert f"{held} against {whole:.0f} MiB" in re.sub(" +", " ", speed)
     found = [row for what, row in outer.items() if "compiled" in what]
     assert len(found) == 6
     for row in found:
