@@ -4,7 +4,9 @@ A tree of `--images` JPEG files of 64 x 64 pixels in 1,000 classes, as ImageNet-
 hard links to 1,000 random pictures, which asks for every image to be opened and decoded, but not for their disk space.
 A process decodes the tree and is killed on the way; a second one goes on; a third one finds the cache and takes
 batches of one random image of each class. `anonymous` is the memory that a process needs (its own, RssAnon), `mapped`
-that of the cache's pages which it has looked at: the kernel takes those back when somebody else needs the room.
+that of the cache's pages which it has looked at: the kernel takes those back when somebody else needs the room. To see
+that it may, start the whole in a control group with little memory, where the pages count too, e.g. by `systemd-run
+--scope -p MemoryMax=1500M`; the row says what the limit was.
 """
 
 from __future__ import annotations
@@ -52,6 +54,21 @@ def resident() -> dict[str, float]:
         name: int(fields[key].split()[0]) / 2**10
         for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))
     }
+
+
+def limit() -> float | None:
+    """MiB that the control group of this process may use, pages of files among them; None where it has no limit."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, kind, group = line.split(
+            ":", 2
+        )  # the kind is "" in the second version of control groups
+        if kind in ("", "memory"):
+            name = "memory.limit_in_bytes" if kind else "memory.max"
+            file = Path("/sys/fs/cgroup", kind, group[1:], name)
+            text = file.read_text().strip() if file.is_file() else "max"
+            if text != "max" and int(text) < 2**60:
+                return int(text) / 2**20
+    return None
 
 
 def stream(root: Path, batches: int) -> dict[str, float]:
@@ -112,6 +129,7 @@ def main(words: list[str] | None = None) -> None:
         plant(root, args.images)
         row = {"images": args.images, "GB": args.images * 3 * SIDE**2 / 1e9}
         row |= {"device": machine(pick_device("cpu")), "cores": len(os.sched_getaffinity(0))}
+        row |= {"limit MiB": limit()}
         row |= decode(root, cache)
         row |= json.loads(child(root, args.batches).communicate()[0])
     print(json.dumps(row, indent=1))

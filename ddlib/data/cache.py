@@ -7,8 +7,10 @@ anew. A decoding that was stopped goes on where it was. Nothing there is needed:
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
+import mmap
 import os
 import shutil
 import warnings
@@ -32,7 +34,9 @@ from ..core import DDError, checksum
 from ..files import CannotWrite, lock, read_json, write_atomically, write_json
 from .folders import LABELS, Tree
 
-VERIFY_ALL_BELOW = 2 * 10**9  # bytes: of a larger split only 64 blocks of 1 MiB are verified
+LARGE = (
+    2 * 10**9
+)  # bytes: of a larger split only 64 blocks of 1 MiB are verified, and rows are read ahead
 _BATCH = 1024  # images in memory beside the map: 12 MB at 3x64x64
 _BLOCK_BYTES = 2**28  # the same for large images
 _MOST_PIXELS = 2**27  # of one resized image, before its centre is cropped
@@ -60,6 +64,22 @@ def read(tree: Tree, resolution: int | None, grey: bool = False) -> dict[str, tu
         with suppress(_Colour):
             return {split: _decoded(tree, split, resolution, shape, first) for split in tree[2]}
     raise AssertionError("unreachable: three channels take any image")
+
+
+def read_ahead(images: Tensor, rows: Tensor) -> None:
+    """Ask the disk for rows of a large split that is mapped, all at once.
+
+    Where the memory does not hold the split, the kernel else waits for one row after another, and reads with each some
+    60 times as much from around it.
+    """
+    if images.nbytes <= LARGE or images.device.type != "cpu" or os.name != "posix":
+        return
+    first, size = images.data_ptr(), images[0].nbytes
+    advise = ctypes.CDLL(None).madvise
+    for row in rows.flatten().tolist():
+        start = (first + row * size) // mmap.PAGESIZE * mmap.PAGESIZE
+        length = first + (row + 1) * size - start
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
 States = dict[str, list[tuple[int, int]]]  # split -> size and time of change (ns) of each image
@@ -398,7 +418,7 @@ def _from_cache(
     # DDError, a ValueError, is a damaged note's; NumPy lets a damaged header's TokenError through.
     with suppress(OSError, ValueError, KeyError, TypeError, EOFError, TokenError):
         note, images = _note(path), torch.from_numpy(np.load(path, mmap_mode="c"))
-        small = images.nbytes <= VERIFY_ALL_BELOW
+        small = images.nbytes <= LARGE
         verify, name = (checksum, "sha256") if small else (_sampled, "sampled")
         if (images.shape, images.dtype, verify(images)) == (shape, torch.uint8, note[name]):
             return images, note["sha256"]

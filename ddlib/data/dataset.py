@@ -127,6 +127,7 @@ class Dataset:
         images = self.images[choose("split", split, self.images)]
         if not isinstance(index, slice):
             index = _integers("rows", index, images.device)
+            decoding.read_ahead(images, index)
         try:
             chosen = images[index]
         except (IndexError, TypeError):

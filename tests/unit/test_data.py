@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -429,7 +430,7 @@ def test_images_are_decoded_once_and_again_when_the_folder_changes(tmp_path, mon
 @pytest.mark.parametrize("harm", ["flip", "cut", "header", "note"])
 def test_a_damaged_cache_is_named_and_rebuilt(tmp_path, monkeypatch, harm, sampled):
     if sampled:
-        monkeypatch.setattr(decoding, "VERIFY_ALL_BELOW", 0)
+        monkeypatch.setattr(decoding, "LARGE", 0)
     name = f"folder:{tree(tmp_path / 'pets')}"
     good = load(name)
     path = next((tmp_path / "cache").glob("pets-train-*.npy"))
@@ -487,6 +488,26 @@ def test_a_stopped_decoding_goes_on_behind_the_last_whole_block(tmp_path, monkey
     kept = {"": 4, "flip": 2, "torn": 2, "no checksums": 0}[harm]
     assert len([file for file in calls if "train" in file.parts]) == count - kept
     assert not part.exists() and not sums.exists()
+
+
+def test_rows_of_a_large_split_are_asked_for_before_they_are_read(tmp_path, monkeypatch):
+    d = load(f"folder:{tree(tmp_path / 'pets')}")
+    images, asked = d.images["train"], []
+    wanted = d.batch("train", [5, 0])
+
+    def madvise(start, length, advice):
+        asked.append((start.value, length.value, advice))
+
+    library = SimpleNamespace(madvise=madvise)
+    monkeypatch.setattr(decoding.ctypes, "CDLL", lambda name: library)
+    assert torch.equal(d.batch("train", [5, 0]), wanted) and not asked
+    monkeypatch.setattr(decoding, "LARGE", 0)
+    assert torch.equal(d.batch("train", [5, 0]), wanted)
+    for row, (start, length, advice) in zip([5, 0], asked, strict=True):
+        first = images[row].data_ptr()
+        assert start <= first < start + mmap.PAGESIZE and not start % mmap.PAGESIZE
+        assert start + length == first + images[row].nbytes
+        assert advice == mmap.MADV_WILLNEED
 
 
 def test_splits_are_memory_mapped_and_are_never_rewritten(tmp_path, monkeypatch):
