@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import benchmarks.dm as bench
-from benchmarks import precision
+from benchmarks import large, precision
 from ddlib.core import DDError
 from ddlib.engine import queue
 from ddlib.engine.run import run as distil
@@ -160,3 +160,13 @@ def test_every_row_of_the_gpu_lanes_resolves(tmp_path):
     assert all(spec.run.compile and spec.config.iterations < 4 for spec in lanes["try"])
     wrong = call("begin")
     assert wrong.returncode == 2 and "start, wait or stop, not begin" in wrong.stdout
+
+
+def test_a_planted_tree_is_streamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(large, "CLASSES", 3)
+    monkeypatch.setenv("DDLIB_CACHE", str(tmp_path / "cache"))
+    large.plant(tmp_path / "tree", 12)
+    assert len([*(tmp_path / "tree" / "train").glob("*/*.jpg")]) == 12
+    row = large.stream(tmp_path / "tree", 2)
+    positive(row, "seconds to load", "images per second", "anonymous MiB", "mapped MiB")
+    assert large.limit() is None or large.limit() > 0

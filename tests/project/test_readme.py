@@ -163,3 +163,19 @@ def test_the_speed_figures_are_those_of_the_bench_rows():
     assert len(found) == 6
     for row in found:
         assert f"| {row['over tesla']:.2f} / {row['over unroll']:.2f} |" in speed, row["what"]
+
+
+def test_the_figures_of_a_large_set_are_those_of_its_record():
+    (row,) = json.loads((ROOT / "results" / "bench" / "large_cpu.json").read_text())
+    page = (ROOT / "docs" / "data.md").read_text().replace("\n", " ")
+    rate = row["images decoded per second"]
+    for words in (
+        f"{row['images']:,} JPEG files",
+        f"{row['GB']:.1f} GB decoded, at {rate:,.0f} images per second",
+        f"{row['images per second']:,.0f} images per second, in {row['anonymous MiB']:.0f} MiB of",
+        f"{row['mapped MiB']:.0f} MiB of mapped pages",
+        f"would take {1_281_167 / rate / 60:.0f} minutes",
+    ):
+        assert words in page, words
+    assert row["limit MiB"] < 1.5e9 / 2**20 and row["cores"] == 1
+    assert 0.3 < row["share decoded before it"] < 0.4
