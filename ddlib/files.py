@@ -110,11 +110,12 @@ def sweep(path: Path) -> None:
 
 
 @contextmanager
-def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
+def lock(path: Path, what: str, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of `path`, which lies in `.locks/` beside it; a dead process's lock is free at once.
 
-    `what` names the work in the sentence of `Busy`, which is raised where another process holds the lock and `wait`
-    is False. A file system without locks is used without, after one warning. Raises `CannotWrite`.
+    Gives whether it is held: a file system without locks is used without, after one warning. `what` names the work in
+    the sentence of `Busy`, which is raised where another process holds the lock and `wait` is False. Raises
+    `CannotWrite`.
     """
     from filelock import FileLock, Timeout  # slow to import, and most calls need no lock
 
@@ -139,7 +140,7 @@ def lock(path: Path, what: str, wait: bool = True) -> Iterator[None]:
             stacklevel=3,
         )
     try:
-        yield
+        yield held.is_locked
     finally:
         held.release()
 

@@ -220,11 +220,13 @@ def _decoded(
     decode = partial(_blocks, root, split, files, resolution, shape, first)
     try:
         _ask_for_room(path, math.prod(whole))
-        with lock(path, f"the decoding of {root.name}/{split}"):
+        with lock(path, f"the decoding of {root.name}/{split}") as alone:
             cached = _from_cache(path, whole, warn=True)  # another process may have built it
             if cached:
                 return cached
-            write_atomically(path, lambda to: _write_images(to, path, whole, decode))
+            write_atomically(
+                path, lambda to: _write_images(to, path if alone else to, whole, decode)
+            )
             images = torch.from_numpy(np.load(path, mmap_mode="c"))
             note = {
                 "source": str(root),
@@ -251,12 +253,16 @@ def _decoded(
 
 def _ask_for_room(path: Path, size: int) -> None:
     """Raise `CannotWrite` where `path` of `size` bytes will not go into its folder: asked before hours of decoding."""
-    folder, part = path.parent, path.with_suffix(".part")
+    folder, part = path.parent, _beside(path, "part")
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         size -= part.stat().st_size
     if not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < size:
         raise CannotWrite(f"no room in {folder}")
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.name}.{ending}")
 
 
 def _block_size(shape: tuple[int, ...]) -> int:
@@ -297,12 +303,12 @@ def _blocks(
 def _write_images(
     to: Path, path: Path, shape: tuple[int, ...], decode: Callable[..., Iterator[np.ndarray]]
 ) -> None:
-    """Move to `to` a .npy file of the images, which grows block by block as `.part` beside `path`.
+    """Move to `to` a .npy file of the images, which grows block by block as `path` with `.part` behind it.
 
     `.done` has a checksum of each block: a decoding that was stopped goes on behind the last one that is as it was
     written. Written, not mapped: a disk that fills up is an error, not a bus error.
     """
-    part, done = path.with_suffix(".part"), path.with_suffix(".done")
+    part, done = (_beside(path, ending) for ending in ("part", "done"))
     part.touch()
     done.touch()
     size = _block_size(shape)

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -470,7 +471,7 @@ def test_a_stopped_decoding_goes_on_behind_the_last_whole_block(tmp_path, monkey
     monkeypatch.setattr(decoding, "_pixels", stopped)
     with pytest.raises(KeyboardInterrupt):
         load(name)
-    part, sums = path.with_suffix(".part"), path.with_suffix(".done")
+    part, sums = (path.with_name(f"{path.name}.{ending}") for ending in ("part", "done"))
     assert not path.exists() and len(sums.read_bytes()) == 2 * 32
     pixels = part.read_bytes()
     if harm == "flip":
@@ -488,6 +489,24 @@ def test_a_stopped_decoding_goes_on_behind_the_last_whole_block(tmp_path, monkey
     kept = {"": 4, "flip": 2, "torn": 2, "no checksums": 0}[harm]
     assert len([file for file in calls if "train" in file.parts]) == count - kept
     assert not part.exists() and not sums.exists()
+
+
+def test_without_locks_no_two_decodings_write_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "lock", lambda *work: nullcontext(False))
+    places, write = [], decoding._write_images
+
+    def noted(to, path, *rest):
+        places.append(path)
+        write(to, path, *rest)
+
+    monkeypatch.setattr(decoding, "_write_images", noted)
+    name = f"folder:{tree(tmp_path / 'pets')}"
+    for _ in range(2):
+        load(name)
+        for path in (tmp_path / "cache").glob("*.npy"):
+            path.unlink()
+    assert len(set(places)) == len(places) == 4
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".json"}
 
 
 def test_rows_of_a_large_split_are_asked_for_before_they_are_read(tmp_path, monkeypatch):
