@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from ..config import PROFILES
@@ -443,7 +442,7 @@ def _name_column(axis: Axes, left: float, placed: list[tuple]) -> None:
             weight=weight,
             fontsize=7,
             va="center",
-            path_effects=[withStroke(linewidth=2, foreground="white")],
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5},
             annotation_clip=False,
         )
