@@ -13,9 +13,9 @@ from ..core import DDError
 from ..engine.record import Run
 from . import plots, tables
 
-# In the smoke profile two networks, and a tenth of the training images kept to select a checkpoint on.
-QUICK = {"minival": 0.1, "evaluations": 2, "networks": 2}
-EXTRA = {"tesla": {"labels": "assigned", "iterations": 30}}
+# In the smoke profile a tenth of the training images is kept to select a checkpoint on.
+QUICK = {"minival": 0.1, "evaluations": 2}
+EXTRA = {"tesla": {"labels": "assigned"}}
 
 Key = tuple[str, int]
 
