@@ -59,10 +59,8 @@ def resident() -> dict[str, float]:
 def limit() -> float | None:
     """MiB that the control group of this process may use, pages of files among them; None where it has no limit."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, kind, group = line.split(
-            ":", 2
-        )  # the kind is "" in the second version of control groups
-        if kind in ("", "memory"):
+        _, kind, group = line.split(":", 2)
+        if kind in ("", "memory"):  # "" in the second version of control groups
             name = "memory.limit_in_bytes" if kind else "memory.max"
             file = Path("/sys/fs/cgroup", kind, group[1:], name)
             text = file.read_text().strip() if file.is_file() else "max"

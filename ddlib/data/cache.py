@@ -36,7 +36,7 @@ from .folders import LABELS, Tree
 
 LARGE = (
     2 * 10**9
-)  # bytes: of a larger split only 64 blocks of 1 MiB are verified, and rows are read ahead
+)  # bytes: a larger split is verified by 64 blocks of 1 MiB, its rows are read ahead
 _BATCH = 1024  # images in memory beside the map: 12 MB at 3x64x64
 _BLOCK_BYTES = 2**28  # the same for large images
 _MOST_PIXELS = 2**27  # of one resized image, before its centre is cropped
@@ -69,8 +69,8 @@ def read(tree: Tree, resolution: int | None, grey: bool = False) -> dict[str, tu
 def read_ahead(images: Tensor, rows: Tensor) -> None:
     """Ask the disk for rows of a large split that is mapped, all at once.
 
-    Where the memory does not hold the split, the kernel else waits for one row after another, and reads with each some
-    60 times as much from around it.
+    Where the memory does not hold the split, the kernel else waits for one row after another, and reads with each a
+    window around it that is many times as large.
     """
     if images.nbytes <= LARGE or images.device.type != "cpu" or os.name != "posix":
         return

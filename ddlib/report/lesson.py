@@ -11,6 +11,7 @@ import html
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -415,13 +416,9 @@ def made(
     """The runs of every method, IPC and seed; without `train` those that are kept, the nearest to each preset."""
     methods, ipcs = list(methods), list(ipcs)
     if train:
-        seeds, found = list(seeds), []
-        for method in methods:
-            values = {"profile": profile, "teach": True, **options}
-            found += [
-                run(method, dataset, ipc=ipc, seed=seed, **values) for ipc in ipcs for seed in seeds
-            ]
-        return found
+        values = {"profile": profile, "teach": True, **options}
+        cases = product(methods, ipcs, seeds)
+        return [run(method, dataset, ipc=ipc, seed=seed, **values) for method, ipc, seed in cases]
     found = tables.stored(profile=profile)
     rows = tables.runs(found)
     if rows.empty:

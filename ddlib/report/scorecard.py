@@ -13,7 +13,7 @@ from ..core import DDError
 from ..engine.record import Run
 from . import plots, tables
 
-# In the smoke profile a tenth of the training images is kept to select a checkpoint on.
+# In the smoke profile a tenth of the training images is kept to select a checkpoint on, and TESLA's labels are soft.
 QUICK = {"minival": 0.1, "evaluations": 2}
 EXTRA = {"tesla": {"labels": "assigned"}}
 
@@ -31,9 +31,8 @@ def runs(
     """(method, seed) -> its run by `fairness.find`, those that are there, methods in the figures' order; a `DDError`
     where none is."""
     methods, seeds, found = plots.ordered(methods), list(seeds), {}
-    short = QUICK if profile == "smoke" else {}
     for method in methods:
-        more = short | (EXTRA.get(method, {}) if profile == "smoke" else {})
+        more = QUICK | EXTRA.get(method, {}) if profile == "smoke" else {}
         for seed in seeds:
             run = find(method, dataset, seed=seed, profile=profile, **options, **more)
             if run:

@@ -127,6 +127,14 @@ def test_names_at_the_line_ends_do_not_cover_one_another(tmp_path):
     assert len(figure.legends[0].get_texts()) <= 8
 
 
+def test_a_line_that_ends_at_the_first_ipc_is_named_beside_its_end(tmp_path):
+    cases = [("dm", 1), ("dm", 10), ("frepo", 1)]
+    found = [record(tmp_path, name, dataset="cifar10", ipc=ipc) for name, ipc in cases]
+    (axis,) = plots.accuracy_vs_ipc(tables.runs(found), papers=False).axes
+    places = {text.get_text(): text.get_position()[0] for text in axis.texts}
+    assert places["dm"] > 1 and 0 < places["frepo"] < 0.4  # shares of the axis
+
+
 def test_many_methods_are_split_by_family_on_one_scale_with_random_images_in_each(tmp_path):
     kinds = [name for names in plots.FAMILIES.values() for name in names]
     assert set(kinds) == set(dd.METHODS)
