@@ -352,6 +352,7 @@ def _option(*names: str, **meaning: object) -> tuple:
 
 
 METHOD = _option("method", help="e.g. dm, frepo, tesla, ftd, dream_plus; a wrong name lists all")
+MATCHED = _option("method", help="mtt, tesla, ftd or datm, which match the trajectories of experts")
 DATASET = _option(
     "--dataset", required=True, help="e.g. digits (embedded), mnist, cifar10, or folder:PATH"
 )
@@ -383,9 +384,8 @@ COMMANDS = {
         _option(
             "--checkpoint-every",
             type=int,
-            default=50,
             metavar="STEPS",
-            help="default: 50; also every five minutes",
+            help="default: 50, seldomer where writing takes long; also every five minutes",
         ),
         _option("--fresh", action="store_true", help="ignore an old record and checkpoint"),
         _option(
@@ -396,7 +396,7 @@ COMMANDS = {
         DEVICE,
         RESULTS,
     ),
-    "experts": (_experts, *SETTING, BACKBONE, SET, DEVICE),
+    "experts": (_experts, MATCHED, *SETTING[1:], BACKBONE, SET, DEVICE),
     "presets": (_presets, *SETTING),
     "evaluate": (
         _evaluate,
@@ -436,7 +436,7 @@ COMMANDS = {
         _list,
         _option("--profile", choices=("smoke", "small", "paper")),
         _option("--method", help="only this one"),
-        _option("--markdown", action="store_true", help="paper | ours | difference, for README.md"),
+        _option("--markdown", action="store_true", help="as Markdown: paper, ours, verdict"),
         _option("--json", action="store_true", help="every column as one JSON list, for machines"),
         RESULTS,
     ),

@@ -103,7 +103,7 @@ class Spec:
     @property
     def overrides(self) -> dict[str, Any]:
         """The values that are not the preset's."""
-        preset = preset_values(self.method, self.dataset, self.ipc, self.profile)
+        preset = resolve_anyway(self.method, self.dataset, self.ipc, self.profile).values
         return {key: value for key, value in self.values.items() if preset.get(key) != value}
 
     def command(self, verb: str = "run") -> str:
@@ -239,9 +239,9 @@ def resolve(
     return spec
 
 
-def preset_values(method: str, dataset: str, ipc: int, profile: str) -> dict[str, Any]:
-    """Every value of a profile's preset, to compare a run with: defaults stand in for what no source gives."""
-    return _resolved(method, dataset, ipc, profile, 0, {}).values
+def resolve_anyway(method: str, dataset: str, ipc: int, profile: str, **overrides: Any) -> Spec:
+    """As `resolve`, also where paper and code give no setting: a class's defaults stand in. For what distils nothing."""
+    return _resolved(method, dataset, ipc, profile, 0, overrides)
 
 
 def _refuse_unpublished(method: str, dataset: str, ipc: int, overrides: dict[str, Any]) -> None:
@@ -262,6 +262,14 @@ def _refuse_unpublished(method: str, dataset: str, ipc: int, overrides: dict[str
                     f"neither paper nor code gives {', '.join(missing)} of {method} on {place} at IPC {ipc}, "
                     f"only for {known}: set each of them, or take another profile than paper"
                 )
+
+
+def borrowed(method: str, dataset: str, ipc: int) -> bool:
+    """Whether the paper profile has another row's or method's settings here, since no source gives its own."""
+    beside = METHODS.registration(method).presets
+    rows = (preset(beside) if beside else {}).get("borrowed", {}).get(method, {})
+    ipcs = rows.get(canonical(dataset), ())
+    return ipcs == "all" or ipc in ipcs
 
 
 def _tables(level: dict, dataset: str, ipc: int) -> Iterator[tuple[str, set[str]]]:
@@ -301,6 +309,8 @@ def _resolved(
     if own and not any("protocol" in level for file, _, level in levels if file != COMMON):
         values["protocol"] = own
     given = {key: value for key, value in overrides.items() if value is not None}
+    if given.get("protocol", values.get("protocol")) != values.get("protocol"):
+        values.pop("eval_augment", None)  # it belongs to the preset's protocol
     values |= given
     if profile == "paper" and "protocol" in given:
         values |= _brought_along(given["protocol"], dataset, ipc) | given

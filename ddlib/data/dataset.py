@@ -45,8 +45,9 @@ TORCHVISION = {
 _RESOLUTION = {"tinyimagenet": 64, "imagenet1k": 64} | dict.fromkeys(SUBSETS, 128)
 NAMES = ("digits", *TORCHVISION, *_RESOLUTION)
 
-# Channel mean and std as the released codes of DC, DM and MTT have them, kept for comparability. CIFAR-10's std is the
-# mean of the per-image std (that of all pixels is .247 .243 .262); the ImageNets share one triple.
+# Channel mean and std as the released code of DC, DSA and DM has them, kept for comparability; MTT's and IDC's have
+# CIFAR-10's for CIFAR-100 too. CIFAR-10's std is the mean of the per-image std (that of all pixels is .247 .243 .262); the ImageNets
+# share one triple.
 STATISTICS = {
     "mnist": ((0.1307,), (0.3081,)),
     "fashionmnist": ((0.2861,), (0.3530,)),

@@ -20,6 +20,8 @@ from . import heap
 from .meter import PeakMemory, commit
 
 SAVE_SECONDS = 300  # a checkpoint at least so often
+SAVE_STEPS = 50  # and after so many steps, if writing it takes no more than
+SAVE_SHARE = 0.05  # this share of the time
 
 
 @contextmanager
@@ -98,7 +100,10 @@ class Progress:
         self.peak = 0
         self.threads = [torch.get_num_threads()]  # more than one where a resume had another number
         self.commit = commit()  # of the code that runs, whatever is committed while it does
-        self.saved = 0
+        self.saved, self.saving = (
+            0,
+            0.0,
+        )  # the step of the last checkpoint, and the seconds that it took
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -120,6 +125,15 @@ class Progress:
         """Whether the last checkpoint is so old that another one is due."""
         return time.perf_counter() - self.saved_at > SAVE_SECONDS
 
+    def due(self, every: int | None) -> bool:
+        """Whether a checkpoint is to be written after this step: every so many steps, or as often as costs little."""
+        if self.late():
+            return True
+        if every:
+            return self.step % every == 0
+        cheap = SAVE_SHARE * (time.perf_counter() - self.saved_at) > self.saving
+        return cheap and self.step % SAVE_STEPS == 0
+
     def save(self) -> None:
         """Write the checkpoint."""
         self._count()
@@ -129,6 +143,7 @@ class Progress:
         tensors |= {f"snapshot.{k}": v for k, v in self.snapshots.items()}
         kept = {key: getattr(self, key) for key in self.KEPT}
         save_tensors(self.path, tensors, {"name": self.spec.name, "data": self.data} | kept)
+        self.saving = time.perf_counter() - self.saved_at
 
     def restore(self, any_threads: bool = False) -> None:
         """Go on from the checkpoint if there is one; one of another run, other images or threads is a `DDError`."""

@@ -18,8 +18,7 @@ from ..core import DDError, checksum, instance, path_of, pick_device, plain, sho
 from ..data.dataset import Dataset, derived, folder_checksum, minival_name, subset_name
 from ..distilled import Synthetic
 from ..files import is_there, lock, read_json, results_folder, sealed, update_json
-from ..recipe import VERSION, Recipe, own_augment
-from ..recipe import protocol as make_protocol
+from ..recipe import VERSION, Recipe
 from ..train.evaluate import Evaluation, evaluate
 from .checkpoint import threads_of
 from .meter import machine
@@ -209,15 +208,12 @@ def _recipe(syn: Synthetic, spec: Spec, changes: dict[str, Any]) -> Recipe:
     """The set's own protocol, or another one as the baselines are evaluated under it, with what changes."""
     augment, recipe = changes.get("augment"), syn.recipe
     if "protocol" in changes or "epochs" in changes:
-        plain = resolve("random", spec.dataset, spec.ipc, spec.profile).run
-        name = changes.get("protocol", spec.run.protocol)
-        recipe = make_protocol(
-            name,
-            epochs=changes.get("epochs", plain.eval_epochs),
-            mirror=plain.mirror,
-            augment=augment or (None if own_augment(name) else plain.augment),
-        )
-    elif augment:
+        settings = {
+            "protocol": changes.get("protocol", spec.run.protocol),
+            "eval_epochs": changes.get("epochs"),
+        }
+        recipe = resolve("random", spec.dataset, spec.ipc, spec.profile, **settings).recipe
+    if augment:
         recipe = replace(recipe, augment=augment)
     # CutMix augments too.
     return replace(recipe, cutmix=0.0) if augment == "none" else recipe

@@ -24,7 +24,7 @@ from ..experts import ExpertsError
 from ..files import Busy, CannotWrite, lock, sweep, write_atomically, write_json
 from ..methods import METHODS
 from ..nets.build import build
-from ..train.evaluate import evaluate
+from ..train.evaluate import check_labels, evaluate
 from . import contract
 from .checkpoint import Progress, Signals, guard, threads_of
 from .meter import PeakMemory, machine
@@ -52,7 +52,7 @@ def run(
     data: Dataset | None = None,
     fresh: bool = False,
     progress: bool = True,
-    checkpoint_every: int = 50,
+    checkpoint_every: int | None = None,
     teach: bool = False,
     wait: bool = True,
     any_threads: bool = False,
@@ -64,8 +64,8 @@ def run(
     has the whole dataset, as `load` gives it; others are refused. `fresh` ignores an old record and checkpoint. `teach`
     first trains the experts that a run needs and lacks (`prepare`); a kept record needs none.
 
-    A killed run resumes from its last checkpoint, written every `checkpoint_every` steps, every five minutes and at
-    every signal, and ends in the same bytes on the same CPU with the same number of threads; a resume with another
+    A killed run resumes from its last checkpoint, written every `checkpoint_every` steps (by default every 50, or more
+    seldom where that would take a twentieth of the time), every five minutes and at every signal, and ends in the same bytes on the same CPU with the same number of threads; a resume with another
     number is refused unless `any_threads`, and the record says so. Of processes that ask for the same run one computes
     it and the others wait and read it, or raise `ddlib.files.Busy` at once unless `wait`. A kept record is refused
     where its folder of images, if it is at hand, has changed since. Raises `DDError`.
@@ -81,7 +81,7 @@ def run(
         refuse_other_images(done, spec, data)
         _forget(checkpoint, done)
         return done
-    every = whole("checkpoint_every", checkpoint_every, 1)
+    every = None if checkpoint_every is None else whole("checkpoint_every", checkpoint_every, 1)
     device = pick_device(device)
     with lock(done.path, f"the run {spec.name}", wait), threads_of(profile), _room(device):
         if not fresh and _kept(done, checkpoint):  # another process has made it meanwhile
@@ -109,7 +109,7 @@ def _compute(
     checkpoint: Path,
     any_threads: bool,
     progress: bool,
-    every: int,
+    every: int | None,
 ) -> None:
     """Distil, evaluate and write the record; where memory runs out, with fewer images in one pass from there on."""
     peak, smaller = PeakMemory(data.device), {}
@@ -143,6 +143,9 @@ def _restored(
         del state  # and what it holds of the memory
         return _restored(spec, data, checkpoint, lowered, peak, any_threads)
     state.smaller = lowered
+    if state.step == 0:
+        syn = _synthetic(state, data)
+        check_labels(syn, syn.recipe)  # what else would fail after hours of distillation
     return state
 
 
@@ -203,14 +206,14 @@ def _halved(state: Progress, data: Dataset) -> dict[str, int]:
     """
     if state.part == "evaluate":
         return {}
-    config = state.spec.config
+    config, now = state.spec.config, getattr(state.method, "at_once", 0)
     for key in ("chunk", "micro"):
         if hasattr(config, key):
-            # 0 stands for what suits the device: at most all images
+            # Of a batch that fits into one pass, half is what helps.
             each = max(
                 state.spec.ipc * getattr(config, "factor", 1) ** 2, getattr(config, "batch_real", 0)
             )
-            now = state.smaller.get(key) or getattr(config, key) or data.num_classes * each
+            now = min(now, data.num_classes * each)
             return {key: now // 2} if now > 1 else {}
     return {}
 
@@ -224,7 +227,7 @@ def _method(spec: Spec, data: Dataset, smaller: dict[str, int]) -> Any:
     return contract.started(spec.method, method, data, spec.ipc)
 
 
-def _distil(state: Progress, data: Dataset, done: Run, progress: bool, every: int) -> None:
+def _distil(state: Progress, data: Dataset, done: Run, progress: bool, every: int | None) -> None:
     """Make all steps that are left and write the record, or save where a signal stopped it."""
     try:
         with guard() as signals:
@@ -303,7 +306,9 @@ def _pictures(total: int, count: int) -> set[int]:
     return {max(1, round(total ** ((k + 1) / count))) for k in range(count)} if total else set()
 
 
-def _loop(state: Progress, data: Dataset, signals: Signals, progress: bool, every: int) -> None:
+def _loop(
+    state: Progress, data: Dataset, signals: Signals, progress: bool, every: int | None
+) -> None:
     """Step, log, evaluate and save until the last step; a signal or an error saves what is good first."""
     config, total, words = state.spec.run, state.total, _words(state.spec)
     tests = _points(total, config.evaluations)
@@ -325,7 +330,7 @@ def _loop(state: Progress, data: Dataset, signals: Signals, progress: bool, ever
                     _step(state, bar)
                     if state.step in pictures:
                         _picture(state)
-                    if state.step % every == 0 or state.step in tests or state.late():
+                    if state.step in tests or state.due(every):
                         _save(state)
         except KeyboardInterrupt:
             if state.step > state.saved or state.scores:
@@ -434,7 +439,7 @@ def _write(path: Path, state: Progress, data: Dataset) -> None:
         **asdict(spec),
         "backbone": spec.run.backbone,
         "version": METHODS[spec.method].version,
-        "recipe": asdict(spec.recipe),
+        "recipe": asdict(syn.recipe),
         "accuracy": accuracy,
         "evaluations": scores,
         "history": state.history,

@@ -9,8 +9,9 @@ The images start from K-means too, K being the images (or tiles) of a class. The
 what plugs them into other hosts: `ddlib.methods.dream`.
 
 Differences from the released code:
-1. K-means runs 15 iterations from different seeds, and an empty cluster keeps its centre; the released one runs to
-   convergence from seeds drawn with replacement, and an empty cluster becomes the zero vector (`ddlib.match.kmeans`).
+1. K-means runs 15 iterations from different seeds, most of them on a sketch of the features, and an empty cluster
+   keeps its centre; the released one runs to convergence from seeds drawn with replacement, and an empty cluster
+   becomes the zero vector (`ddlib.match.kmeans`).
 2. No image is picked twice: of two clusters with the same nearest image, the second takes its next nearest.
 3. `pool` may cluster a random part of each class, which saves most of the time; the default is the whole class.
 4. DC, DSA and DM as hosts, and K-means initialisation and expert batches for trajectory matching, are ours: the paper

@@ -179,6 +179,16 @@ class ImageMethod(BaseMethod):
         self.average, self.velocity = self.trained, torch.zeros_like(self.trained)
         self.momentum, self.lr = config.momentum, config.lr_img
 
+    @property
+    def at_once(self) -> int:
+        """Images in one pass through the network."""
+        if self.config.chunk:
+            return self.config.chunk
+        # On a CPU a larger chunk leaves the cache and is half as fast; on a GPU a smaller one leaves it idle.
+        if self.data.device.type == "cpu":
+            return 256
+        return 2**23 // (self.data.shape[1] * self.data.shape[2])  # 8,192 of 32 x 32 pixels
+
     # What a paper says
 
     def begin(self) -> None:
@@ -223,9 +233,7 @@ class ImageMethod(BaseMethod):
         Slices, so that taking a group is a view: an index would make a GPU wait.
         """
         classes = self.data.num_classes
-        # On a CPU a larger chunk leaves the cache and is half as fast; on a GPU a smaller one leaves it idle.
-        most = self.config.chunk or (8192 if self.data.device.type == "cuda" else 256)
-        size = classes if self.net.couples_samples else max(1, most // each)
+        size = classes if self.net.couples_samples else max(1, self.at_once // each)
         return [slice(k, min(k + size, classes)) for k in range(0, classes, size)]
 
     def class_labels(self, classes: slice, each: int) -> Tensor:

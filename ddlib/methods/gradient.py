@@ -18,7 +18,9 @@ One step is one outer iteration. Differences from the released codes:
 4. IDC's first images are drawn at random; its code takes the first of each class.
 5. A BatchNorm network takes its statistics from 16 real images a class before each step, in full; DC's code lets
    them move a tenth of the way.
-6. Draws come from (seed, outer, inner), not from the clock.
+6. Draws come from (seed, outer, inner), not from the clock; IDC's real batches are drawn anew each step, where its
+   sampler goes through a class in shuffled order.
+7. CIFAR-100 is normalised by its own mean and std, where IDC's and DREAM's codes take CIFAR-10's.
 
 Accuracy, seconds, hardware and number of runs, as `python -m ddlib docs` renews them from the
 records: docs/methods/dc.md, docs/methods/dsa.md and docs/methods/idc.md.
@@ -122,9 +124,13 @@ class Gradient(BaseMethod):
         self.raw = self.first_images()
         self.velocity = torch.zeros_like(self.raw)
         self.lr, self.momentum = self.image_rates()
+
+    @property
+    def at_once(self) -> int:
+        """Images in one pass through the network."""
         # On a CPU a larger chunk leaves the cache; on a GPU a smaller one leaves it idle.
-        pixels = 2**21 if data.device.type == "cuda" else 2**18
-        self.chunk = config.chunk or pixels // (data.shape[1] * data.shape[2])
+        pixels = 2**18 if self.data.device.type == "cpu" else 2**21
+        return self.config.chunk or pixels // (self.data.shape[1] * self.data.shape[2])
 
     # What a paper says
 
@@ -286,7 +292,7 @@ class Gradient(BaseMethod):
 
         Slices, so that taking a group is a view: an index would make a GPU wait.
         """
-        count, most = self.data.num_classes, max(1, self.chunk // each)
+        count, most = self.data.num_classes, max(1, self.at_once // each)
         size = max(k for k in range(1, count + 1) if count % k == 0 and k <= most)
         return [slice(k, k + size) for k in range(0, count, size)]
 
@@ -322,8 +328,8 @@ class Gradient(BaseMethod):
         return self.normalise(self.raw)
 
     def result(self) -> Result:
-        """The set with its decoder and, for a protocol that mixes, this run's share of CutMix."""
-        return Result(self.images, self.labels, self.factor, {"cutmix": self.config.cutmix})
+        """The set with its decoder."""
+        return Result(self.images, self.labels, self.factor)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"raw": self.raw, "velocity": self.velocity, "steps": torch.tensor(self.steps)}
@@ -409,6 +415,10 @@ class IDC(Gradient):
         m, classes = self.config.momentum, self.data.num_classes
         steps = sum(m**k for k in range(classes))
         return self.config.lr_img * steps * (self.ipc / 10), m**classes
+
+    def result(self) -> Result:
+        """The set with its decoder and, for a protocol that mixes, this run's share of CutMix."""
+        return Result(self.images, self.labels, self.factor, {"cutmix": self.config.cutmix})
 
     def stored(self, images: Tensor) -> Tensor:
         return images * self.data.std.to(images) + self.data.mean.to(images)

@@ -17,6 +17,8 @@ and which updates count; how the gradient is taken (`ddlib.match.trajectory`) an
 5. Draws come from (seed, iteration), not from the clock.
 6. DREAM plugs in (`ddlib.match.sampler`, ours for these hosts): K-means initialisation, experts on representatives.
 7. DATM's first logits are a mean over experts also with `init=real`, where the release asks one expert.
+8. CIFAR-100 without whitening is normalised by its own mean and std, where these releases take CIFAR-10's.
+9. The ImageNet subsets are resized by their shorter side and cropped, where MTT's release squashes them to a square.
 
 Accuracy, seconds, hardware and number of runs, as `python -m ddlib docs` renews them from the
 records: docs/methods/mtt.md, docs/methods/tesla.md, docs/methods/ftd.md and docs/methods/datm.md.
@@ -149,7 +151,7 @@ class Trajectory(BaseMethod):
         self.inner = CompiledStep(self.net, self.criterion) if config.compile else None
         self.raw = self.first_images()
         self.logits = self.first_logits(self.raw)
-        self.average = self.raw.clone()
+        self.average = self.raw.clone() if config.ema else self.raw.new_zeros(0)
         self.rate = torch.tensor(config.lr_teacher, device=data.device)
         self.velocity = {
             "raw": torch.zeros_like(self.raw),
@@ -159,6 +161,13 @@ class Trajectory(BaseMethod):
 
     def _theta(self, expert: int, epoch: int) -> Tensor:
         return upload(self.experts.weights[expert][epoch], self.data.device).to(self.dtype)
+
+    @property
+    def at_once(self) -> int:
+        """Images in one pass through the network; 0 where the gradient holds the whole graph."""
+        if self.config.gradient in ("unroll", "checkpoint"):
+            return 0
+        return self.config.micro or min(self.config.batch_syn or len(self.raw), len(self.raw))
 
     # What a paper says
 
@@ -179,8 +188,11 @@ class Trajectory(BaseMethod):
         """Label logits [n, classes] to begin with where labels are learned, else empty."""
         return torch.zeros(0, device=self.data.device)
 
-    def segment_labels(self, expert: int, epoch: int) -> Tensor:
-        """What the steps of a segment train on that ends at this epoch of the expert; int64 [n], or float [n, classes]."""
+    def segment_labels(self, expert: int, epoch: int, batches: list[Tensor]) -> Tensor:
+        """What the steps of a segment train on that ends at this epoch of the expert; int64 [n], or float [n, classes].
+
+        Only the rows in `batches` are read.
+        """
         return self.labels
 
     def final_labels(self) -> Tensor:
@@ -219,8 +231,8 @@ class Trajectory(BaseMethod):
     def step(self) -> dict[str, Tensor | int]:
         """One update of images, step size and labels; returns the matching loss and beta.
 
-        Raises `DDError`, before anything is changed, when the loss or a gradient is not finite or beta would turn
-        negative.
+        Raises `DDError`, before anything is changed, when the loss or a gradient of an update that counts is not
+        finite or beta would turn negative.
         """
         found = [
             self.match(*self.segment(self.rng(self.steps, k))) for k in range(self.config.segments)
@@ -228,10 +240,10 @@ class Trajectory(BaseMethod):
         loss = torch.stack([m.loss for m in found]).mean()
         gradients = self.gradients(found)
         counts = self.counts(loss)
-        velocity = self.velocities(gradients) if counts else {}
-        moved = self.moved(velocity, self.beta_change(velocity["rate"])) if counts else {}
-        self.refuse([loss, *gradients.values()], moved)
         if counts:
+            velocity = self.velocities(gradients)
+            moved = self.moved(velocity, self.beta_change(velocity["rate"]))
+            self.refuse([loss, *gradients.values()], moved)
             self.update(velocity, moved)
         else:
             self.skipped += 1
@@ -299,14 +311,15 @@ class Trajectory(BaseMethod):
         batches: list[Tensor] = []
         while len(batches) < c.syn_steps:
             order = upload(torch.randperm(n, generator=rng), self.data.device)
-            batches += order.split(c.batch_syn or n)
+            *whole, last = order.split(c.batch_syn or n)
+            batches += [last, *whole]  # the released codes take the batches from the end
         batches = batches[: c.syn_steps]
         params = [
             draw(c.augment, len(b), self.data.shape[1:], rng, op_every=len(b)) for b in batches
         ]
         end = start + c.expert_epochs
         segment = Segment(self._theta(expert, start), self._theta(expert, end), batches, params)
-        return segment, self.segment_labels(expert, end)
+        return segment, self.segment_labels(expert, end, batches)
 
     def match(self, segment: Segment, labels: Tensor, gradient: str | None = None) -> Match:
         """Loss and gradients of one segment at the present images and step size."""
@@ -423,19 +436,27 @@ class TESLA(MTT):
 
     only: ClassVar = MTT.only | {"labels": ("hard", "assigned")}
 
-    def segment_labels(self, expert: int, epoch: int) -> Tensor:
+    def segment_labels(self, expert: int, epoch: int, batches: list[Tensor]) -> Tensor:
         if self.config.labels == "hard":
             return self.labels
         # Y = softmax f(X; theta*_{t+M})
-        return self._logits(self.raw, expert, epoch).softmax(1)
+        if sum(map(len, batches)) >= len(self.raw):
+            return self._logits(self.raw, expert, epoch).softmax(1)
+        labels = self.raw.new_zeros(len(self.raw), self.data.num_classes)
+        rows = torch.cat(batches)
+        labels[rows] = self._logits(self.raw[rows], expert, epoch).softmax(1)
+        return labels
 
     def final_labels(self) -> Tensor:
         """The classes, or the mean answer of all experts to the images (difference 3)."""
         if self.config.labels == "hard" or self.steps == 0:
             return self.labels
         epoch = self.config.max_start - 1 + self.config.expert_epochs
-        answers = [self._logits(self.images, e, epoch) for e in range(len(self.experts))]
-        return torch.stack([logits.softmax(1) for logits in answers]).mean(0)
+        blocks = []  # of images, so that few of the answers are in memory at once
+        for images in self.images.split(500):
+            answers = [self._logits(images, e, epoch) for e in range(len(self.experts))]
+            blocks.append(torch.stack([logits.softmax(1) for logits in answers]).mean(0))
+        return torch.cat(blocks)
 
 
 @register("ftd", paper="arXiv 2211.11004")
@@ -478,31 +499,40 @@ class DATM(FTD):
         grown = int((c.max_start - c.grow_from) * self.steps / max(1, c.grow_until))
         return min(c.max_start, c.grow_from + grown)
 
-    def segment_labels(self, expert: int, epoch: int) -> Tensor:
+    def segment_labels(self, expert: int, epoch: int, batches: list[Tensor]) -> Tensor:
         return self.logits
 
     def final_labels(self) -> Tensor:
         return self.logits.softmax(1)
 
     def first_images(self) -> Tensor:
-        """`ipc` random real images of each class that an expert's last weights get right, topped up with others."""
+        """`ipc` random real images of each class that an expert's last weights get right; where a class has too few,
+        those that the next experts get right, and in the end others."""
         if self.config.init != "correct":
             return super().first_images()
-        size = min(50 + self.ipc, int(self.data.class_sizes().min()))
-        pool = self.data.sample(size, self.rng("init"))
-        images = self.data.batch("train", pool.flatten())
-        answers = self._logits(images, self.seed % len(self.experts), -1).argmax(1)
-        wrong = answers.unflatten(0, pool.shape) != self.classes[:, None]
-        order = wrong.int().argsort(dim=1, stable=True)[:, : self.ipc]
+        pool = self.data.sample(int(self.data.class_sizes().min()), self.rng("init"))
+        turn = torch.full_like(pool, len(self.experts))  # of the experts, the first that is right
+        for k in range(len(self.experts)):
+            expert = (self.seed + k) % len(self.experts)
+            blocks = (self.data.batch("train", rows) for rows in pool.flatten().split(500))
+            answers = torch.cat([self._logits(images, expert, -1).argmax(1) for images in blocks])
+            right = answers.unflatten(0, pool.shape) == self.classes[:, None]
+            turn[right & (turn > k)] = k
+            if ((turn <= k).sum(1) >= self.ipc).all():
+                break
+        order = turn.argsort(dim=1, stable=True)[:, : self.ipc]
         return self.data.batch("train", pool.gather(1, order).flatten())
 
     def first_logits(self, images: Tensor) -> Tensor:
         """The mean answer of the experts that are right about an image; the label, if none is."""
-        answers = torch.stack([self._logits(images, e, -1) for e in range(len(self.experts))])
-        right = (answers.argmax(2) == self.labels).float()[..., None]
-        mean = (answers * right).sum(0) / right.sum(0).clamp(min=1)
-        one_hot = F.one_hot(self.labels, self.data.num_classes) * answers.abs().max()
-        return torch.where(right.sum(0) > 0, mean, one_hot)
+        total, count, largest = 0.0, 0.0, 0.0
+        for expert in range(len(self.experts)):
+            answers = self._logits(images, expert, -1)
+            right = (answers.argmax(1) == self.labels).float()[:, None]
+            total, count = total + answers * right, count + right
+            largest = max(largest, answers.abs().max())
+        one_hot = F.one_hot(self.labels, self.data.num_classes) * largest
+        return torch.where(count > 0, total / count.clamp(min=1), one_hot)
 
     def gradients(self, found: list[Match]) -> dict[str, Tensor]:
         labels = torch.stack([m.labels for m in found]).mean(0)
@@ -517,10 +547,13 @@ class DATM(FTD):
         return not self.config.threshold or bool(loss <= self.config.threshold)
 
     def step(self) -> dict[str, Tensor | int]:
-        report = super().step()
+        """As `Trajectory.step`; the loss of a skipped update is reported as `threshold` where it is not finite."""
+        report, threshold = super().step(), self.config.threshold
+        if threshold:
+            report["loss"] = report["loss"].nan_to_num(threshold, posinf=threshold)
         if self.steps == 100 and self.skipped > 95:
             warnings.warn(
                 f"{self.skipped} of the first 100 updates were skipped, for their loss was above threshold "
-                f"{self.config.threshold}: raise it, or let segments start earlier"
+                f"{threshold}: raise it, or let segments start earlier"
             )
         return report

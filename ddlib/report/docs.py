@@ -82,9 +82,11 @@ def _headline(_: list[str], results: str | Path | None) -> str:
         front = _unbroken(front.drop(columns="Δ"), "dataset", "paper", "ours", "random")
         front = front.rename(columns={"dataset": "data set", "ipc": "IPC"})
     stands = judged[judged.kind.isin(COUNTED)]
-    real = stands.method.isin(REAL).sum()
+    scores = stands[stands.unit == "%"]
+    real = (scores.method.isin(REAL) | (scores.variant == "iteration=0")).sum()
     line = f"Of {len(judged)} claims of the five papers {len(stands)} stand: "
-    line += f"{counted(list(COUNTED))}; {real} of these are of real images. The rest: {others}."
+    line += f"{counted(list(COUNTED))}. {len(scores) - real} of these are accuracies of distilled sets, "
+    line += f"{real} of real images, {len(stands) - len(scores)} of memory. The rest: {others}."
     return f"{line}\n\n{tables.as_markdown(front) if len(front) else 'No record yet.'}"
 
 

@@ -435,10 +435,17 @@ def absent(methods: Iterable[str], found: Iterable[Run]) -> str:
 
 
 def compared(table: pd.DataFrame) -> Page:
-    """The main table of any runs, in seven columns, with the rest folded; a sentence where there are none."""
+    """The main table of any runs, in seven columns, with the rest folded; a sentence where there are none.
+
+    They are judged beside all kept random images, whether the table has these or not.
+    """
     if table.empty:
         return page("no record")
-    rows, details = tables.compare(table), tables.details(table)
+    real = kept(["random"], every=True)
+    whole = pd.concat([table, real[~real.name.isin(table.name)]], ignore_index=True)
+    details, setting = tables.details(whole), ["dataset", "ipc", "method", "profile", "overrides"]
+    asked = details.set_index(setting).index.isin(table.set_index(setting).index)
+    rows, details = (t[asked].reset_index(drop=True) for t in (tables.compare(whole), details))
     caption = "Test accuracy (%), last step, mean ± spread over all networks of all seeds"
     shown = page(tables.titled(_main(rows, details.method == "random"), caption))
     folded = fold("Seeds, spreads, cost and every setting that differs", details)

@@ -26,9 +26,9 @@ def forming() -> dict[int, torch.Tensor]:
 
 def strip(shots: dict[int, torch.Tensor]) -> plt.Figure:
     """Three rows of ten classes: the real images that FRePo began with, its set, and DM's at IPC 10."""
-    dm = lesson.kept_run("dm", "cifar10", 10).synthetic
+    dm = lesson.kept_run("dm", "cifar10", 10, lr_img=1.0).synthetic  # the paper's step size
     rows = [shots[0], shots[max(shots)], dm.pixels()[:: dm.ipc]]
-    names = ["real", "FRePo", "DM"]
+    names = ["real", "FRePo, IPC 1", f"DM, IPC {dm.ipc}"]
     return plots.grid(torch.cat(rows), len(dm.classes), titles=dm.classes, rows=names, scale=0.75)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..config import PROFILES, Spec, resolve
+from ..config import PROFILES, Spec, borrowed, resolve
 from ..core import DDError, choose, instance, listed
 from ..data.dataset import canonical
 from ..engine import queue
@@ -340,7 +340,8 @@ def printed(
 def paper_settings(method: str, dataset: str, ipc: int, **changes: Any) -> dict[str, Any] | None:
     """Every setting of a run at the paper's, `changes` apart; None where no paper gives one.
 
-    No paper says how the extractor of its coresets was trained, so no run can have that setting.
+    No paper says how the extractor of its coresets was trained, so no run can have that setting; where a preset is
+    borrowed, the image step size stands for all that the paper does not say.
     """
     try:
         values = resolve(method, dataset, ipc, "paper", **changes).values
@@ -348,7 +349,7 @@ def paper_settings(method: str, dataset: str, ipc: int, **changes: Any) -> dict[
         return None
     if method in KINDS and method != "random":
         return values | {"extractor_epochs": "unpublished"}
-    return values
+    return values | {"lr_img": "unpublished"} if borrowed(method, dataset, ipc) else values
 
 
 def _family(values: dict[str, Any]) -> str:

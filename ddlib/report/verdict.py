@@ -140,18 +140,28 @@ def _reduced(key: str, ours: float, paper: float) -> str:
 def differences(ours: Mapping[str, Any], paper: Mapping[str, Any]) -> Differences:
     """How the settings of a run differ from the paper's; more budget than the paper's is a change too.
 
-    More evaluation networks than the paper's are only more certain, and count as none.
+    More evaluation networks than the paper's are only more certain, and epochs of experts that no segment reaches are
+    never read: both count as none.
     """
     less, changed = {}, {}
     for key, theirs in paper.items():
         mine = ours[key]
         if mine == theirs or key in NEUTRAL:
             continue
+        if key == "expert_total" and mine >= _last_epoch(paper):
+            continue
         if key in BUDGET and _amount(key, mine) < _amount(key, theirs):
             less[key] = (mine, theirs)
         elif key != "networks":
             changed[key] = (mine, theirs)
     return Differences(less, changed)
+
+
+def _last_epoch(paper: Mapping[str, Any]) -> int:
+    """The last epoch of an expert that the paper's run reads: DATM's first labels are the answers after all of them."""
+    if paper["labels"] == "learned":
+        return paper["expert_total"]
+    return max(paper["max_start"] - 1 + paper["expert_epochs"], paper["init_epoch"])
 
 
 def _amount(key: str, value: float) -> float:

@@ -22,6 +22,7 @@ Differences from the released codes:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from ..config import dataset_of, resolve
 from ..core import DDError, pick_device
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
+from ..recipe import Recipe
 from ..train.evaluate import evaluate
 from .parts import distil, evaluated_as, part
 from .store import cached
@@ -81,6 +83,14 @@ def memory(sets: Sequence[Synthetic], tasks: Sequence[Sequence[int]], data: Data
     return Synthetic.of(data, images, whole, first.recipe, first.backbone, factor=first.factor)
 
 
+def _as_long_as_the_last(recipe: Recipe, images: int, last: int) -> Recipe:
+    """FRePo's script takes as many optimiser steps after every task; other protocols count passes over the set."""
+    if recipe.name != "frepo":
+        return recipe
+    steps = recipe.epochs * -(-last // recipe.batch)
+    return replace(recipe, epochs=-(-steps // -(-images // recipe.batch)))
+
+
 def study(
     method: str,
     dataset: str,
@@ -112,7 +122,16 @@ def study(
             taken = {split: seen(data, so_far, split) for split in ("train", "test")}
             tested = part(data, f"{len(so_far)} classes seen", taken)
             known, precision = memory(sets, tasks[:count], data), spec.run.eval_precision
-            found = evaluate(known, tested, networks=networks, seed=order, precision=precision)
+            found = evaluate(
+                known,
+                tested,
+                networks=networks,
+                seed=order,
+                recipe=_as_long_as_the_last(
+                    known.recipe, ipc * len(so_far), ipc * data.num_classes
+                ),
+                precision=precision,
+            )
             rows.append(
                 {
                     "method": method,

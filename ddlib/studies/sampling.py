@@ -184,7 +184,8 @@ def ablations(dataset: str, ipc: int, profile: str, seed: int, **options: Any) -
 
     In the smoke profile three outer iterations.
     """
-    k = resolve("dream", dataset, ipc, profile).config.batch_real
+    config = resolve("dream", dataset, ipc, profile).config
+    k = config.batch_real
     few = {"iterations": 3, "evaluations": 1} if profile == "smoke" else {}
     changes = {
         "DREAM": {},
@@ -202,6 +203,8 @@ def ablations(dataset: str, ipc: int, profile: str, seed: int, **options: Any) -
         "warm epoch": {"warm_epochs": 1},
         "both: DREAM+": {"match": "both", "warm_epochs": 1},
     }
+    if config.inner <= config.interval:  # DREAM itself clusters once a network
+        del changes["one clustering a network"]
     rows = []
     for name, change in changes.items():
         values = {"ipc": ipc, "profile": profile, "seed": seed}

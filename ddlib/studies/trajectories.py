@@ -390,10 +390,9 @@ def paired(scores: pd.DataFrame) -> str:
     for key, better in (("accuracy", 1), ("matching loss", -1)):
         gap = wide[key].adjoint - wide[key].tesla
         ahead = (better * gap > 0).sum()
-        size = "more" if abs(gap.mean()) > gap.std(ddof=0) else "less"
         lines.append(
-            f"{key}, adjoint - tesla: {gap.mean():+.3g} ± {gap.std(ddof=0):.2g}, {size} than its "
-            f"spread; adjoint is better in {ahead} of {len(gap)}"
+            f"{key}, adjoint - tesla: {gap.mean():+.3g} ± {gap.std(ddof=0):.2g}; "
+            f"adjoint is better in {ahead} of {len(gap)}"
         )
     return "\n".join(lines)
 

@@ -93,6 +93,7 @@ def evaluate(
     if len(data.labels[split]) == 0:
         raise DDError(f"{data.name} has no {split} images: nothing to evaluate on")
     recipe, start = recipe or syn.recipe, time.perf_counter()
+    check_labels(syn, recipe)
     syn = syn.to(data.device)
     images, labels = syn.training_set()
     net, forward = _network(
@@ -132,6 +133,18 @@ def evaluate(
     return Evaluation(
         by_name.pop("last"), recipe, net.spec, time.perf_counter() - start, extras=by_name
     )
+
+
+def check_labels(syn: Synthetic, recipe: Recipe) -> None:
+    """Raise `DDError` where the cross-entropy of `recipe` would meet labels that are no distribution, as FRePo's."""
+    y = syn.labels
+    if recipe.loss != "ce" or not y.is_floating_point():
+        return
+    if not ((y >= 0).all() and torch.allclose(y.sum(1), torch.ones_like(y[:, 0]), atol=1e-3)):
+        raise DDError(
+            f"the {recipe.name} protocol trains by cross-entropy, and the labels of this set are no "
+            "distributions over the classes: take the set's own protocol, or its classes alone (hard=True)"
+        )
 
 
 @torch.no_grad()

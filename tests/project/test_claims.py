@@ -15,7 +15,7 @@ from test_tables import record
 import ddlib as dd
 from ddlib.core import DDError
 from ddlib.methods import METHODS
-from ddlib.report import card, claims, docs, tables, verdict
+from ddlib.report import card, claims, docs, lesson, tables, verdict
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
@@ -624,6 +624,48 @@ def test_a_coreset_of_an_unpublished_extractor_counts_for_nothing():
     assert str(found) == "extractor_epochs 20 for unpublished" and not found.less
     same = dd.tables.paper_settings("random", "cifar10", 10, protocol="dc")
     assert same == dd.resolve("random", "cifar10", 10, "paper", protocol="dc").values
+
+
+@pytest.mark.parametrize(
+    "method, dataset, ipc, unpublished",
+    [
+        ("tesla", "cifar10", 10, True),
+        ("tesla", "cifar10", 1, False),
+        ("tesla", "imagenet1k", 50, True),
+        ("tesla", "imagenet1k", 1, False),
+        ("tesla", "tinyimagenet", 10, True),
+        ("mtt", "tinyimagenet", 10, False),
+        ("dm", "cifar10", 10, False),
+    ],
+)
+def test_borrowed_settings_are_held_against_no_figure(method, dataset, ipc, unpublished):
+    ours = dd.resolve(method, dataset, ipc, "paper").values
+    found = verdict.differences(ours, dd.tables.paper_settings(method, dataset, ipc))
+    wanted = f"lr_img {ours['lr_img']:g} for unpublished" if unpublished else ""
+    assert str(found) == wanted
+
+
+@pytest.mark.parametrize(
+    "ours, paper, counts",
+    [
+        ({"expert_total": 3}, {}, False),  # a segment ends at epoch 1 + 2 at the latest
+        ({"expert_total": 2}, {}, True),
+        ({"expert_total": 30}, {"labels": "learned"}, True),  # DATM asks the last epoch
+        ({"expert_total": 3}, {"init_epoch": 5}, True),
+    ],
+)
+def test_epochs_of_experts_that_no_segment_reaches_are_no_budget(ours, paper, counts):
+    paper = dd.resolve("mtt", "cifar10", 1, "paper").values | paper
+    found = verdict.differences(paper | ours, paper)
+    assert bool(found.less) == counts and not found.changed
+
+
+def test_a_table_of_some_runs_is_judged_beside_all_random_images():
+    runs = lesson.kept(["dm"], every=True)
+    runs = runs[(runs.profile == "paper") & (runs["data"] == "mnist")]
+    assert {one.word for one in tables.judge(runs).verdict} == {"reduced budget"}
+    rows = lesson.compared(runs).text.partition("\n\n")[0].splitlines()[1:]
+    assert len(rows) == 2 and all("matched on less" in row for row in rows)
 
 
 @pytest.mark.parametrize("profile", claims.KEPT)

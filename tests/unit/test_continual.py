@@ -104,7 +104,12 @@ def test_memory_and_test_grow_by_the_task(results, data, monkeypatch):
             sorted(set(tested.labels["test"].tolist())) == classes and tested.num_classes == 10
         )  # no masking
         assert len(tested.labels["test"]) == data.class_sizes("test")[classes].sum()
-        assert options == {"networks": 2, "seed": 3, "precision": "float32"}
+        assert options == {
+            "networks": 2,
+            "seed": 3,
+            "recipe": syn.recipe,
+            "precision": "float32",
+        }
         assert syn.recipe.epochs == 41
     nearest = torch.cdist(calls[-1][0].images.flatten(1), train).min(1)
     assert (nearest.values < 0.02).all() and torch.equal(
@@ -120,6 +125,16 @@ def test_memory_and_test_grow_by_the_task(results, data, monkeypatch):
         2,
         1,
     )
+
+
+def test_frepo_takes_as_many_steps_after_every_task():
+    """10,000 in its script: 20 images a class of 20 to 100 classes, in batches of 500."""
+    recipe = dd.resolve("frepo", "cifar100", 20, "paper").recipe
+    for images in (400, 800, 1200, 1600, 2000):
+        scaled = continual._as_long_as_the_last(recipe, images, 2000)
+        assert 10_000 <= scaled.epochs * -(-images // 500) < 10_000 + 4
+    other = dd.resolve("dm", "cifar100", 20, "paper").recipe
+    assert continual._as_long_as_the_last(other, 400, 2000) == other
 
 
 def test_a_distilled_memory_under_another_evaluation(results):

@@ -98,6 +98,26 @@ def test_the_layout_of_trajectory_matching(tmp_path, data, images):
         import_set(tmp_path, data, lr=0.02)
 
 
+def test_trajectory_matching_normalises_cifar100_as_cifar10(tmp_path, data, images):
+    """So its pixels are found by CIFAR-10's mean and std, which `data` has."""
+    torch.save(images, tmp_path / "images_best.pt")
+    torch.save(torch.arange(10), tmp_path / "labels_best.pt")
+    hundred = replace(data, name="cifar100", mean=data.mean + 0.02, std=data.std * 1.3)
+    syn = import_set(tmp_path, hundred, lr=0.02, zca="", **NET)
+    wanted = (images * data.std + data.mean - hundred.mean) / hundred.std
+    torch.testing.assert_close(syn.images, wanted)
+
+
+def test_a_set_of_a_setting_that_no_paper_gives_is_imported_too(tmp_path, data, images):
+    torch.save(images, tmp_path / "images_best.pt")
+    torch.save(torch.arange(10), tmp_path / "labels_best.pt")
+    other = replace(data, name="svhn")
+    with pytest.raises(DDError, match="neither paper nor code gives"):
+        dd.resolve("mtt", "svhn", 1, "paper")
+    syn = import_set(tmp_path, other, lr=0.02, zca="", **NET)
+    assert torch.equal(syn.images, images)
+
+
 def test_datm_saves_logits_and_its_step_size(tmp_path, data, images):
     logits = torch.randn(10, 10, generator=generator(3))
     torch.save(images.clone().requires_grad_(), tmp_path / "images_best.pt")

@@ -989,6 +989,7 @@ def test_every_preset_file_belongs_to_a_method_and_names_only_what_exists():
             "methods",
             "datasets",
             "protocols",
+            "borrowed",
             "profiles",
         }, path
         assert set(preset.get("methods", {})) <= {
