@@ -9,14 +9,25 @@ import torch.nn.functional as F
 from pretended_gpu import DeviceMixed, PretendedGPU
 
 from ddlib.augment import siamese
-from ddlib.config import defaults
+from ddlib.config import Spec, defaults, resolve
 from ddlib.core import generator
 from ddlib.data.dataset import load
+from ddlib.engine.record import Run
 from ddlib.engine.run import run
 from ddlib.match.kmeans import kmeans, nearest
 from ddlib.methods import METHODS
 from ddlib.nets.build import build
 from ddlib.recipe import Recipe
+from ddlib.report import explore
+from ddlib.studies import (
+    architecture_search,
+    continual,
+    fairness,
+    membership,
+    sampling,
+    scaling,
+    trajectories,
+)
 from ddlib.train import evaluate as evaluation
 from ddlib.train.loop import train
 
@@ -40,7 +51,8 @@ FEW = {
     "grow_until": 0,
     "warm_epochs": 0,
 }
-SHORT = {"backbone": "convnet:width=4", "networks": 1, "eval_epochs": 2, "compile": False}
+NET = "convnet:width=4"
+SHORT = {"backbone": NET, "networks": 1, "eval_epochs": 2, "compile": False}
 LIMITS = {"dm": 0, "frepo": 1, "dc": 0, "dsa": 0, "idc": 0, "mtt": 2, "datm": 2}  # waits a step
 # What a step may wait for in the files below the methods: a segment's length is checked before it is matched.
 BELOW = {"match/trajectory.py": 1}
@@ -61,8 +73,6 @@ def waits(tmp_path_factory):
 
     @cache
     def of(method: str) -> Counter:
-        known = set(defaults(method)) - ({"iterations"} if method in CORESETS else set())
-        settings = SHORT | {key: value for key, value in FEW.items() if key in known}
         cls, last = METHODS[method], Counter()
         evaluation._network.cache_clear()
         with pytest.MonkeyPatch.context() as patch, PretendedGPU() as gpu:
@@ -77,7 +87,7 @@ def waits(tmp_path_factory):
 
             patch.setattr(cls, "step", step)
             options = {"ipc": 1, "device": "cuda", "teach": True, "progress": False}
-            done = run(method, "digits", results=folder, **options, **settings)
+            done = run(method, "digits", results=folder, **options, **settings(method))
             assert done.record["accuracy"]["last"]["mean"] >= 0
         evaluation._network.cache_clear()
         return last
@@ -104,6 +114,63 @@ def test_a_run_mixes_no_devices(method, waits):
 @pytest.mark.parametrize("method", marked(LIMITS))
 def test_a_step_hardly_waits(method, waits):
     assert sum(waits(method).values()) <= LIMITS[method], waits(method)
+
+
+def settings(method: str) -> dict:
+    known = set(defaults(method)) - ({"iterations"} if method in CORESETS else set())
+    return SHORT | {key: value for key, value in FEW.items() if key in known}
+
+
+def spec(method: str) -> Spec:
+    return resolve(method, "digits", 1, **settings(method))
+
+
+def made(method: str) -> Run:
+    place = {"ipc": 1, "device": "cuda", "teach": True, "progress": False}
+    return run(method, "digits", **place, **settings(method))
+
+
+def views() -> None:
+    for view in explore.VIEWS:
+        explore.draw(view, made("dm"), device="cuda")
+
+
+ON = {"device": "cuda", "profile": "smoke"}
+STUDIES = {
+    "memory by engine": lambda: [
+        made("mtt"),
+        trajectories.unrolling(spec("mtt"), steps=[1, 2], device="cuda"),
+    ],
+    "the whole set": lambda: trajectories.full(spec("random"), networks=1, device="cuda"),
+    "flatness": lambda: [
+        made("mtt"),
+        trajectories.flatness(spec("mtt"), images=20, device="cuda"),
+    ],
+    "trajectory error": lambda: trajectories.trajectory_error(made("mtt"), device="cuda"),
+    "outer steps": lambda: trajectories.outer_steps("digits", 1, "smoke", repeats=1, device="cuda"),
+    "scaling": lambda: scaling.updates("digits", "smoke", {"ipc": [1]}, repeats=1, device="cuda"),
+    "continual": lambda: [
+        continual.study(m, "digits", ipc=1, **ON, **settings(m)) for m in ("dm", "frepo")
+    ],
+    "membership": lambda: [
+        membership.study(arm, "digits", ipc=1, per_class=40, steps=(2,), backbone=NET, **ON)
+        for arm in ("members", "random", "random start")
+    ],
+    "architecture search": lambda: [
+        architecture_search.study(proxy, "digits", [NET], ipc=1, epochs=1, whole_epochs=1, **ON)
+        for proxy in ("whole", "early stop", "random")
+    ],
+    "gradient norms": lambda: sampling.gradient_norms(load("digits", device="cuda"), 1, "smoke", 0),
+    "fairness": lambda: fairness.conditions(made("dm"), unseen=["mlp"], epochs=1, device="cuda"),
+    "views": views,
+}
+
+
+@pytest.mark.parametrize("study", [pytest.param(name, marks=pytest.mark.slow) for name in STUDIES])
+def test_a_study_mixes_no_devices(study, gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDLIB_RESULTS", str(tmp_path))
+    monkeypatch.setenv("DDLIB_EXPERTS", str(tmp_path / "experts"))
+    STUDIES[study]()
 
 
 def test_training_waits_once_at_its_end(gpu):
