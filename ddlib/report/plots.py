@@ -33,7 +33,7 @@ COLOURS = {
     "herding": "#CC79A7",
     "kcenter": "#F0E442",
     "kmeans": "#56B4E9",
-    "forgetting": "#BBBBBB",
+    "forgetting": "#8C8C00",
     "dm": "#0072B2",
     "dc": "#8C564B",
     "dsa": "#D55E00",
@@ -43,7 +43,7 @@ COLOURS = {
     "ftd": "#882255",
     "datm": "#AA4499",
     "frepo": "#332288",
-    "dream": "#DDCC77",
+    "dream": "#44AA99",
     "dream_plus": "#CC6677",
 }
 ENGINES = {
