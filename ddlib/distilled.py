@@ -255,7 +255,7 @@ class Synthetic:
     @classmethod
     def load(cls, path: str | Path) -> Synthetic:
         """Read a set that `save` wrote; a damaged or foreign file is a `DDError`."""
-        cure = "name a .safetensors file that a run wrote; a damaged one is made anew"
+        cure = "name a .safetensors file that a run wrote, or delete it and run again"
         path = path_of("the path of a set", path)
         tensors, header = load_tensors(path, "distilled set", cure)
         try:

@@ -46,8 +46,8 @@ _RESOLUTION = {"tinyimagenet": 64, "imagenet1k": 64} | dict.fromkeys(SUBSETS, 12
 NAMES = ("digits", *TORCHVISION, *_RESOLUTION)
 
 # Channel mean and std as the released code of DC, DSA and DM has them, kept for comparability; MTT's and IDC's have
-# CIFAR-10's for CIFAR-100 too. CIFAR-10's std is the mean of the per-image std (that of all pixels is .247 .243 .262); the ImageNets
-# share one triple.
+# CIFAR-10's for CIFAR-100 too. CIFAR-10's std is the mean of the per-image std (that of all pixels is .247 .243 .262);
+# the ImageNets share one triple.
 STATISTICS = {
     "mnist": ((0.1307,), (0.3081,)),
     "fashionmnist": ((0.2861,), (0.3530,)),

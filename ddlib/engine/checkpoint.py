@@ -20,8 +20,8 @@ from . import heap
 from .meter import PeakMemory, commit
 
 SAVE_SECONDS = 300  # a checkpoint at least so often
-SAVE_STEPS = 50  # and after so many steps, if writing it takes no more than
-SAVE_SHARE = 0.05  # this share of the time
+SAVE_STEPS = 50  # steps between two checkpoints, where writing them costs no more than
+SAVE_SHARE = 0.05  # of the time
 
 
 @contextmanager
@@ -100,10 +100,8 @@ class Progress:
         self.peak = 0
         self.threads = [torch.get_num_threads()]  # more than one where a resume had another number
         self.commit = commit()  # of the code that runs, whatever is committed while it does
-        self.saved, self.saving = (
-            0,
-            0.0,
-        )  # the step of the last checkpoint, and the seconds that it took
+        # The step of the last checkpoint, and the seconds that it took to write.
+        self.saved, self.saving = 0, 0.0
         self.start_clock()
 
     def start_clock(self) -> None:

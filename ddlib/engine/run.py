@@ -65,10 +65,11 @@ def run(
     first trains the experts that a run needs and lacks (`prepare`); a kept record needs none.
 
     A killed run resumes from its last checkpoint, written every `checkpoint_every` steps (by default every 50, or more
-    seldom where that would take a twentieth of the time), every five minutes and at every signal, and ends in the same bytes on the same CPU with the same number of threads; a resume with another
-    number is refused unless `any_threads`, and the record says so. Of processes that ask for the same run one computes
-    it and the others wait and read it, or raise `ddlib.files.Busy` at once unless `wait`. A kept record is refused
-    where its folder of images, if it is at hand, has changed since. Raises `DDError`.
+    seldom where that would take a twentieth of the time), every five minutes and at every signal, and ends in the same
+    bytes on the same CPU with the same number of threads; a resume with another number is refused unless `any_threads`,
+    and the record says so. Of processes that ask for the same run one computes it and the others wait and read it, or
+    raise `ddlib.files.Busy` at once unless `wait`. A kept record is refused where its folder of images, if it is at
+    hand, has changed since. Raises `DDError`.
     """
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
     done, checkpoint = Run(record_path(spec, results)), checkpoint_path(spec, results)
