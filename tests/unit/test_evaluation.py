@@ -12,6 +12,7 @@ from ddlib.data.dataset import from_arrays, load
 from ddlib.distilled import Synthetic
 from ddlib.engine.run import run as distil
 from ddlib.files import save_tensors
+from ddlib.methods.frepo import FRePo
 from ddlib.nets.build import build
 from ddlib.recipe import (
     PRECISIONS,
@@ -345,6 +346,51 @@ def test_another_package_may_register_a_protocol(monkeypatch):
     assert resolve("dm", "digits", 1, protocol="mine", eval_epochs=3).recipe.epochs == 3
     with pytest.raises(DDError, match="the protocol name 'dsa' is taken"):
         register_protocol("dsa", mine)
+
+
+@pytest.mark.parametrize(
+    "method, other, augment",
+    [
+        ("dc", "dsa", "color_crop_cutout_scale_rotate"),
+        ("idc", "dsa", "color_crop_cutout_scale_rotate"),
+        ("frepo", "dsa", "color_crop_cutout_scale_rotate"),
+        ("dc", "idc", "color+crop_scale_rotate"),
+        ("dsa", "dc", "dc:crop_scale_rotate"),
+    ],
+)
+def test_another_protocol_brings_its_own_augmentation(method, other, augment):
+    """The preset's `eval_augment` belongs to the preset's protocol."""
+    assert resolve(method, "mnist", 1, "paper").recipe.augment != augment
+    found = resolve(method, "mnist", 1, "paper", protocol=other)
+    assert found.recipe.augment == augment
+    plain = resolve("random", "mnist", 1, "paper", protocol=other)
+    assert found.recipe == plain.recipe
+    asked = resolve(method, "mnist", 1, "paper", protocol=other, eval_augment="crop")
+    assert asked.recipe.augment == "crop"
+
+
+@pytest.mark.parametrize("method, share", [("dsa", 0.5), ("dc", 0.5), ("idc", 1.0)])
+def test_only_idc_brings_its_share_of_cutmix(method, share, tmp_path):
+    changes = {"cutmix": 1.0} if method == "idc" else {}
+    few = {"backbone": "convnet:width=4", "iterations": 0, "eval_epochs": 1, "networks": 1}
+    made = distil(
+        method, "digits", ipc=1, results=tmp_path, progress=False, protocol="idc", **few, **changes
+    )
+    assert made.synthetic.recipe.cutmix == share == made.record["recipe"]["cutmix"]
+
+
+def test_labels_that_are_no_distribution_meet_no_cross_entropy(tmp_path, monkeypatch):
+    """Before the first step, where a run would fail after the last one."""
+    few = {"backbone": "convnet:width=4", "iterations": 2, "eval_epochs": 1, "networks": 1}
+    options = {"ipc": 1, "results": tmp_path, "progress": False, **few}
+    monkeypatch.setattr(FRePo, "step", None)
+    with pytest.raises(DDError, match=r"dsa protocol trains by cross-entropy.*hard=True"):
+        distil("frepo", "digits", protocol="dsa", **options)
+    monkeypatch.undo()
+    made = distil("frepo", "digits", **options)
+    with pytest.raises(DDError, match="no distributions over the classes"):
+        made.transfer(networks=1, protocol="dsa")
+    assert made.transfer(networks=1, protocol="dsa", hard=True)["hard"]
 
 
 def test_a_set_changes_only_what_its_protocol_has():

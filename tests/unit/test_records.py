@@ -1,10 +1,13 @@
 """A stored run under other conditions, and the checkpoint that a validation split chooses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import ddlib as dd
 from ddlib.core import DDError
+from ddlib.engine import record
 
 SHORT = {
     "iterations": 4,
@@ -50,6 +53,13 @@ def test_other_protocols_use_the_datasets_own_augmentation(results, monkeypatch)
         "flip" not in seen[0].augment and seen[0].epochs == 151
     )  # digits are not mirrored; the smoke profile's E
     assert seen[1].augment == "color+crop_scale_rotate" and seen[1].cutmix == 0.5
+
+
+@pytest.mark.parametrize("name", ["dc", "dsa", "idc", "frepo"])
+def test_a_transfer_is_evaluated_as_a_run_under_that_protocol(name, monkeypatch):
+    spec, syn = dd.resolve("dc", "mnist", 1, "paper"), SimpleNamespace(recipe=None)
+    wanted = dd.resolve("random", "mnist", 1, "paper", protocol=name).recipe
+    assert record._recipe(syn, spec, {"protocol": name}) == wanted
 
 
 def test_no_epochs_are_refused(results):

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -415,6 +416,24 @@ def test_a_stop_while_evaluating_repeats_that_evaluation(
     _, header = load_tensors(checkpoint(tmp_path), "checkpoint", "")
     assert header["step"] == 30 * evaluation
     assert same(run(tmp_path, checkpoint_every=7), whole)
+
+
+@pytest.mark.parametrize(
+    "step, saving, every, late, due",
+    [
+        (50, 0.4, None, False, True),
+        (50, 0.6, None, False, False),  # more than a twentieth of the 10 s since the last one
+        (51, 0.0, None, False, False),
+        (51, 9.0, None, True, True),
+        (25, 9.0, 25, False, True),  # what is asked for holds, whatever it costs
+        (50, 0.0, 40, False, False),
+    ],
+)
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(step, saving, every, late, due):
+    """Those of FRePo's pool are large."""
+    at = time.perf_counter() - 10
+    state = SimpleNamespace(step=step, saving=saving, saved_at=at, late=lambda: late)
+    assert runs.Progress.due(state, every) is due
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
