@@ -27,7 +27,8 @@ from ..engine.record import Run, resolve_record
 from ..engine.run import run
 from ..files import home
 from ..methods import METHODS
-from . import claims, plots, size, tables
+from ..studies import scaling
+from . import claims, plots, tables
 from .claims import KEPT
 
 # What random images need to be evaluated as a method's own sets are, by protocol.
@@ -263,10 +264,17 @@ def _path(module: str) -> str:
 
 
 def paper_size(method: str, device: str = "auto") -> Page:
-    """Folded: the arithmetic of `method` on CIFAR-10 at the paper's size, and the least hours on this machine."""
-    table = size.dream(device) if method == "dream_plus" else size.by_ipc(method, device)
-    caption = f"CIFAR-10 at the paper's setting; {meter.machine(pick_device(device))}"
-    shown = tables.titled(table, caption).format(precision=1)
+    """Folded: what `method` is predicted to cost on CIFAR-10 at the paper's size; DREAM+ beside IDC and DREAM."""
+    asked = [(method, ipc) for ipc in (1, 10, 50)]
+    if method == "dream_plus":
+        asked = [(name, 10) for name in ("idc", "dream", "dream_plus")]
+    specs = [resolve(name, "cifar10", ipc, "paper") for name, ipc in asked]
+    table = scaling.forecast(specs, device).drop(columns="dataset")
+    caption = (
+        "CIFAR-10 at the paper's setting, predicted: work, memory, hours here "
+        f"({meter.machine(pick_device(device))}) and at the printed rate of GPUs"
+    )
+    shown = tables.titled(table, caption).format(precision=2)
     return fold("What the paper's size costs on this machine", shown)
 
 
