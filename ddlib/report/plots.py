@@ -712,9 +712,9 @@ def scatter(
     return figure
 
 
-def save(figure: Figure, name: str, profile: str, folder: str | Path | None = None) -> Path:
-    """Write `figures/PROFILE/NAME.png`, and `.svg` but for a mosaic of pixels; DDLIB_FIGURES or `folder` moves them."""
-    place = Path(folder or figures_folder()) / choose("profile", profile, PROFILES)
+def save(figure: Figure, name: str, profile: str) -> Path:
+    """Write `figures/PROFILE/NAME.png`, and `.svg` but for a mosaic of pixels; DDLIB_FIGURES moves them."""
+    place = figures_folder() / choose("profile", profile, PROFILES)
     # Without it the ids, and so the bytes, differ every time.
     with plt.rc_context({"svg.hashsalt": "ddlib"}):
         for suffix in ("png",) if figure.get_gid() == MOSAIC else ("svg", "png"):
