@@ -31,7 +31,7 @@ from ..config import Spec, dataset_of
 from ..core import DDError, Interrupted, choose, pick_device, whole
 from ..data.cache import cache_folder
 from ..experts import experts_folder
-from ..files import Busy, load_tensors, lock, read_json, write_atomically
+from ..files import Busy, environment, load_tensors, lock, read_json, write_atomically
 from ..methods import METHODS
 from .checkpoint import threads_of
 from .cost import shared_key
@@ -120,8 +120,10 @@ def perform(order: Order, *experts: Outcome) -> Outcome:
     room = cache_folder() / "ray"
     for expert in experts:
         _store(room / "experts", expert.files)
+    # Put back afterwards: a caller may be a worker itself.
+    kept = environment(DDLIB_EXPERTS=str(room / "experts"))
     try:
-        with _experts_in(room / "experts"), _threads(order), _until(order.end):
+        with kept, _threads(order), _until(order.end):
             return _experts(order) if order.expert is not None else _run(order, room / "runs")
     except (Interrupted, KeyboardInterrupt):
         return Outcome("stopped", files=_checkpoint(order, room / "runs"))
@@ -200,19 +202,6 @@ def _expert_files(paths: list[Path]) -> dict[str, bytes]:
 def _read(paths: list[Path], folder: Path) -> dict[str, bytes]:
     """The files that are there, by their path in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
-
-
-@contextmanager
-def _experts_in(folder: Path) -> Iterator[None]:
-    """Experts are read from `folder` inside, and nowhere else afterwards: a caller may be a worker itself."""
-    before = os.environ.get("DDLIB_EXPERTS")
-    os.environ["DDLIB_EXPERTS"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop("DDLIB_EXPERTS")
-        if before is not None:
-            os.environ["DDLIB_EXPERTS"] = before
 
 
 @contextmanager
