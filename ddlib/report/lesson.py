@@ -57,6 +57,9 @@ class Page:
     html: str
     text: str
 
+    def __add__(self, below: Page) -> Page:
+        return Page(self.html + below.html, f"{self.text}\n\n{below.text}")
+
     def _repr_html_(self) -> str:
         return self.html
 
@@ -135,11 +138,13 @@ def controls(
 
 def beside(live: pd.DataFrame, methods: Iterable[str], *, every: bool = False) -> Page:
     """The main table of a notebook, paper | ours, with all that stands behind it folded below: `paper_and_ours`."""
-    main, details = paper_and_ours(live, methods, every=every)
+    return _shown(*paper_and_ours(live, methods, every=every))
+
+
+def _shown(main: pd.DataFrame, details: pd.DataFrame) -> Page:
     caption = "Test accuracy (%), last step, mean ± spread over all networks of all seeds"
-    shown = page(tables.titled(main, caption))
     folded = fold("Seeds, spreads, cost and every setting that differs", details)
-    return Page(shown.html + folded.html, f"{shown.text}\n\n{folded.text}")
+    return page(tables.titled(main, caption)) + folded
 
 
 def paper_and_ours(
@@ -194,8 +199,7 @@ def _ordered(rows: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
 
 def _main(rows: pd.DataFrame, baseline: pd.Series) -> pd.DataFrame:
     """The rows of `tables.compare` in at most seven columns: dataset and IPC share one, long names are cut."""
-    pairs = zip(rows.dataset, rows.ipc, strict=True)
-    setting = [f"{plots.short(name)}, IPC {ipc}" for name, ipc in pairs]
+    setting = list(map(plots.setting, rows.dataset, rows.ipc))
     names = [_cut(name) for name in rows.method]
     names = ["random" if real else name for name, real in zip(names, baseline, strict=True)]
     rows = rows.assign(method=names).drop(columns=["dataset", "ipc"])
@@ -253,10 +257,10 @@ def settings(method: str, dataset: str, ipc: int, profile: str, **changes: Any) 
         f"{method}, IPC {ipc}: {plots.place(dataset, profile)}; {len(rows)} settings differ from "
         f"the paper's for {plots.short(other)}, IPC {images}"
     )
-    parts = [fold("Settings that differ", tables.titled(pd.DataFrame(rows), caption))]
+    differ = fold("Settings that differ", tables.titled(pd.DataFrame(rows), caption))
     module = sys.modules[METHODS[method].__module__]
-    parts.append(fold(f"The method as coded: ddlib/{_path(module.__name__)}", module.__doc__ or ""))
-    return Page("".join(one.html for one in parts), "\n\n".join(one.text for one in parts))
+    coded = fold(f"The method as coded: ddlib/{_path(module.__name__)}", module.__doc__ or "")
+    return differ + coded
 
 
 def _path(module: str) -> str:
@@ -454,10 +458,7 @@ def compared(table: pd.DataFrame) -> Page:
     details, setting = tables.details(whole), ["dataset", "ipc", "method", "profile", "overrides"]
     asked = details.set_index(setting).index.isin(table.set_index(setting).index)
     rows, details = (t[asked].reset_index(drop=True) for t in (tables.compare(whole), details))
-    caption = "Test accuracy (%), last step, mean ± spread over all networks of all seeds"
-    shown = page(tables.titled(_main(rows, details.method == "random"), caption))
-    folded = fold("Seeds, spreads, cost and every setting that differs", details)
-    return Page(shown.html + folded.html, f"{shown.text}\n\n{folded.text}")
+    return _shown(_main(rows, details.method == "random"), details)
 
 
 def share_closed(table: pd.DataFrame, top: float) -> pd.DataFrame:
@@ -478,14 +479,11 @@ def answered(judged: pd.DataFrame, paper: str) -> Page:
     if rows.empty:
         return page(f"{facts['title']}: no claim has a kept record yet")
     lines = claims.shown(rows)
-    pairs = zip(lines.dataset, lines.IPC, strict=True)
-    lines["setting"] = [f"{plots.short(name)}, IPC {ipc}" if ipc else name for name, ipc in pairs]
+    lines["setting"] = list(map(plots.setting, lines.dataset, lines.IPC))
     caption = f"{facts['title']} ({facts['venue']}; version read: {facts['version']})"
     main = lines[["setting", "what", "where", "paper", "ours", "verdict"]]
-    main_page = page(tables.titled(main, caption))
     behind = lines[["what", "setting", "network", "evidence", "records"]]
-    folded = fold("Networks, evidence and records", behind)
-    return Page(main_page.html + folded.html, f"{main_page.text}\n\n{folded.text}")
+    return page(tables.titled(main, caption)) + fold("Networks, evidence and records", behind)
 
 
 def on_file(column: str, start: str) -> Page:

@@ -190,6 +190,11 @@ def place(dataset: str, profile: str = "") -> str:
     return f"{short(dataset)}, {size}" if size else short(dataset)
 
 
+def setting(dataset: str, ipc: object) -> str:
+    """What a table calls a row: "CIFAR-10 (JPEG), IPC 1"; without an IPC it is the dataset as it is named."""
+    return f"{short(dataset)}, IPC {ipc}" if ipc else dataset
+
+
 def title_of(syn: Synthetic) -> str:
     """What a picture of the set is called: method, images per class, dataset and size of the run."""
     made = syn.spec
