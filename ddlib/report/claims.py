@@ -19,25 +19,12 @@ import yaml
 
 from ..core import DDError, choose
 from . import tables, verdict
-from .answers import KEPT, Answer, Kept, answer
+from .answers import KEPT, Answer, Kept, answer  # noqa: F401  notebooks ask claims for KEPT
 from .verdict import VERDICTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "KEPT",
-    "counts",
-    "figure",
-    "from_memory",
-    "groups",
-    "judge",
-    "load",
-    "of_method",
-    "papers",
-    "short_title",
-    "shown",
-]
 NEEDED = {"paper", "where", "labels", "spread", "reason"}
 # What a claim gives that selects nothing, and what any claim may give.
 FIGURE = {"method", "dataset", "network", "quantity", "unit", "value"}
