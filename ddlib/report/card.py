@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import Spec
 from ..core import DDError, instance, path_of
 from ..data.dataset import canonical
+from ..data.folders import SUBSETS
 from ..distilled import Synthetic
 from ..engine.record import Run, resolve_record
 from ..exchange.outward import class_folders
@@ -43,15 +44,6 @@ IMAGENET = (
 YOURS = (
     "unknown",
     "The terms of the images that it was distilled from hold; this record does not know them.",
-)
-SUBSETS = (
-    "imagenet",
-    "imagewoof",
-    "imagefruit",
-    "imagemeow",
-    "imagesquawk",
-    "imageyellow",
-    "tinyimagenet",
 )
 UNKNOWN_ACCURACY = "Not known: no record lies beside the set. `ddlib evaluate FILE` trains networks on it and tests them."
 
@@ -164,7 +156,8 @@ def _counted(ipc: int) -> str:
 
 
 def _licence(place: str) -> tuple[str, str]:
-    return IMAGENET if place.startswith(SUBSETS) else LICENCES.get(place, YOURS)
+    theirs = place.startswith(("imagenet", "tinyimagenet", *SUBSETS))
+    return IMAGENET if theirs else LICENCES.get(place, YOURS)
 
 
 def _what(syn: Synthetic, made: dict) -> str:
