@@ -15,7 +15,6 @@ from pathlib import Path
 from ..core import DDError, choose
 from ..files import (
     SOURCE,
-    CannotWrite,
     environment,
     figures_folder,
     lock,
@@ -69,7 +68,6 @@ def reproduce(
     given = {"profile": profile, "device": device}
     given |= ({"dataset": dataset} if dataset else {}) | (parameters or {})
     targets = {name: folder / "notebooks" / profile / f"{name}.ipynb" for name in names}
-    _make(targets[names[0]].parent)
 
     def execute(name: str) -> float:
         start = time.perf_counter()
@@ -104,15 +102,6 @@ def _executed_with(folder: Path) -> dict[str, dict[str, object]]:
         raise DDError(f"there is no executed notebook in {folder} to be executed again")
     about = {name: copy["metadata"].get("papermill") or {} for name, copy in copies.items()}
     return {name: facts.get("parameters", {}) for name, facts in about.items()}
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotWrite(
-            f"cannot write {folder}: {error.strerror}; choose a writable folder with --results DIR"
-        ) from None
 
 
 def _inherited(folder: Path, figures: Path, profile: str) -> dict[str, str]:
