@@ -10,6 +10,7 @@ import io
 from pathlib import Path
 
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from ..config import Spec
@@ -89,17 +90,12 @@ def picture(of: Run | Synthetic) -> bytes | None:
 
     None for a whitened set without the pixels that `ddlib look` keeps: only its dataset could undo the whitening.
     """
-    from PIL import Image
-
     syn = of.synthetic if isinstance(of, Run) else of
     pixels = seen(of) if syn.zca else (syn.pixels() * 255).round().byte().cpu()
     if pixels is None:
         return None
     images = pixels.unflatten(0, (len(syn.classes), syn.ipc))[:10, :10]  # [classes, ipc, C, H, W]
-    classes, each, channels, height, width = images.shape
-    mosaic = images.permute(1, 3, 0, 4, 2).reshape(each * height, classes * width, channels)
-    array = mosaic.numpy()
-    drawn = Image.fromarray(array[..., 0] if channels == 1 else array)
+    drawn = look.mosaic(images.transpose(0, 1))
     scale = max(1, 640 // drawn.width)
     drawn = drawn.resize((drawn.width * scale, drawn.height * scale), Image.NEAREST)
     file = io.BytesIO()
