@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -209,15 +210,8 @@ def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None 
         raise DDError(
             "this set keeps no snapshots: run it with snapshots=5, or another count, to see it change"
         )
-    first = [syn.pixels(data, shot)[:: syn.ipc][:10] for shot in syn.snapshots.values()]
-    figure = grid(
-        torch.cat(first),
-        len(first[0]),
-        titles=[name[:12] for name in syn.classes[:10]],
-        rows=[f"step {step}" for step in syn.snapshots],
-    )
-    figure.suptitle(title or title_of(syn), fontsize=9)
-    return figure
+    shots = {f"step {step}": replace(syn, images=shot) for step, shot in syn.snapshots.items()}
+    return side_by_side(shots, data, title=title or title_of(syn))
 
 
 def side_by_side(
