@@ -468,7 +468,7 @@ def share_closed(table: pd.DataFrame, top: float) -> pd.DataFrame:
     if "random" not in mean.index:
         return pd.DataFrame()
     share = (mean - mean.loc["random"]) / (top - mean.loc["random"])
-    order = [m for m in plots.COLOURS if m in share.index and m != "random"]
+    order = [method for method in plots.ordered(share.index) if method != "random"]
     return share.loc[order].add_prefix("IPC ").rename_axis(columns=None).reset_index()
 
 
