@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from ..config import PROFILES, dataset_of
 from ..core import DDError, choose, generator, pick_device
@@ -283,21 +284,18 @@ def accuracy(look: Look) -> Figure:
     counts, classes = confusion(look).numpy(), look.syn.classes
     sizes = counts.sum(1).clip(1)
     share = 100 * counts / sizes[:, None]
-    p, z = share.diagonal() / 100, 1.96  # Wilson's interval
-    middle = (p + z**2 / (2 * sizes)) / (1 + z**2 / sizes)
-    half = z * (p * (1 - p) / sizes + z**2 / (4 * sizes**2)) ** 0.5 / (1 + z**2 / sizes)
+    right, span = share.diagonal(), None
+    if len(classes) <= 100:
+        pairs = zip(counts.diagonal(), sizes, strict=True)
+        found = [binomtest(k, n).proportion_ci(method="wilson") for k, n in pairs]
+        span = np.abs([[100 * each.low, 100 * each.high] for each in found] - right[:, None]).T
     total, chance = float(100 * counts.diagonal().sum() / counts.sum()), 100 / len(classes)
     figure, (bars, matrix) = plt.subplots(
         1, 2, figsize=(9, 4), layout="constrained", width_ratios=(1, 1.3)
     )
-    span = (
-        100 * np.stack([p - middle + half, middle + half - p]).clip(0)
-        if len(classes) <= 100
-        else None
-    )
     bars.barh(
         range(len(classes)),
-        100 * p,
+        right,
         color=plots.colour_of(look.run.record["method"]),
         xerr=span,
         capsize=2,
