@@ -107,17 +107,13 @@ def _presets(args: argparse.Namespace) -> None:
 
 def _data_of(syn, dataset: str | None, device: str):
     """The dataset that a set belongs to, as the run saw it: its resolution and whitening."""
-    from .core import DDError, pick_device
-    from .data.dataset import canonical, load
+    from .config import load_as
+    from .core import DDError
+    from .data.dataset import canonical
 
-    values, place = syn.spec.get("values", {}), canonical(syn.dataset)
+    place = canonical(syn.dataset)
     try:
-        return load(
-            dataset or syn.dataset,
-            device=pick_device(device),
-            resolution=values.get("resolution") or None,
-            zca=values.get("zca") or None,
-        )
+        return load_as(dataset or syn.dataset, syn.spec.get("values", {}), device)
     except DDError as error:
         if dataset or place == syn.dataset:
             raise

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -328,9 +328,14 @@ def _resolved(
     return spec
 
 
+def load_as(name: str, values: Mapping[str, Any], device: str | torch.device) -> Dataset:
+    """The dataset in the form that a run with these values sees: its resolution and whitening."""
+    resolution, zca = values.get("resolution") or None, values.get("zca") or None
+    return load(name, device=device, resolution=resolution, zca=zca)
+
+
 def dataset_of(spec: Spec, device: torch.device) -> Dataset:
     """The dataset that a run sees: its resolution, whitening and subset applied."""
-    run = spec.run
-    data = load(spec.dataset, device=device, resolution=run.resolution or None, zca=run.zca or None)
+    run, data = spec.run, load_as(spec.dataset, spec.values, device)
     data = data.subset(run.subset) if run.subset else data
     return data.minival(run.minival) if run.minival else data

@@ -84,14 +84,12 @@ def plain(value: object) -> object:
     return float(value) if isinstance(value, abstract.Real) else value
 
 
-def whole(what: str, value: object, least: int, most: int | None = None) -> int:
-    """`value` as an int from `least` to `most`, else a `DDError` that names `what`."""
+def whole(what: str, value: object, least: int) -> int:
+    """`value` as an int of at least `least`, else a `DDError` that names `what`."""
     value = plain(value)
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if fits and (most is None or value <= most):
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
         return value
-    span = f"of at least {least}" if most is None else f"from {least} to {most}"
-    raise DDError(f"{what} must be an integer {span}, not {shown(value)}")
+    raise DDError(f"{what} must be an integer of at least {least}, not {shown(value)}")
 
 
 def instance(what: str, value: object, *kinds: type | None) -> Any:

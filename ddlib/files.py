@@ -110,6 +110,21 @@ def sweep(path: Path) -> None:
 
 
 @contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables as given inside, and afterwards as they were."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def lock(path: Path, what: str, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of `path`, which lies in `.locks/` beside it; a dead process's lock is free at once.
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +16,7 @@ from .config import resolve
 from .core import DDError, pick_device
 from .data.dataset import Dataset, load
 from .engine import contract
+from .files import environment
 from .methods import METHODS
 from .methods.base import Method
 
@@ -40,7 +39,7 @@ def check_method(name: str, *, steps: int = 3, **settings: Any) -> None:
     refused; float64 data give float64 images; and the state of one device is taken on another, where there are two.
     Takes a few seconds.
     """
-    with tempfile.TemporaryDirectory() as scratch, _environment("DDLIB_EXPERTS", scratch):
+    with tempfile.TemporaryDirectory() as scratch, environment(DDLIB_EXPERTS=scratch):
         spec = resolve(name, "digits", IPC, "smoke", **{"backbone": "convnet:width=8"} | settings)
         steps = min(steps, spec.config.iterations)
         data = load("digits", device="cpu").subset(60)
@@ -164,16 +163,3 @@ def _devices(name: str, make: Callable[..., Method], data: Dataset) -> None:
     moved.load_state_dict(_copy(make().state_dict()))
     if moved.images.device != other:
         _fail(name, f"keeps the images on the device of the state that it is given, not on {other}")
-
-
-@contextmanager
-def _environment(key: str, value: str) -> Iterator[None]:
-    before = os.environ.get(key)
-    os.environ[key] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before

@@ -31,7 +31,7 @@ from ..config import Spec, dataset_of
 from ..core import DDError, Interrupted, choose, pick_device, whole
 from ..data.cache import cache_folder
 from ..experts import experts_folder
-from ..files import Busy, load_tensors, lock, read_json, write_atomically
+from ..files import Busy, environment, load_tensors, lock, read_json, write_atomically
 from ..methods import METHODS
 from .checkpoint import threads_of
 from .cost import shared_key
@@ -110,9 +110,9 @@ class Expert:
 
 def perform(order: Order, *experts: Outcome) -> Outcome:
     """Carry out an order; an error is an outcome, so that Ray repeats a lost worker's task alone."""
-    here = Code.here()
+    here, host = Code.here(), socket.gethostname()
     if not here.same(order.code):
-        return Outcome("failed", f"{_host()} has ddlib {here}, not {order.code}")
+        return Outcome("failed", f"{host} has ddlib {here}, not {order.code}")
     if lost := next((expert for expert in experts if expert.word != "done"), None):
         return Outcome(lost.word, lost.why)
     if time.time() >= order.end:
@@ -120,13 +120,16 @@ def perform(order: Order, *experts: Outcome) -> Outcome:
     room = cache_folder() / "ray"
     for expert in experts:
         _store(room / "experts", expert.files)
+    torch.set_num_threads(order.threads)
+    # Put back afterwards: a caller may be a worker itself.
+    kept = environment(DDLIB_EXPERTS=str(room / "experts"))
     try:
-        with _experts_in(room / "experts"), _threads(order), _until(order.end):
+        with kept, threads_of(order.spec.profile), _until(order.end):
             return _experts(order) if order.expert is not None else _run(order, room / "runs")
     except (Interrupted, KeyboardInterrupt):
         return Outcome("stopped", files=_checkpoint(order, room / "runs"))
     except DDError as error:
-        return Outcome("failed", f"{error} (on {_host()})", _checkpoint(order, room / "runs"))
+        return Outcome("failed", f"{error} (on {host})", _checkpoint(order, room / "runs"))
 
 
 def _run(order: Order, results: Path) -> Outcome:
@@ -203,26 +206,6 @@ def _read(paths: list[Path], folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def _experts_in(folder: Path) -> Iterator[None]:
-    """Experts are read from `folder` inside, and nowhere else afterwards: a caller may be a worker itself."""
-    before = os.environ.get("DDLIB_EXPERTS")
-    os.environ["DDLIB_EXPERTS"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop("DDLIB_EXPERTS")
-        if before is not None:
-            os.environ["DDLIB_EXPERTS"] = before
-
-
-@contextmanager
-def _threads(order: Order) -> Iterator[None]:
-    torch.set_num_threads(order.threads)
-    with threads_of(order.spec.profile):
-        yield
-
-
-@contextmanager
 def _until(end: float) -> Iterator[None]:
     """Stop what runs inside as Ctrl-C does, at the time `end` or at SIGTERM."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -235,10 +218,6 @@ def _until(end: float) -> Iterator[None]:
     finally:
         timer.cancel()
         signal.signal(signal.SIGTERM, before)
-
-
-def _host() -> str:
-    return socket.gethostname()
 
 
 def _store(folder: Path, files: dict[str, bytes]) -> None:

@@ -28,21 +28,14 @@ SIDE_FILES = (".transfer.json", ".confusion.json")  # rows beside a record, true
 
 
 def record_path(spec: Spec, results: str | Path | None = None) -> Path:
-    """Where the record of a run lies, its set beside it: results/PROFILE/METHOD/NAME.json.
-
-    Where ddlib left it before a method had a folder of its own, one folder higher, it stays.
-    """
-    folder = results_folder(results) / spec.profile
-    earlier = folder / f"{spec.name}.json"
-    return earlier if is_there(earlier) else folder / spec.method / earlier.name
+    """Where the record of a run lies, its set beside it: results/PROFILE/METHOD/NAME.json."""
+    return results_folder(results) / spec.profile / spec.method / f"{spec.name}.json"
 
 
 def record_paths(results: str | Path | None = None, profile: str = "*") -> list[Path]:
-    """Every record of a results folder, by profile and name, wherever `record_path` finds it."""
-    folder, name = results_folder(results), "*-seed*-????????.json"
-    both = (*folder.glob(f"{profile}/*/{name}"), *folder.glob(f"{profile}/{name}"))
-    found = {(path.relative_to(folder).parts[0], path.name): path for path in both}
-    return [found[place] for place in sorted(found)]
+    """Every record of a results folder, by profile and name."""
+    found = results_folder(results).glob(f"{profile}/*/*-seed*-????????.json")
+    return sorted(found, key=lambda path: (path.parts[-3], path.name))
 
 
 def checkpoint_path(spec: Spec, results: str | Path | None = None) -> Path:
@@ -89,7 +82,7 @@ class Run:
     def results(self) -> Path:
         """The results folder that it lies in, or would if it were not elsewhere."""
         above = self.path.resolve().parents
-        return above[min(1 + (above[0].name not in PROFILES), len(above) - 1)]
+        return above[min(2, len(above) - 1)]
 
     @cached_property
     def synthetic(self) -> Synthetic:

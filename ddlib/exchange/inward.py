@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import resolve_anyway
-from ..core import DDError, choose, instance, path_of, pick_device, plain, whole
-from ..data.dataset import STATISTICS, Dataset, canonical, load
+from ..config import load_as, resolve_anyway
+from ..core import DDError, choose, instance, path_of, plain, whole
+from ..data.dataset import STATISTICS, Dataset, canonical
 from ..distilled import Synthetic, check_factor, recipe_from
 from ..files import is_there
 from ..recipe import Recipe
@@ -303,14 +303,9 @@ def _checked(path: Path, found: Found, method: str) -> tuple[Tensor, Tensor, int
 
 
 def _dataset(dataset: str | Dataset, spec, device: str) -> Dataset:
-    run = spec.run
     if isinstance(dataset, str):
-        return load(
-            dataset,
-            device=pick_device(device),
-            resolution=run.resolution or None,
-            zca=run.zca or None,
-        )
+        return load_as(dataset, spec.values, device)
+    run = spec.run
     kind = dataset.zca.kind if dataset.zca else ""
     if kind != run.zca:
         raise DDError(
@@ -358,12 +353,6 @@ def _factor(method: str, spec, factor: int | None, shape: tuple[int, int, int]) 
 def _fitted(syn: Synthetic, dataset: str | Dataset, device: str) -> Synthetic:
     """A set of ours, once it is known to fit the dataset."""
     if isinstance(dataset, str):
-        values = syn.spec.get("values", {})
-        dataset = load(
-            dataset,
-            device=pick_device(device),
-            resolution=values.get("resolution") or None,
-            zca=values.get("zca") or None,
-        )
+        dataset = load_as(dataset, syn.spec.get("values", {}), device)
     syn.check(dataset)
     return syn.to(dataset.device)

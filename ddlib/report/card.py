@@ -10,11 +10,13 @@ import io
 from pathlib import Path
 
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from ..config import Spec
 from ..core import DDError, instance, path_of
 from ..data.dataset import canonical
+from ..data.folders import SUBSETS
 from ..distilled import Synthetic
 from ..engine.record import Run, resolve_record
 from ..exchange.outward import class_folders
@@ -43,15 +45,6 @@ IMAGENET = (
 YOURS = (
     "unknown",
     "The terms of the images that it was distilled from hold; this record does not know them.",
-)
-SUBSETS = (
-    "imagenet",
-    "imagewoof",
-    "imagefruit",
-    "imagemeow",
-    "imagesquawk",
-    "imageyellow",
-    "tinyimagenet",
 )
 UNKNOWN_ACCURACY = "Not known: no record lies beside the set. `ddlib evaluate FILE` trains networks on it and tests them."
 
@@ -97,17 +90,12 @@ def picture(of: Run | Synthetic) -> bytes | None:
 
     None for a whitened set without the pixels that `ddlib look` keeps: only its dataset could undo the whitening.
     """
-    from PIL import Image
-
     syn = of.synthetic if isinstance(of, Run) else of
     pixels = seen(of) if syn.zca else (syn.pixels() * 255).round().byte().cpu()
     if pixels is None:
         return None
     images = pixels.unflatten(0, (len(syn.classes), syn.ipc))[:10, :10]  # [classes, ipc, C, H, W]
-    classes, each, channels, height, width = images.shape
-    mosaic = images.permute(1, 3, 0, 4, 2).reshape(each * height, classes * width, channels)
-    array = mosaic.numpy()
-    drawn = Image.fromarray(array[..., 0] if channels == 1 else array)
+    drawn = look.mosaic(images.transpose(0, 1))
     scale = max(1, 640 // drawn.width)
     drawn = drawn.resize((drawn.width * scale, drawn.height * scale), Image.NEAREST)
     file = io.BytesIO()
@@ -164,7 +152,8 @@ def _counted(ipc: int) -> str:
 
 
 def _licence(place: str) -> tuple[str, str]:
-    return IMAGENET if place.startswith(SUBSETS) else LICENCES.get(place, YOURS)
+    theirs = place.startswith(("imagenet", "tinyimagenet", *SUBSETS))
+    return IMAGENET if theirs else LICENCES.get(place, YOURS)
 
 
 def _what(syn: Synthetic, made: dict) -> str:

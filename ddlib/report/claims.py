@@ -9,7 +9,6 @@ answered by the run nearest to the claim's setting, whatever it scores, and a fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -20,25 +19,12 @@ import yaml
 
 from ..core import DDError, choose
 from . import tables, verdict
-from .answers import KEPT, Answer, Kept, answer
+from .answers import KEPT, Answer, Kept, answer  # noqa: F401  notebooks ask claims for KEPT
 from .verdict import VERDICTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "KEPT",
-    "counts",
-    "figure",
-    "from_memory",
-    "groups",
-    "judge",
-    "load",
-    "of_method",
-    "papers",
-    "short_title",
-    "shown",
-]
 NEEDED = {"paper", "where", "labels", "spread", "reason"}
 # What a claim gives that selects nothing, and what any claim may give.
 FIGURE = {"method", "dataset", "network", "quantity", "unit", "value"}
@@ -184,26 +170,18 @@ def of_method(method: str) -> pd.DataFrame:
     )
 
 
-def judge(
-    claims: pd.DataFrame,
-    results: str | Path | None = None,
-    predict: Callable[[pd.Series], str] | None = None,
-) -> pd.DataFrame:
+def judge(claims: pd.DataFrame, results: str | Path | None = None) -> pd.DataFrame:
     """The claims with `ours`, `pooled` (spread over networks and seeds), `records`, `verdict`, `kind` and `cost`.
 
     `verdict` says what differs; `kind` is its class, a key of `VERDICTS`. Only records of the kept profiles count
-    (`KEPT`). predict: what a claim that no record answers would cost, as text for `cost`.
+    (`KEPT`).
     """
     kept = Kept(results)
     answers = [answer(claim, kept) for _, claim in claims.iterrows()]
     found = pd.DataFrame(answers, columns=[field.name for field in fields(Answer)])
     found["kind"] = [given.verdict.word for given in answers]
     found["verdict"] = [str(given.verdict) for given in answers]
-    claims = claims.reset_index(drop=True)
-    if predict:
-        missing = found.kind == "not attempted"
-        found.loc[missing, "cost"] = [predict(claim) for _, claim in claims[missing].iterrows()]
-    return pd.concat([claims, found], axis=1)
+    return pd.concat([claims.reset_index(drop=True), found], axis=1)
 
 
 def counts(judged: pd.DataFrame) -> pd.DataFrame:

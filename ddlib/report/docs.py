@@ -20,7 +20,7 @@ from ..core import DDError
 from ..files import SOURCE, write_atomically
 from ..methods.coreset import KINDS as REAL
 from . import answers, claims, tables
-from .plots import SIZES, short
+from .plots import SIZES, setting, short
 from .verdict import COUNTED, VERDICTS
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -119,9 +119,8 @@ def markdown(table: pd.DataFrame, methods: Collection[str] = ()) -> str:
 
 def _settled(rows: pd.DataFrame, datasets: pd.Series, ipcs: pd.Series) -> pd.DataFrame:
     """The rows with a first column that says where: "CIFAR-10 (JPEG), IPC 1"."""
-    where = [f"{short(name)}, IPC {ipc}" for name, ipc in zip(datasets, ipcs, strict=True)]
     rows = rows.copy()
-    rows.insert(0, "setting", where)
+    rows.insert(0, "setting", list(map(setting, datasets, ipcs)))
     return rows
 
 

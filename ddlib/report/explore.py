@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from ..config import PROFILES, dataset_of
 from ..core import DDError, choose, generator, pick_device
@@ -46,6 +47,7 @@ CLASSES = (
 )
 Key = tuple[str, str, int]  # dataset, method, IPC
 NEIGHBOURS = 6  # of each first image
+DOTS = 60  # real images a class in the embedding
 
 
 def choices(found: Iterable[Run]) -> dict[Key, Run]:
@@ -164,23 +166,23 @@ def nearest(x: torch.Tensor, data: Dataset, count: int) -> torch.Tensor:
     return rows
 
 
-def _near(look: Look, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _near(look: Look) -> tuple[torch.Tensor, torch.Tensor]:
     """The first image of each class's nearest real ones: uint8 [classes, count, C, H, W], their labels."""
-    if "near" in look.side and look.side["near"].shape[1] >= count:
-        return look.side["near"][:, :count], look.side["near labels"][:, :count].long()
+    if "near" in look.side:
+        return look.side["near"], look.side["near labels"].long()
     syn, data = look.syn, look.data
     x = syn.training_set()[0][: len(syn.images) : syn.ipc][:10].to(data.device)
-    rows = nearest(x, data, count)
+    rows = nearest(x, data, NEIGHBOURS)
     train = data.images["train"]
     return train[rows.to(train.device)].cpu(), data.labels["train"][rows].cpu()
 
 
-def neighbours(look: Look, count: int = NEIGHBOURS) -> Figure:
+def neighbours(look: Look) -> Figure:
     """The first image of each class (of the first ten) and its nearest real training images, of whatever class.
 
     A neighbour of another class carries that class's name. A decoded set (IDC) shows its first tile.
     """
-    syn, (near, found) = look.seen, _near(look, count)
+    syn, (near, found) = look.seen, _near(look)
     first = syn.training_set()[0][: len(syn.images) : syn.ipc][:10]
     first = syn.pixels(images=first).cpu()
     count, labels = near.shape[1], found.tolist()
@@ -282,21 +284,18 @@ def accuracy(look: Look) -> Figure:
     counts, classes = confusion(look).numpy(), look.syn.classes
     sizes = counts.sum(1).clip(1)
     share = 100 * counts / sizes[:, None]
-    p, z = share.diagonal() / 100, 1.96  # Wilson's interval
-    middle = (p + z**2 / (2 * sizes)) / (1 + z**2 / sizes)
-    half = z * (p * (1 - p) / sizes + z**2 / (4 * sizes**2)) ** 0.5 / (1 + z**2 / sizes)
+    right, span = share.diagonal(), None
+    if len(classes) <= 100:
+        pairs = zip(counts.diagonal(), sizes, strict=True)
+        found = [binomtest(k, n).proportion_ci(method="wilson") for k, n in pairs]
+        span = np.abs([[100 * each.low, 100 * each.high] for each in found] - right[:, None]).T
     total, chance = float(100 * counts.diagonal().sum() / counts.sum()), 100 / len(classes)
     figure, (bars, matrix) = plt.subplots(
         1, 2, figsize=(9, 4), layout="constrained", width_ratios=(1, 1.3)
     )
-    span = (
-        100 * np.stack([p - middle + half, middle + half - p]).clip(0)
-        if len(classes) <= 100
-        else None
-    )
     bars.barh(
         range(len(classes)),
-        100 * p,
+        right,
         color=plots.colour_of(look.run.record["method"]),
         xerr=span,
         capsize=2,
@@ -328,7 +327,7 @@ def accuracy(look: Look) -> Figure:
     return figure
 
 
-def _places(look: Look, per_class: int) -> dict[str, torch.Tensor]:
+def _places(look: Look) -> dict[str, torch.Tensor]:
     """Where images lie on the real ones' two main axes, in normalised pixels.
 
     dots [classes, each, 2]: real images; paths [shots, classes, n, 2]: the set at its steps; share [2]: per cent of the
@@ -337,7 +336,7 @@ def _places(look: Look, per_class: int) -> dict[str, torch.Tensor]:
     if "dots" in look.side:
         return {name: look.side[name].double() for name in ("dots", "paths", "share")}
     syn, data, many = look.syn, look.data, min(10, len(look.syn.classes))
-    each = min(per_class, int(data.class_sizes()[:many].min()))
+    each = min(DOTS, int(data.class_sizes()[:many].min()))
     rows = data.sample(each, generator(0, "explore", "embedding"), classes=range(many))
     real = data.batch("train", rows).flatten(2).cpu().double()  # [classes, each, D]
     centre = real.flatten(0, 1).mean(0)
@@ -355,12 +354,12 @@ def _places(look: Look, per_class: int) -> dict[str, torch.Tensor]:
     return {"dots": (real - centre) @ axes.T, "paths": paths, "share": share}
 
 
-def embedding(look: Look, per_class: int = 60) -> Figure:
+def embedding(look: Look) -> Figure:
     """Real and synthetic images of the first ten classes on the two main axes (PCA) of the real ones' pixels.
 
     A line joins the places of a synthetic image at the kept steps up to this one. Units: normalised pixels.
     """
-    syn, places = look.syn, _places(look, per_class)
+    syn, places = look.syn, _places(look)
     share, each = places["share"].tolist(), places["dots"].shape[1]
     figure, axis = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     pairs = zip(places["dots"], places["paths"].unbind(1), strict=True)
@@ -409,8 +408,8 @@ def draw(view: str, run: Run, step: int = -1, device: str = "auto") -> Figure:
 def keep(run: Run, device: str = "auto") -> Path:
     """Write what every view of the run's last step needs into NAME.look.safetensors; needs the dataset, trains once."""
     look = Look(run, steps(run)[-1], device, anew=True)
-    near, labels = _near(look, NEIGHBOURS)
-    places = {name: value.half() for name, value in _places(look, 60).items()}
+    near, labels = _near(look)
+    places = {name: value.half() for name, value in _places(look).items()}
     facts = {"near": near, "near labels": labels.to(torch.uint8), **places}
     facts["confusion"] = _confusion(look).int()
     if look.syn.zca:

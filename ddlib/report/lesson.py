@@ -27,7 +27,8 @@ from ..engine.record import Run, resolve_record
 from ..engine.run import run
 from ..files import home
 from ..methods import METHODS
-from . import claims, plots, size, tables
+from ..studies import scaling
+from . import claims, plots, tables
 from .claims import KEPT
 
 # What random images need to be evaluated as a method's own sets are, by protocol.
@@ -55,6 +56,9 @@ class Page:
 
     html: str
     text: str
+
+    def __add__(self, below: Page) -> Page:
+        return Page(self.html + below.html, f"{self.text}\n\n{below.text}")
 
     def _repr_html_(self) -> str:
         return self.html
@@ -134,11 +138,13 @@ def controls(
 
 def beside(live: pd.DataFrame, methods: Iterable[str], *, every: bool = False) -> Page:
     """The main table of a notebook, paper | ours, with all that stands behind it folded below: `paper_and_ours`."""
-    main, details = paper_and_ours(live, methods, every=every)
+    return _shown(*paper_and_ours(live, methods, every=every))
+
+
+def _shown(main: pd.DataFrame, details: pd.DataFrame) -> Page:
     caption = "Test accuracy (%), last step, mean ± spread over all networks of all seeds"
-    shown = page(tables.titled(main, caption))
     folded = fold("Seeds, spreads, cost and every setting that differs", details)
-    return Page(shown.html + folded.html, f"{shown.text}\n\n{folded.text}")
+    return page(tables.titled(main, caption)) + folded
 
 
 def paper_and_ours(
@@ -193,8 +199,7 @@ def _ordered(rows: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
 
 def _main(rows: pd.DataFrame, baseline: pd.Series) -> pd.DataFrame:
     """The rows of `tables.compare` in at most seven columns: dataset and IPC share one, long names are cut."""
-    pairs = zip(rows.dataset, rows.ipc, strict=True)
-    setting = [f"{plots.short(name)}, IPC {ipc}" for name, ipc in pairs]
+    setting = list(map(plots.setting, rows.dataset, rows.ipc))
     names = [_cut(name) for name in rows.method]
     names = ["random" if real else name for name, real in zip(names, baseline, strict=True)]
     rows = rows.assign(method=names).drop(columns=["dataset", "ipc"])
@@ -252,10 +257,10 @@ def settings(method: str, dataset: str, ipc: int, profile: str, **changes: Any) 
         f"{method}, IPC {ipc}: {plots.place(dataset, profile)}; {len(rows)} settings differ from "
         f"the paper's for {plots.short(other)}, IPC {images}"
     )
-    parts = [fold("Settings that differ", tables.titled(pd.DataFrame(rows), caption))]
+    differ = fold("Settings that differ", tables.titled(pd.DataFrame(rows), caption))
     module = sys.modules[METHODS[method].__module__]
-    parts.append(fold(f"The method as coded: ddlib/{_path(module.__name__)}", module.__doc__ or ""))
-    return Page("".join(one.html for one in parts), "\n\n".join(one.text for one in parts))
+    coded = fold(f"The method as coded: ddlib/{_path(module.__name__)}", module.__doc__ or "")
+    return differ + coded
 
 
 def _path(module: str) -> str:
@@ -263,10 +268,17 @@ def _path(module: str) -> str:
 
 
 def paper_size(method: str, device: str = "auto") -> Page:
-    """Folded: the arithmetic of `method` on CIFAR-10 at the paper's size, and the least hours on this machine."""
-    table = size.dream(device) if method == "dream_plus" else size.by_ipc(method, device)
-    caption = f"CIFAR-10 at the paper's setting; {meter.machine(pick_device(device))}"
-    shown = tables.titled(table, caption).format(precision=1)
+    """Folded: what `method` is predicted to cost on CIFAR-10 at the paper's size; DREAM+ beside IDC and DREAM."""
+    asked = [(method, ipc) for ipc in (1, 10, 50)]
+    if method == "dream_plus":
+        asked = [(name, 10) for name in ("idc", "dream", "dream_plus")]
+    specs = [resolve(name, "cifar10", ipc, "paper") for name, ipc in asked]
+    table = scaling.forecast(specs, device).drop(columns="dataset")
+    caption = (
+        "CIFAR-10 at the paper's setting, predicted: work, memory, hours here "
+        f"({meter.machine(pick_device(device))}) and at the printed rate of GPUs"
+    )
+    shown = tables.titled(table, caption).format(precision=2)
     return fold("What the paper's size costs on this machine", shown)
 
 
@@ -446,10 +458,7 @@ def compared(table: pd.DataFrame) -> Page:
     details, setting = tables.details(whole), ["dataset", "ipc", "method", "profile", "overrides"]
     asked = details.set_index(setting).index.isin(table.set_index(setting).index)
     rows, details = (t[asked].reset_index(drop=True) for t in (tables.compare(whole), details))
-    caption = "Test accuracy (%), last step, mean ± spread over all networks of all seeds"
-    shown = page(tables.titled(_main(rows, details.method == "random"), caption))
-    folded = fold("Seeds, spreads, cost and every setting that differs", details)
-    return Page(shown.html + folded.html, f"{shown.text}\n\n{folded.text}")
+    return _shown(_main(rows, details.method == "random"), details)
 
 
 def share_closed(table: pd.DataFrame, top: float) -> pd.DataFrame:
@@ -459,7 +468,7 @@ def share_closed(table: pd.DataFrame, top: float) -> pd.DataFrame:
     if "random" not in mean.index:
         return pd.DataFrame()
     share = (mean - mean.loc["random"]) / (top - mean.loc["random"])
-    order = [m for m in plots.COLOURS if m in share.index and m != "random"]
+    order = [method for method in plots.ordered(share.index) if method != "random"]
     return share.loc[order].add_prefix("IPC ").rename_axis(columns=None).reset_index()
 
 
@@ -470,14 +479,11 @@ def answered(judged: pd.DataFrame, paper: str) -> Page:
     if rows.empty:
         return page(f"{facts['title']}: no claim has a kept record yet")
     lines = claims.shown(rows)
-    pairs = zip(lines.dataset, lines.IPC, strict=True)
-    lines["setting"] = [f"{plots.short(name)}, IPC {ipc}" if ipc else name for name, ipc in pairs]
+    lines["setting"] = list(map(plots.setting, lines.dataset, lines.IPC))
     caption = f"{facts['title']} ({facts['venue']}; version read: {facts['version']})"
     main = lines[["setting", "what", "where", "paper", "ours", "verdict"]]
-    main_page = page(tables.titled(main, caption))
     behind = lines[["what", "setting", "network", "evidence", "records"]]
-    folded = fold("Networks, evidence and records", behind)
-    return Page(main_page.html + folded.html, f"{main_page.text}\n\n{folded.text}")
+    return page(tables.titled(main, caption)) + fold("Networks, evidence and records", behind)
 
 
 def on_file(column: str, start: str) -> Page:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..core import DDError
@@ -58,26 +59,23 @@ def _identity(run: Run) -> str:
     return set_checksum(run.synthetic)[:16]
 
 
+def mosaic(images: Tensor) -> Image.Image:
+    """uint8 [rows, columns, C, H, W] as one picture."""
+    array = images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
 def _squeezed(images: Tensor) -> Tensor:
     """uint8 [rows, columns, C, H, W] as the bytes of one JPEG: uint8 [length]."""
-    from PIL import Image
-
-    rows, columns, channels, height, width = images.shape
-    mosaic = images.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
-    array = mosaic.numpy()
     file = io.BytesIO()
-    picture = Image.fromarray(array[..., 0] if channels == 1 else array)
-    picture.save(file, format="JPEG", quality=QUALITY)
+    mosaic(images).save(file, format="JPEG", quality=QUALITY)
     return torch.from_numpy(np.frombuffer(file.getvalue(), np.uint8).copy())
 
 
 def _spread(squeezed: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of `_squeezed`, as near as a JPEG keeps it."""
-    from PIL import Image
-
     with Image.open(io.BytesIO(squeezed.numpy().tobytes()), formats=["JPEG"]) as picture:
-        mosaic = torch.from_numpy(np.array(picture))
-    mosaic = mosaic[..., None] if mosaic.ndim == 2 else mosaic
-    height, width = mosaic.shape[0] // rows, mosaic.shape[1] // columns
-    cells = mosaic.reshape(rows, height, columns, width, -1)
+        pixels = torch.from_numpy(np.array(picture))
+    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
+    cells = pixels.reshape(rows, height, columns, width, -1)
     return cells.permute(0, 2, 4, 1, 3).contiguous()

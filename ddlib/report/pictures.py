@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from ..files import SOURCE
-from . import explore, lesson, plots
+from . import explore, lesson, look, plots
 
 ENLARGED = 2  # pixels of the animation for each pixel of an image
 
@@ -37,8 +37,7 @@ def animation(shots: dict[int, torch.Tensor], path: Path) -> Path:
     frames = []
     for pixels in shots.values():
         tiles = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=1.0)
-        mosaic = tiles.unflatten(0, (2, 5)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        picture = Image.fromarray((mosaic * 255).round().byte().cpu().numpy())
+        picture = look.mosaic((tiles * 255).round().byte().unflatten(0, (2, 5)))
         width, height = picture.size
         frames.append(picture.resize((width * ENLARGED, height * ENLARGED), Image.NEAREST))
     palette = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]

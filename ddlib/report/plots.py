@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -190,6 +191,11 @@ def place(dataset: str, profile: str = "") -> str:
     return f"{short(dataset)}, {size}" if size else short(dataset)
 
 
+def setting(dataset: str, ipc: object) -> str:
+    """What a table calls a row: "CIFAR-10 (JPEG), IPC 1"; without an IPC it is the dataset as it is named."""
+    return f"{short(dataset)}, IPC {ipc}" if ipc else dataset
+
+
 def title_of(syn: Synthetic) -> str:
     """What a picture of the set is called: method, images per class, dataset and size of the run."""
     made = syn.spec
@@ -204,15 +210,8 @@ def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None 
         raise DDError(
             "this set keeps no snapshots: run it with snapshots=5, or another count, to see it change"
         )
-    first = [syn.pixels(data, shot)[:: syn.ipc][:10] for shot in syn.snapshots.values()]
-    figure = grid(
-        torch.cat(first),
-        len(first[0]),
-        titles=[name[:12] for name in syn.classes[:10]],
-        rows=[f"step {step}" for step in syn.snapshots],
-    )
-    figure.suptitle(title or title_of(syn), fontsize=9)
-    return figure
+    shots = {f"step {step}": replace(syn, images=shot) for step, shot in syn.snapshots.items()}
+    return side_by_side(shots, data, title=title or title_of(syn))
 
 
 def side_by_side(
@@ -712,9 +711,9 @@ def scatter(
     return figure
 
 
-def save(figure: Figure, name: str, profile: str, folder: str | Path | None = None) -> Path:
-    """Write `figures/PROFILE/NAME.png`, and `.svg` but for a mosaic of pixels; DDLIB_FIGURES or `folder` moves them."""
-    place = Path(folder or figures_folder()) / choose("profile", profile, PROFILES)
+def save(figure: Figure, name: str, profile: str) -> Path:
+    """Write `figures/PROFILE/NAME.png`, and `.svg` but for a mosaic of pixels; DDLIB_FIGURES moves them."""
+    place = figures_folder() / choose("profile", profile, PROFILES)
     # Without it the ids, and so the bytes, differ every time.
     with plt.rc_context({"svg.hashsalt": "ddlib"}):
         for suffix in ("png",) if figure.get_gid() == MOSAIC else ("svg", "png"):

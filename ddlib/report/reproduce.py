@@ -7,15 +7,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from ..core import DDError, choose
 from ..files import (
     SOURCE,
-    CannotWrite,
+    environment,
     figures_folder,
     lock,
     results_folder,
@@ -68,7 +68,6 @@ def reproduce(
     given = {"profile": profile, "device": device}
     given |= ({"dataset": dataset} if dataset else {}) | (parameters or {})
     targets = {name: folder / "notebooks" / profile / f"{name}.ipynb" for name in names}
-    _make(targets[names[0]].parent)
 
     def execute(name: str) -> float:
         start = time.perf_counter()
@@ -82,7 +81,7 @@ def reproduce(
     figures = figures_folder().resolve()
     with (
         lock(folder / "notebooks" / profile, f"the notebooks of {profile}"),
-        _environment(folder, figures, profile),
+        environment(**_inherited(folder, figures, profile)),
     ):
         _all(execute, names, profile, papermill.PapermillExecutionError)
     _report(folder, profile, start, targets, figures / profile)
@@ -105,34 +104,18 @@ def _executed_with(folder: Path) -> dict[str, dict[str, object]]:
     return {name: facts.get("parameters", {}) for name, facts in about.items()}
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotWrite(
-            f"cannot write {folder}: {error.strerror}; choose a writable folder with --results DIR"
-        ) from None
-
-
-@contextmanager
-def _environment(folder: Path, figures: Path, profile: str) -> Iterator[None]:
-    """What kernels that start inside inherit, in notebooks/: absolute paths and the checkout's ddlib."""
-    before = dict(os.environ)
-    python_path = filter(None, (str(SOURCE), before.get("PYTHONPATH")))
-    os.environ |= {
+def _inherited(folder: Path, figures: Path, profile: str) -> dict[str, str]:
+    """The environment variables of kernels, in notebooks/: absolute paths and the checkout's ddlib."""
+    python_path = filter(None, (str(SOURCE), os.environ.get("PYTHONPATH")))
+    values = {
         "DDLIB_RESULTS": str(folder.resolve()),
         "DDLIB_FIGURES": str(figures),
         "PYTHONPATH": os.pathsep.join(python_path),
     }
     if profile == "smoke":
         # On networks this small two threads wait for one another.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        yield
-    finally:
-        for key in os.environ.keys() - before.keys():
-            del os.environ[key]
-        os.environ |= before
+        values["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    return values
 
 
 def _execute(papermill: object, source: Path, target: Path, values: dict[str, object]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..core import DDError, path_of
-from ..files import SOURCE, CannotWrite, results_folder
+from ..files import SOURCE, CannotWrite, figures_folder, results_folder
 from . import claims, explore, plots, tables
 from .docs import fill
 from .slim import is_progress, read
@@ -446,7 +446,7 @@ def _cell(value: object) -> str:
 
 def _gallery() -> Pages:
     """Every kept figure with what its notebook says above it."""
-    folder = Path(os.environ.get("DDLIB_FIGURES") or SOURCE / "figures")
+    folder = figures_folder()
     told, made, parts = _captions(), {}, []
     for path in sorted(folder.glob("*/*.png")) + sorted(folder.glob("*/*.gif")):
         name = f"figures/{path.parent.name}/{path.name}"

@@ -115,18 +115,17 @@ def predicted_memory(
     batch: int,
     steps: int,
     engine: str,
-    soft: bool = True,
 ) -> dict[str, Any]:
     """Bytes of one matching gradient, counted on the meta device: nothing is computed, so any size can be asked for.
 
-    graph bytes: what autograd holds at its peak (inner batches of `batch` images, float32, no augmentation); vectors
+    graph bytes: what autograd holds at its peak (inner batches of `batch` images, soft labels, float32, no augmentation); vectors
     bytes: the theta_i stored beside them. The allocator's peak on a GPU is higher by temporaries and convolution
     workspaces.
     """
     net = FlatNet(build(backbone, shape, classes).to("meta"))
     start, index = torch.empty(net.size, device="meta"), torch.arange(batch, device="meta")
     images = torch.empty(batch, *shape, device="meta")
-    labels = torch.empty(batch, classes, device="meta") if soft else index
+    labels = torch.empty(batch, classes, device="meta")
     segment = Segment(start, start.clone(), [index] * steps, [None] * steps)
     rates = torch.empty(steps, device="meta")
     with SavedTensors() as saved:

@@ -210,6 +210,7 @@ LEFT_OUT = {
         "plots.grid",
         "plots.history",
         "plots.place",
+        "plots.setting",
         "plots.side_by_side",
         "plots.title_of",
         "tables.across",

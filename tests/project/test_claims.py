@@ -181,11 +181,6 @@ def test_code_that_no_record_names_is_marked(tmp_path):
     assert found.verdict == "reproduced, code unknown: +0.0 points, 0.6 are near"
 
 
-def test_what_is_not_attempted_can_say_what_it_would_cost(tmp_path):
-    found = claims.judge(claims.load().head(3), tmp_path, predict=lambda claim: f"{claim.ipc} h")
-    assert list(found.cost) == [f"{ipc} h" for ipc in found.ipc]
-
-
 def test_variants_protocols_and_backbones_take_their_own_runs_alone(tmp_path):
     record(tmp_path, "ftd", "cifar100", 10, "paper", scores=[43.2] * 5)
     record(tmp_path, "random", "cifar10", 10, "paper", scores=[32.0] * 5)

@@ -151,7 +151,8 @@ def test_of_two_that_reproduce_at_once_one_executes(notebooks, monkeypatch):
         made.append(values.get("fail"))
         began.set()
         assert go_on.wait(30)
-        copy = {"cells": [], "metadata": {"papermill": {"parameters": values}}}
+        copy = {"cells": [], "metadata": {"papermill": {"parameters": values, "end_time": ""}}}
+        target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(copy))
 
     monkeypatch.setattr(reproduce, "_execute", execute)

@@ -789,8 +789,9 @@ def test_an_output_runs_nothing_in_a_browser():
 
 
 def test_a_figure_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDLIB_FIGURES", str(tmp_path))
     figure = plots.plt.figure()
-    path = plots.save(figure, "a", "smoke", tmp_path)
+    path = plots.save(figure, "a", "smoke")
     whole = path.read_bytes()
 
     def half(self, to, **options):
@@ -799,7 +800,7 @@ def test_a_figure_is_whole_or_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots.Figure, "savefig", half)
     with pytest.raises(DDError, match="No space left"):
-        plots.save(figure, "a", "smoke", tmp_path)
+        plots.save(figure, "a", "smoke")
     assert path.read_bytes() == whole and len(list(path.parent.iterdir())) == 2
     plots.plt.close(figure)
 

@@ -337,6 +337,7 @@ def test_save_writes_both_formats_with_the_same_bytes_again(tmp_path, monkeypatc
     assert path.with_suffix(".svg").read_bytes() == first
 
 
-def test_a_picture_of_pixels_is_kept_as_png_alone(tmp_path):
-    path = plots.save(plots.images(toy()), "set", "smoke", tmp_path)
+def test_a_picture_of_pixels_is_kept_as_png_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDLIB_FIGURES", str(tmp_path))
+    path = plots.save(plots.images(toy()), "set", "smoke")
     assert [file.name for file in path.parent.iterdir()] == ["set.png"]

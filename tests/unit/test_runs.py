@@ -29,7 +29,6 @@ from ddlib.config import PRESETS, PROFILES, resolve
 from ddlib.core import DDError
 from ddlib.engine import meter
 from ddlib.engine import run as runs
-from ddlib.engine.record import record_paths
 from ddlib.files import load_tensors, results_folder
 from ddlib.methods import METHODS
 from ddlib.methods.dm import DM
@@ -140,20 +139,6 @@ def test_the_record_of_a_run(whole):
         whole.path.name,
         whole.path.with_suffix(".safetensors").name,
     ]  # no checkpoint, no temporary file
-
-
-def test_a_record_that_lies_where_earlier_versions_put_it_is_found_there(whole, tmp_path):
-    earlier = tmp_path / "smoke" / whole.path.name
-    earlier.parent.mkdir()
-    for path in (whole.path, whole.path.with_suffix(".safetensors")):
-        shutil.copy(path, earlier.parent)
-    found = run(tmp_path)
-    assert found.path == earlier and found.results == tmp_path and found.record == whole.record
-    assert record_paths(tmp_path) == record_paths(tmp_path, "smoke") == [earlier]
-    run(tmp_path, seed=1, iterations=1)
-    assert [path.parent.name for path in record_paths(tmp_path)] == ["smoke", "dm"]
-    (earlier.parent / "dm" / earlier.name).write_bytes(earlier.read_bytes())
-    assert [path.parent.name for path in record_paths(tmp_path)] == ["smoke", "dm"]  # none twice
 
 
 def test_a_finished_run_is_returned_at_once(whole, tmp_path, monkeypatch):
