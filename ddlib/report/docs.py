@@ -85,7 +85,7 @@ def _headline(_: list[str], results: str | Path | None) -> str:
     scores = stands[stands.unit == "%"]
     real = (scores.method.isin(REAL) | (scores.variant == "iteration=0")).sum()
     line = f"Of {len(judged)} claims of the five papers {len(stands)} stand: "
-    line += f"{counted(list(COUNTED))}. {len(scores) - real} of these are accuracies of distilled sets, "
+    line += f"{counted(list(COUNTED))}. {len(scores) - real} are accuracies of distilled sets, "
     line += f"{real} of real images, {len(stands) - len(scores)} of memory. The rest: {others}."
     return f"{line}\n\n{tables.as_markdown(front) if len(front) else 'No record yet.'}"
 
