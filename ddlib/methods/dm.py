@@ -59,7 +59,7 @@ class Config(ImageConfig):
 class DM(ImageMethod):
     """Distribution matching of `ipc` images per class on `data`; see the module's docstring for the equation.
 
-    `dm` attains 47.6 ± 0.4 % on CIFAR-10 (JPEG) at IPC 10 (profile `paper`, n=5; 8460 s, Intel Xeon, 1 thread).
+    `dm` attains 47.4 ± 0.5 % on CIFAR-10 (JPEG) at IPC 10 (profile `paper`, n=5; 7446 s, Intel Xeon, 1 thread).
     """
 
     Config, version, stream = Config, 1, "dm"

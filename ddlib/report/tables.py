@@ -107,7 +107,8 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
         values, overrides = spec.values, spec.overrides
         checksum = record.get("dataset_checksum")
         data, copy = verdict.data_of(record["dataset"], checksum, values["subset"])
-        marks = (copy, _precision(values), "" if record.get("commit") else verdict.UNKNOWN_CODE)
+        unknown = "" if record.get("commit") else verdict.UNKNOWN_CODE
+        marks = (copy, *_precisions(values), unknown)
         rows.append(
             {key: record[key] for key in COLUMNS if key in record}
             | {
@@ -132,9 +133,9 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _precision(values: dict[str, Any]) -> str:
-    precision = values["eval_precision"]
-    return "" if precision == "float32" else f"evaluated in {precision}"
+def _precisions(values: dict[str, Any]) -> list[str]:
+    parts = {"distilled": values.get("precision"), "evaluated": values["eval_precision"]}
+    return [f"{part} in {name}" for part, name in parts.items() if name not in (None, "float32")]
 
 
 def stored(results: str | Path | None = None, profile: str | None = None) -> list[Run]:

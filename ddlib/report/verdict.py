@@ -52,6 +52,7 @@ NEUTRAL = (
     "evaluations",
     "snapshots",
     "eval_precision",
+    "precision",  # of DM's networks: three pairs of runs, docs/results.md
     "extractor_precision",  # no paper says how its extractor was trained
 )
 # Settings of which a shortened run has less. `subset` is the training images per class, 0 all of them.

@@ -640,6 +640,19 @@ def test_borrowed_settings_are_held_against_no_figure(method, dataset, ipc, unpu
     assert str(found) == wanted
 
 
+def test_bf16_of_dms_networks_is_neutral_by_three_pairs_of_runs():
+    """800 updates on CIFAR-10 at IPC 10 by each precision from the same seeds; the rule, 0.3 points, came first."""
+    rows = lesson.kept(["dm"], every=True)
+    rows = rows[(rows.profile == "small") & (rows["data"] == "cifar10") & (rows.ipc == 10)]
+    rows = rows.assign(precision=rows["values"].map(lambda values: values["precision"]))
+    pairs = rows.pivot(index="seed", columns="precision", values="accuracy")
+    gaps = pairs.bf16 - pairs.float32
+    assert "precision" in verdict.NEUTRAL and len(gaps.dropna()) == len(gaps) == 3
+    assert abs(gaps.mean()) < 0.3
+    told = f"mean difference is {gaps.mean():+.2f} and its standard error {gaps.sem():.2f}"
+    assert told in " ".join((ROOT / "docs/results.md").read_text().split())
+
+
 @pytest.mark.parametrize(
     "ours, paper, counts",
     [

@@ -68,7 +68,12 @@ SAME = "reproduced: +0.0 points, 0.6 are near"
     ("changes", "mean", "lead", "expected"),
     [
         ({}, 48.9, 16.7, SAME),
-        ({"compile": True, "chunk": 7, "eval_precision": "bf16"}, 48.9, 16.7, SAME),
+        (
+            {"compile": True, "chunk": 7, "eval_precision": "bf16", "precision": "bf16"},
+            48.9,
+            16.7,
+            SAME,
+        ),
         ({"networks": 20}, 48.9, 16.7, SAME),  # more are only more certain
         ({"iterations": 800}, 48.5, 16.7, "matched on less: iterations 800 of 20000 (25x less)"),
         ({"iterations": 800}, 52.0, 16.7, "matched on less: iterations 800 of 20000 (25x less)"),
