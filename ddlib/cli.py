@@ -381,7 +381,7 @@ COMMANDS = {
             "--checkpoint-every",
             type=int,
             metavar="STEPS",
-            help="default: 50, seldomer where writing takes long; also every five minutes",
+            help="default: 50, less often where writing takes long; also every five minutes",
         ),
         _option("--fresh", action="store_true", help="ignore an old record and checkpoint"),
         _option(

@@ -64,8 +64,8 @@ def run(
     has the whole dataset, as `load` gives it; others are refused. `fresh` ignores an old record and checkpoint. `teach`
     first trains the experts that a run needs and lacks (`prepare`); a kept record needs none.
 
-    A killed run resumes from its last checkpoint, written every `checkpoint_every` steps (by default every 50, or more
-    seldom where that would take a twentieth of the time), every five minutes and at every signal, and ends in the same
+    A killed run resumes from its last checkpoint, written every `checkpoint_every` steps (by default every 50, or less
+    often where that would take a twentieth of the time), every five minutes and at every signal, and ends in the same
     bytes on the same CPU with the same number of threads; a resume with another number is refused unless `any_threads`,
     and the record says so. Of processes that ask for the same run one computes it and the others wait and read it, or
     raise `ddlib.files.Busy` at once unless `wait`. A kept record is refused where its folder of images, if it is at
@@ -207,14 +207,16 @@ def _halved(state: Progress, data: Dataset) -> dict[str, int]:
     """
     if state.part == "evaluate":
         return {}
-    config, now = state.spec.config, getattr(state.method, "at_once", 0)
+    config = state.spec.config
     for key in ("chunk", "micro"):
         if hasattr(config, key):
             # Of a batch that fits into one pass, half is what helps.
             each = max(
                 state.spec.ipc * getattr(config, "factor", 1) ** 2, getattr(config, "batch_real", 0)
             )
-            now = min(now, data.num_classes * each)
+            most = data.num_classes * each
+            lowered = state.smaller.get(key) or getattr(config, key) or most
+            now = min(getattr(state.method, "at_once", lowered), most)
             return {key: now // 2} if now > 1 else {}
     return {}
 

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import replace
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ddlib.cli import parser
 from ddlib.config import PRESETS
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
+from ddlib.engine.run import _halved as halved
 from ddlib.experts import Experts, train_experts
 from ddlib.files import load_tensors, save_tensors
 from ddlib.match.trajectory import FlatNet, match, parse_engine
@@ -398,6 +400,26 @@ def test_tesla_asks_the_teacher_only_about_images_that_a_segment_trains_on(data)
     assert len(rows) == rows.unique().numel() < len(method.raw)
     wanted = method.net(segment.target, method.raw).softmax(1)
     torch.testing.assert_close(labels[rows], wanted[rows])
+    labels[rows] = 0
+    assert not labels.any()
+
+
+@pytest.mark.parametrize(
+    "changes, images",
+    [
+        ({}, 20),
+        ({"batch_syn": 8}, 8),
+        ({"batch_syn": 8, "micro": 3}, 3),
+        ({"batch_syn": 50}, 20),
+        ({"gradient": "unroll"}, 0),  # whose graph no smaller pass makes smaller
+    ],
+)
+def test_a_retry_for_want_of_memory_begins_at_the_images_of_one_pass(data, changes, images):
+    method = work(data, ipc=2, **changes)
+    assert method.at_once == images
+    state = SimpleNamespace(part="distill", method=method, smaller={})
+    state.spec = SimpleNamespace(config=method.config, ipc=2)
+    assert halved(state, data) == ({"micro": images // 2} if images else {})
 
 
 def test_soft_cross_entropy_is_datms():
