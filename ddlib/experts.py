@@ -23,6 +23,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .core import DDError, generator
 from .data.dataset import Dataset
-from .files import load_tensors, lock, read_json, results_folder, save_tensors, write_json
+from .files import Busy, load_tensors, lock, read_json, results_folder, save_tensors, write_json
 from .match.sampler import expert_batches
 from .match.trajectory import FlatNet
 from .nets.build import Backbone, build, initialise
@@ -168,7 +169,8 @@ def train_experts(
 ) -> list[Path]:
     """Train experts 0..count-1, or number `only` alone, that are not there yet and return their files.
 
-    A stopped call goes on where it was. Expert k depends on the recipe and k alone, so several machines may share them.
+    A stopped call goes on where it was. Expert k depends on the recipe and k alone, so several processes or machines
+    that see one folder share the work: each takes those that no other is at work on.
     """
     if count < 1 or recipe.epochs < 1:
         raise DDError(
@@ -221,13 +223,13 @@ def train_experts(
         # Beside it: its bytes stay the same.
         write_json(path.with_suffix(".json"), {"seconds": round(time.perf_counter() - start, 3)})
 
-    rows = tqdm(paths, desc=f"experts, {data.name}", disable=not progress, leave=False)
-    for seed, path in rows:
-        if path.is_file():
-            continue
-        with lock(path, f"{path.stem} of {place.name}"):
-            if not path.is_file():
-                make(seed, path)
+    for wait in (False, True):  # those that another process is at work on come last
+        missing = [row for row in paths if not row[1].is_file()]
+        show = progress and missing
+        for seed, path in tqdm(missing, f"experts, {data.name}", disable=not show, leave=False):
+            with suppress(Busy), lock(path, f"{path.stem} of {place.name}", wait):
+                if not path.is_file():
+                    make(seed, path)
     return [path for _, path in paths]
 
 

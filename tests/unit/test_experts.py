@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,13 +15,14 @@ from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
 from ddlib.experts import (
     ExpertRecipe,
+    expert_paths,
     flatten_gradient,
     folder,
     load_experts,
     sharpness,
     train_experts,
 )
-from ddlib.files import load_tensors, save_tensors
+from ddlib.files import load_tensors, lock, save_tensors
 from ddlib.match.trajectory import FlatNet
 from ddlib.methods.trajectory import MTT, Config
 from ddlib.nets.build import build
@@ -249,3 +252,16 @@ def test_sharpness_is_the_top_eigenvalue_of_the_hessian():
         -spectrum[0] > 4 * spectrum[-1] > 0
     )  # a larger negative one, which plain power iteration would find
     assert sharpness(net, theta, data) == pytest.approx(float(spectrum[-1]), rel=1e-3)
+
+
+def test_an_expert_that_another_process_makes_is_left_to_it(place):
+    first, second = expert_paths(folder(dataset(), NET, RECIPE), 2)
+    with ThreadPoolExecutor() as pool:
+        with lock(first, "expert 0"):
+            others = pool.submit(trained)
+            deadline = time.monotonic() + 30
+            while not second.is_file() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert second.is_file() and not first.is_file()
+        assert others.result() == [first, second]
+    assert first.is_file()
