@@ -16,6 +16,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo "  variables: PROFILE=smoke|small|paper, ONLY=<part of reproduce>, PYTHON=<the interpreter for .venv>, LOCKED=yes (hashes; Linux)"
 
+# Without pip's own compiling: Python compiles what is imported when it is, and the install takes a minute less.
 env: ## .venv with the pinned versions (PYTHON=python3); does nothing when it is up to date
 	@[ -x $(VENV) ] && [ "$$($(SUM))" = "$$(cat $(STAMP) 2>/dev/null)" ] && exit 0; \
 	if ! $(VENV) -c 'import pip' 2>/dev/null || ! $(VENV) -c $(NEW); then \
@@ -28,10 +29,10 @@ env: ## .venv with the pinned versions (PYTHON=python3); does nothing when it is
 	fi; \
 	rm -f $(STAMP); echo "Installing into .venv (the first time: some minutes, about 6 GB with CUDA)"; \
 	if [ -n "$(LOCKED)" ]; then \
-		$(VENV) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock && \
+		$(VENV) -m pip install --quiet --no-compile --disable-pip-version-check --require-hashes -r requirements.lock && \
 		$(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && $(SUM) > $(STAMP); \
 	else \
-		$(VENV) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs,lab,test]' && $(SUM) > $(STAMP); \
+		$(VENV) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[docs,lab,test]' && $(SUM) > $(STAMP); \
 	fi
 
 reproduce: env ## the tables and figures of PROFILE (smoke), or only a part of them: ONLY=...
