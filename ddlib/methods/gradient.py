@@ -391,12 +391,9 @@ class IDC(Gradient):
     `idc` attains 49.9 ± 0.1 % on CIFAR-10 (JPEG) at IPC 10 (profile `small`, n=3; 2681 s, AMD EPYC, 1 thread).
     """
 
-    only: ClassVar = {
-        "net_data": ("real",),
-        "class_steps": (True,),
-        "lr_by_ipc": (True,),
-        "pixels": (True,),
-    }
+    only: ClassVar = {"net_data": ("real",)} | dict.fromkeys(
+        ("class_steps", "lr_by_ipc", "pixels"), (True,)
+    )
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
         if data.zca:

@@ -12,6 +12,7 @@ import functools
 import html
 import inspect
 import itertools
+import json
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -499,9 +500,12 @@ def _sets(results: str | Path | None) -> Pages:
             drawn = picture(run)
             shown = f"![The images, a column a class]({name}.png)" if drawn else ""
             text = card(run, pictures=shown).split("---\n", 2)[2].lstrip()
-            made[f"sets/{name}.md"] = text.replace("$", "&#36;")
-            made |= {f"sets/{name}.png": drawn} if drawn else {}
             label = f"{method}, IPC {ipc}: {plots.place(dataset, profile)}"
+            head = (
+                f"---\ntitle: {json.dumps(label)}\n---\n\n"  # two profiles' cards have one heading
+            )
+            made[f"sets/{name}.md"] = head + text.replace("$", "&#36;")
+            made |= {f"sets/{name}.png": drawn} if drawn else {}
             parts.append(f"[{label}]({name}.md), accuracy {run.accuracy:.1f} %\n\n{shown}\n")
     listed = "\n".join(parts) or "No set is kept yet."
     made["sets/index.md"] = (

@@ -1,6 +1,7 @@
 """Threads, compiled code and a GPU move no method's numbers by more than is stated."""
 
 import pytest
+from torch._dynamo.utils import counters
 
 import ddlib as dd
 from ddlib.train.loop import _can_compile
@@ -20,7 +21,9 @@ def test_one_thread_and_two(method, tmp_path):
 def test_compiled_and_plain(method, tmp_path):
     if not _can_compile():
         pytest.skip("needs a C++ compiler and Python.h for torch.compile")
+    before = counters["stats"]["unique_graphs"]
     assert difference(method, tmp_path, "compiled") <= bound(method, "compiled")
+    assert counters["stats"]["unique_graphs"] > before
 
 
 @pytest.mark.gpu

@@ -10,7 +10,6 @@ from benchmarks.dm import plain_step
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import Dataset, from_arrays
 from ddlib.methods.dm import DM, Config
-from ddlib.train.loop import _can_compile
 
 CLASSES, IPC, BATCH = 3, 2, 5
 
@@ -177,16 +176,6 @@ def test_more_images_than_a_class_has(init):
         dm(arrays((9, 4, 9)), ipc=5, init=init)
     with pytest.raises(DDError, match="cannot sample 1000.* images of each class: 0 to 4"):
         arrays((9, 4, 9)).sample(10**30, generator(0))
-
-
-@pytest.mark.slow
-def test_compiling_leaves_the_images_alone():
-    if not _can_compile():
-        pytest.skip("needs a C++ compiler and Python.h for torch.compile")
-    data = arrays()
-    fast = dm(data, compile=True)
-    assert fast.psi != fast.net.features
-    torch.testing.assert_close(after(fast, 3), after(dm(data), 3), rtol=0, atol=1e-4)
 
 
 def test_bf16_is_another_way_to_nearly_the_same_gradient():

@@ -19,7 +19,6 @@ from ddlib.methods.frepo import Config, FRePo
 from ddlib.nets.build import build
 from ddlib.studies import trajectories as studies
 from ddlib.train.krr import krr
-from ddlib.train.loop import _can_compile
 
 BACKBONE = "convnet:width=4,norm=bn,grow=2,order=pre,init=lecun"  # 8 x 2 x 2 = 32 features
 CLASSES = 3
@@ -392,15 +391,6 @@ def test_digits_are_worth_distilling(ipc, seeds, least, gain):
     records = [run("frepo", "digits", seed=k, **options).record["accuracy"]["last"] for k in seeds]
     assert fmean(last["mean"] for last in records) >= max(least, plain + gain)
     assert fmean(last["krr"]["mean"] for last in records) >= least
-
-
-@pytest.mark.slow
-def test_compiling_leaves_the_images_alone():
-    if not _can_compile():
-        pytest.skip("needs a C++ compiler and Python.h for torch.compile")
-    torch.testing.assert_close(
-        after(method(compile=True), 6).images, after(method(), 6).images, rtol=0, atol=1e-4
-    )
 
 
 @pytest.mark.gpu

@@ -17,7 +17,6 @@ from ddlib.match.gradients import Matching, Traced, class_gradients, distance, m
 from ddlib.methods import METHODS
 from ddlib.methods.gradient import DSA, IDC, Config, Gradient
 from ddlib.nets.build import build
-from ddlib.train.loop import _can_compile
 
 CLASSES, IPC = 3, 2
 IDCS = {
@@ -333,17 +332,6 @@ def test_tracing_leaves_the_result_alone(monkeypatch):
         for p in net.parameters():
             p.data.mul_(1.5)
     assert len(traced.graphs) == 2
-
-
-@pytest.mark.slow
-def test_compiling_leaves_the_images_alone():
-    if not _can_compile():
-        pytest.skip("needs a C++ compiler and Python.h for torch.compile")
-    slow, fast = (
-        after(make(arrays(), **IDCS | {"compile": flag, "lr_img": 0.1}), 2)
-        for flag in (False, True)
-    )
-    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-4)
 
 
 # Errors and presets

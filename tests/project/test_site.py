@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -204,6 +203,8 @@ def test_every_link_leads_somewhere_and_nothing_comes_from_elsewhere(built):
             if local and not (path.parent / target).exists() and path.name != "404.html":
                 broken.append((path.name, target))
     assert broken == []
+    titles = [re.search("<title>(.*)</title>", text)[1] for text in pages.values()]
+    assert len(set(titles)) == len(titles)  # which the menus show
     method, notebook = (  # without the menus, which link everything
         (built / folder / "dm.html").read_text().partition("<article")[2].partition("</article")[0]
         for folder in ("methods", "notebooks")
@@ -216,29 +217,10 @@ def test_every_link_leads_somewhere_and_nothing_comes_from_elsewhere(built):
 
 # --- in a browser, from files, without a server
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-DRIVER = shutil.which("chromedriver")
 WIDE, PHONE = (1300, 900), (390, 844)
 TITLES = (
     """return [...document.querySelectorAll('.md-search-result__item')].map(e => e.textContent)"""
 )
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    if not (BROWSER and DRIVER):
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    folder = tmp_path_factory.mktemp("chromium")
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(word)
-    options.add_argument(f"--user-data-dir={folder}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 def sized(browser, size: tuple[int, int]) -> None:
