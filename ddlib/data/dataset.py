@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -424,11 +425,12 @@ def _as_tensor(what: str, value: np.ndarray | Tensor) -> Tensor:
 
 def _digits() -> tuple[Sequence[str], Splits]:
     """scikit-learn's 1,797 8x8 digits (values 0..16), split once and for all into 1,297 + 500, stratified."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    pixels = _as_pixels("digits", torch.as_tensor(found.images / 16))
-    labels = torch.as_tensor(found.target).long()
+    # The file that its `load_digits` reads: importing scikit-learn takes longer than a run in the smoke profile.
+    package = find_spec("sklearn").submodule_search_locations[0]
+    file = Path(package, "datasets", "data", "digits.csv.gz")
+    rows = torch.as_tensor(np.loadtxt(file, delimiter=","))
+    pixels = _as_pixels("digits", rows[:, :-1].view(-1, 8, 8) / 16)
+    labels = rows[:, -1].long()
     test = carve(labels, 500 / 1797, generator(0, "digits"))
     return "0123456789", {
         "train": (pixels[~test], labels[~test]),

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
 
 from ..config import PROFILES, dataset_of
 from ..core import DDError, choose, generator, pick_device
@@ -286,6 +285,8 @@ def accuracy(look: Look) -> Figure:
     share = 100 * counts / sizes[:, None]
     right, span = share.diagonal(), None
     if len(classes) <= 100:
+        from scipy.stats import binomtest  # loaded here: it takes a second
+
         pairs = zip(counts.diagonal(), sizes, strict=True)
         found = [binomtest(k, n).proportion_ci(method="wilson") for k, n in pairs]
         span = np.abs([[100 * each.low, 100 * each.high] for each in found] - right[:, None]).T

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 
 from ..config import dataset_of, resolve
 from ..core import DDError, choose, generator, pick_device
@@ -136,6 +135,8 @@ def study(
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Rank correlation along the last axis, ties at their mean rank; NaN where one side is constant."""
+    from scipy.stats import rankdata  # loaded here: it takes a second
+
     ranks = (rankdata(values, axis=-1) for values in (a, b))
     a, b = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
     with np.errstate(invalid="ignore"):

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddlib.core import DDError, checksum
@@ -68,6 +69,14 @@ def small(n: int = 40, shape=(3, 4, 4), classes: int = 4, seed: int = 0) -> data
 
 
 # --- digits and the tensors of a dataset
+
+
+def test_the_digits_are_scikit_learns():
+    one, wanted = load("digits"), load_digits()
+    pixels, labels = torch.cat([*one.images.values()]), torch.cat([*one.labels.values()])
+    found = torch.cat([pixels.flatten(1).double() * 16 / 255, labels[:, None]], 1).round()
+    rows = torch.as_tensor(np.c_[wanted.data, wanted.target])
+    assert sorted(found.tolist()) == sorted(rows.tolist())
 
 
 def test_digits_split_is_fixed_and_stratified():
