@@ -203,8 +203,9 @@ def test_every_link_leads_somewhere_and_nothing_comes_from_elsewhere(built):
             if local and not (path.parent / target).exists() and path.name != "404.html":
                 broken.append((path.name, target))
     assert broken == []
-    titles = [re.search("<title>(.*)</title>", text)[1] for text in pages.values()]
-    assert len(set(titles)) == len(titles)  # which the menus show
+    sets = [text for path, text in pages.items() if path.parent.name == "sets"]
+    titles = {re.search("<title>(.*)</title>", text)[1] for text in sets}
+    assert len(titles) == len(sets) > 20  # the menu shows them
     method, notebook = (  # without the menus, which link everything
         (built / folder / "dm.html").read_text().partition("<article")[2].partition("</article")[0]
         for folder in ("methods", "notebooks")
