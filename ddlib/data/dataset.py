@@ -426,8 +426,10 @@ def _as_tensor(what: str, value: np.ndarray | Tensor) -> Tensor:
 def _digits() -> tuple[Sequence[str], Splits]:
     """scikit-learn's 1,797 8x8 digits (values 0..16), split once and for all into 1,297 + 500, stratified."""
     # The file that its `load_digits` reads: importing scikit-learn takes longer than a run in the smoke profile.
-    package = find_spec("sklearn").submodule_search_locations[0]
-    file = Path(package, "datasets", "data", "digits.csv.gz")
+    package = find_spec("sklearn")
+    if package is None:
+        raise DDError("the digits come with scikit-learn, which is not installed")
+    file = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
     rows = torch.as_tensor(np.loadtxt(file, delimiter=","))
     pixels = _as_pixels("digits", rows[:, :-1].view(-1, 8, 8) / 16)
     labels = rows[:, -1].long()

@@ -79,6 +79,12 @@ def test_the_digits_are_scikit_learns():
     assert sorted(found.tolist()) == sorted(rows.tolist())
 
 
+def test_digits_without_scikit_learn_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    with pytest.raises(DDError, match="the digits come with scikit-learn, which is not installed"):
+        load("digits")
+
+
 def test_digits_split_is_fixed_and_stratified():
     one, two = load("digits"), load("digits")
     assert one.shape == (1, 8, 8) and one.num_classes == 10 and one.device.type == "cpu"
