@@ -50,7 +50,12 @@ class Run:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", path_of("the path of a run", self.path))
+        path = path_of("the path of a run", self.path)
+        if not path.name:
+            raise DDError(
+                f"the path of a run names its record, a JSON file: it is not {str(path)!r}"
+            )
+        object.__setattr__(self, "path", path)
 
     @cached_property
     def record(self) -> dict[str, Any]:

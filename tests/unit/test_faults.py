@@ -440,6 +440,13 @@ def test_a_record_without_a_number_is_no_result(kept):
 # Processes that meet
 
 
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_run_at_a_path_without_a_name_is_one_sentence(path):
+    for call in (dd.Run, dd.tables.on_other_networks):
+        with pytest.raises(dd.DDError, match="the path of a run names its record, a JSON file"):
+            call(Path(path))
+
+
 def test_one_computes_and_the_others_wait_and_read(results, monkeypatch):
     made, real = [], DM.step
 
