@@ -670,7 +670,7 @@ def test_epochs_of_experts_that_no_segment_reaches_are_no_budget(ours, paper, co
 
 def test_a_table_of_some_runs_is_judged_beside_all_random_images():
     runs = lesson.kept(["dm"], every=True)
-    runs = runs[(runs.profile == "paper") & (runs["data"] == "mnist")]
+    runs = runs[(runs.profile == "paper") & (runs["data"] == "mnist") & (runs.ipc < 50)]
     assert {one.word for one in tables.judge(runs).verdict} == {"reduced budget"}
     rows = lesson.compared(runs).text.partition("\n\n")[0].splitlines()[1:]
     assert len(rows) == 2 and all("matched on less" in row for row in rows)
