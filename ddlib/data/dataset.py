@@ -425,7 +425,7 @@ def _as_tensor(what: str, value: np.ndarray | Tensor) -> Tensor:
 
 def _digits() -> tuple[Sequence[str], Splits]:
     """scikit-learn's 1,797 8x8 digits (values 0..16), split once and for all into 1,297 + 500, stratified."""
-    # The file that its `load_digits` reads: importing scikit-learn takes longer than a run in the smoke profile.
+    # The file that its `load_digits` reads: importing scikit-learn takes seconds, which every first run would pay.
     package = find_spec("sklearn")
     if package is None:
         raise DDError("the digits come with scikit-learn, which is not installed")

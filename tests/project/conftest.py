@@ -9,11 +9,12 @@ import pytest
 def browser(tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     names = ("chromium", "chromium-browser", "google-chrome")
-    found, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
-    if not (found and driver):
+    program = next(filter(None, map(shutil.which, names)), None)
+    service = shutil.which("chromedriver")
+    if not (program and service):
         pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
-    options.binary_location = found
+    options.binary_location = program
     for argument in (
         "--headless=new",
         "--no-sandbox",
@@ -23,6 +24,6 @@ def browser(tmp_path_factory):
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    driver = webdriver.Chrome(options, webdriver.ChromeService(service))
     yield driver
     driver.quit()

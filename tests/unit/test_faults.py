@@ -437,14 +437,14 @@ def test_a_record_without_a_number_is_no_result(kept):
         _ = dd.Run(kept.path).record
 
 
-# Processes that meet
-
-
 @pytest.mark.parametrize("path", ["", ".", "/"])
 def test_a_run_at_a_path_without_a_name_is_one_sentence(path):
     for call in (dd.Run, dd.tables.on_other_networks):
         with pytest.raises(dd.DDError, match="the path of a run names its record, a JSON file"):
             call(Path(path))
+
+
+# Processes that meet
 
 
 def test_one_computes_and_the_others_wait_and_read(results, monkeypatch):
