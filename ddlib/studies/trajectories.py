@@ -29,7 +29,7 @@ from ..experts import ExpertsError, load_experts, sharpness
 from ..match.trajectory import FlatNet, Segment, match, stored_weights
 from ..methods import METHODS
 from ..nets.build import build
-from ..train.loop import accuracy, train_on
+from ..train.loop import accuracy, compiled, lowered, train_on
 from .store import (
     cached,
     kept,  # noqa: F401  also offered here, beside the studies that it reads
@@ -142,19 +142,13 @@ def predicted_memory(
 def full(spec: Spec, *, networks: int = 2, device: str = "auto") -> pd.DataFrame:
     """Test accuracy (per cent) of networks trained on the whole training set under the protocol of `spec`: the ceiling.
 
-    One row: dataset, profile, backbone, accuracy, std, networks. As many passes as on a distilled set, which is the
-    same protocol and far more steps: on CIFAR-10 a GPU's work.
+    One row: dataset, profile, backbone, accuracy, std, networks, protocol, epochs, precision. As many passes as on a
+    distilled set, which is the same protocol and far more steps: on CIFAR-10 a GPU's work, or fewer `eval_epochs`.
     """
 
     def compute() -> list[dict]:
-        data, scores = dataset_of(spec, pick_device(device)), []
-        for k in range(networks):
-            net = build(
-                spec.run.backbone, data.shape, data.num_classes, generator(spec.seed, "full", k)
-            )
-            scores.append(
-                accuracy(train_on(data, net.to(data.device), spec.recipe, spec.seed + k), data)
-            )
+        data = dataset_of(spec, pick_device(device))
+        scores = [_on_the_whole_set(spec, data, k) for k in range(networks)]
         return [
             {
                 "dataset": spec.dataset,
@@ -163,10 +157,23 @@ def full(spec: Spec, *, networks: int = 2, device: str = "auto") -> pd.DataFrame
                 "accuracy": fmean(scores),
                 "std": pstdev(scores),
                 "networks": scores,
+                "protocol": spec.recipe.name,
+                "epochs": spec.recipe.epochs,
+                "precision": spec.run.eval_precision,
             }
         ]
 
     return cached("full", spec, {"networks": networks}, compute)
+
+
+def _on_the_whole_set(spec: Spec, data: Dataset, network: int) -> float:
+    """The test accuracy of one network, in per cent."""
+    rng = generator(spec.seed, "full", network)
+    net = build(spec.run.backbone, data.shape, data.num_classes, rng).to(data.device)
+    forward = lowered(net.forward, data.device, spec.run.eval_precision)
+    forward = compiled(forward) if spec.run.compile else forward
+    train_on(data, net, spec.recipe, spec.seed + network, forward=forward)
+    return accuracy(net, data, forward=forward)
 
 
 @torch.no_grad()

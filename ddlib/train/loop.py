@@ -204,12 +204,13 @@ def accuracy(net: Backbone, data: Dataset, split: str = "test", **options) -> fl
     )
 
 
-def train_on(data: Dataset, net: Backbone, recipe: Recipe, seed: int) -> Backbone:
-    """Train `net` on a dataset's whole training split, e.g. as the feature extractor of a coreset."""
+def train_on(data: Dataset, net: Backbone, recipe: Recipe, seed: int, **options) -> Backbone:
+    """Train `net` on a dataset's whole training split, e.g. as the feature extractor of a coreset; options of `train`."""
     return train(
         net,
         lambda index: data.batch("train", index),
         data.labels["train"],
         recipe,
         generator(seed, "train", net.spec),
+        **options,
     )

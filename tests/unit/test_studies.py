@@ -161,6 +161,7 @@ def test_full_is_the_whole_training_set_under_the_same_protocol(results, monkeyp
         and row["networks"][0] != row["networks"][1]
     )
     assert row["accuracy"] == pytest.approx(sum(row["networks"]) / 2)
+    assert (row["protocol"], row["epochs"], row["precision"]) == ("dsa", 5, "float32")
     data, net = dd.load("digits"), build("convnet:width=8", (1, 8, 8), 10, generator(0, "full", 1))
     assert row["networks"][1] == accuracy(train_on(data, net, spec.recipe, 1), data)
     monkeypatch.setattr(studies, "dataset_of", None)  # a second call must not need the data
