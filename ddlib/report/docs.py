@@ -3,8 +3,8 @@
 A table stands between markers that name it:
 
 `<!-- KIND:begin WORDS (how to renew it) -->` ... `<!-- KIND:end -->`, KIND one of `headline` (README), `results` (the
-long tables), `claims` (verdicts by paper) and `records`, whose words are the methods of a page. In the docstring of a
-method's class the line "`METHOD` attains ..." says what its run nearest to the paper reached.
+long tables), `whole` (the whole training set), `claims` (verdicts by paper) and `records`, whose words are the methods
+of a page. In the docstring of a method's class the line "`METHOD` attains ..." says what its run nearest to the paper reached.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import pandas as pd
 from ..core import DDError
 from ..files import SOURCE, write_atomically
 from ..methods.coreset import KINDS as REAL
+from ..studies import trajectories
 from . import answers, claims, tables
 from .plots import SIZES, setting, short
 from .verdict import COUNTED, VERDICTS
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 BLOCK = re.compile(
-    r"(<!-- (headline|results|claims|records):begin([\w ]*)\(.*?\) -->\n).*?(<!-- \2:end -->)",
+    r"(<!-- (headline|results|whole|claims|records):begin([\w ]*)\(.*?\) -->\n).*?(<!-- \2:end -->)",
     re.DOTALL,
 )
 ATTAINS = re.compile(r"^( +`(\w+)` attains ).*$", re.MULTILINE)
@@ -168,6 +169,29 @@ def _results(_: list[str], results: str | Path | None) -> str:
     return "\n\n".join(parts) or "No record yet."
 
 
+def _whole(_: list[str], results: str | Path | None) -> str:
+    rows = trajectories.kept("full", results=results)
+    rows = rows[rows.profile.isin(answers.KEPT)] if len(rows) else rows
+    if rows.empty:
+        return "No record yet."
+    printed = [tables.curve("full", name) for name in rows.dataset]
+    shown = {
+        "data set": rows.dataset.map(short),
+        "protocol": rows.protocol,
+        "passes": rows.epochs,
+        "precision": rows.precision,
+        "networks": rows.networks.map(len),
+        "paper": [
+            f"{row.value.mean():.1f}{row.mark.max()}" if len(row) else "none" for row in printed
+        ],
+        "ours": [
+            tables.with_spread(*row)
+            for row in zip(rows.accuracy, rows["std"], rows.networks.map(len))
+        ],
+    }
+    return tables.as_markdown(pd.DataFrame(shown))
+
+
 def _claims(_: list[str], results: str | Path | None) -> str:
     counts = claims.by_verdict(claims.judge(claims.load(), results))
     return f"{tables.as_markdown(counts)}\n\n{claims.from_memory()}"
@@ -225,6 +249,7 @@ def _records(methods: list[str], results: str | Path | None) -> str:
 KINDS: dict[str, Callable[[list[str], str | Path | None], str]] = {
     "headline": _headline,
     "results": _results,
+    "whole": _whole,
     "claims": _claims,
     "records": _records,
 }

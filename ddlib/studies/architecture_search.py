@@ -189,7 +189,7 @@ def choices(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 SETTINGS = {
-    "smoke": {"ipc": 10, "epochs": 50, "whole_epochs": 20},
+    "smoke": {"ipc": 5, "epochs": 50, "whole_epochs": 10},
     "small": {"ipc": 10, "epochs": 200, "whole_epochs": 10},
     "paper": {"ipc": 50},
 }

@@ -182,11 +182,11 @@ def plugged(
 def ablations(dataset: str, ipc: int, profile: str, seed: int, **options: Any) -> pd.DataFrame:
     """DREAM with one thing changed: accuracy (%), its distance from DREAM, spread over networks, seconds an iteration.
 
-    In the smoke profile three outer iterations.
+    In the smoke profile two outer iterations.
     """
     config = resolve("dream", dataset, ipc, profile).config
     k = config.batch_real
-    few = {"iterations": 3, "evaluations": 1} if profile == "smoke" else {}
+    few = {"iterations": 2, "evaluations": 1} if profile == "smoke" else {}
     changes = {
         "DREAM": {},
         "initialisation only": {"sampling": "random"},

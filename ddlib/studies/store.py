@@ -53,7 +53,9 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
-def kept(kind: str, dataset: str) -> pd.DataFrame:
-    """All rows of the kept studies of one kind on a dataset or a sample of it, whatever the profile and options."""
-    paths = sorted(results_folder().glob(f"*/studies/{kind}-*{_place(dataset)}*-ipc*.json"))
+def kept(kind: str, dataset: str = "", results: str | Path | None = None) -> pd.DataFrame:
+    """All rows of the kept studies of one kind, on any dataset or on one and samples of it, whatever the profile and
+    options."""
+    folder = results_folder(results)
+    paths = sorted(folder.glob(f"*/studies/{kind}-*{_place(dataset)}*-ipc*.json"))
     return pd.DataFrame([row for path in paths for row in _rows(path)])
