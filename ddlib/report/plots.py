@@ -712,7 +712,10 @@ def scatter(
 
 
 def save(figure: Figure, name: str, profile: str) -> Path:
-    """Write `figures/PROFILE/NAME.png`, and `.svg` but for a mosaic of pixels; DDLIB_FIGURES moves them."""
+    """Write `figures/PROFILE/NAME.png`, and `.svg` but for a mosaic of pixels; DDLIB_FIGURES moves them.
+
+    `name` may lie in a folder: a notebook's figures lie in one of its name, as in "dm/history".
+    """
     place = figures_folder() / choose("profile", profile, PROFILES)
     # Without it the ids, and so the bytes, differ every time.
     with plt.rc_context({"svg.hashsalt": "ddlib"}):

@@ -47,10 +47,10 @@ SAVED = re.compile(r'plots\.save\(\s*\w+,\s*f?"([^"]+)"')
 BEST = ("paper", "small", "smoke", "kept")
 # Figures of the landing page -> the page that each leads to.
 THUMBNAILS = {
-    "figures/small/frepo_images_ipc1.png": "notebooks/frepo.md",
-    "figures/small/accuracy_vs_ipc.png": "notebooks/accuracy_vs_ipc.md",
-    "figures/small/memory_vs_unroll.png": "notebooks/memory_vs_unroll.md",
-    "figures/small/claims.png": "claims.md",
+    "figures/small/frepo/images_ipc1.png": "notebooks/frepo.md",
+    "figures/small/accuracy_vs_ipc/ours.png": "notebooks/accuracy_vs_ipc.md",
+    "figures/small/memory_vs_unroll/steps.png": "notebooks/memory_vs_unroll.md",
+    "figures/small/claims/verdicts.png": "claims.md",
 }
 Pages = dict[str, str | bytes]  # path below the site -> Markdown, or a file's bytes
 
@@ -449,14 +449,15 @@ def _gallery() -> Pages:
     """Every kept figure with what its notebook says above it."""
     folder = figures_folder()
     told, made, parts = _captions(), {}, []
-    for path in sorted(folder.glob("*/*.png")) + sorted(folder.glob("*/*.gif")):
-        name = f"figures/{path.parent.name}/{path.name}"
+    for path in sorted(p for p in folder.glob("*/**/*") if p.suffix in (".png", ".gif")):
+        profile, _, stem = path.relative_to(folder).with_suffix("").as_posix().partition("/")
+        name = f"figures/{profile}/{stem}{path.suffix}"
         made[name] = path.read_bytes()
-        if path.parent.name in BEST:
-            caption = _caption(path.stem, told)
+        if profile in BEST:
+            words = stem.replace("/", ": ").replace("_", " ")
             parts.append(
-                f"<figure markdown>\n[![{path.stem.replace('_', ' ')}]({name}){{ loading=lazy }}]({name})\n"
-                f"<figcaption markdown>{caption}, `{path.parent.name}` profile</figcaption>\n</figure>"
+                f"<figure markdown>\n[![{words}]({name}){{ loading=lazy }}]({name})\n"
+                f"<figcaption markdown>{_caption(stem, told)}, `{profile}` profile</figcaption>\n</figure>"
             )
     shown = "\n\n".join(parts) or "No figure is stored: `ddlib reproduce` makes them."
     made["gallery.md"] = f"# Gallery\n\n{shown}\n"
@@ -486,7 +487,7 @@ def _caption(stem: str, told: dict[str, str]) -> str:
             spelt = re.split(r"\{[^{}]*\}", name)
             if re.fullmatch(".+".join(map(re.escape, spelt)), stem):
                 fits[len("".join(spelt))] = caption
-    return fits[max(fits)] if fits else stem.replace("_", " ")
+    return fits[max(fits)] if fits else stem.rpartition("/")[2].replace("_", " ")
 
 
 def _sets(results: str | Path | None) -> Pages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ def networks(profile: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Grid:
-    """Accuracy (%) by method (rows) and network (columns): mean and standard deviation over networks."""
+    """Accuracy (%) by method (rows) and network (columns): mean and standard deviation over networks, NaN for one."""
 
     mean: pd.DataFrame
     std: pd.DataFrame
@@ -46,12 +47,12 @@ class Grid:
         return both.loc[self.gain.index, self.gain.columns]
 
     def accuracy(self, place: str) -> Figure:
-        text = self.mean.map("{:.1f}".format) + "\n± " + self.std.map("{:.1f}".format)
+        text = self.mean.map("{:.1f}".format) + self.std.map(_below)
         title = f"Accuracy across networks: {place}"
         return plots.heatmap(self.mean, title, label="test accuracy (%)", text=text)
 
     def difference(self, place: str) -> Figure:
-        text = self.gain.map("{:+.1f}".format) + "\n± " + self.noise.map("{:.1f}".format)
+        text = self.gain.map("{:+.1f}".format) + self.noise.map(_below)
         title, label = f"Difference from random images: {place}", "points over random images"
         return plots.heatmap(self.gain, title, label=label, text=text, centred=True)
 
@@ -65,10 +66,15 @@ class Grid:
             row["fall"] = row["own"] - unseen if row["own"] is not None else None
             if "random" in self.mean.index and method in self.gain.index:
                 gain = self.gain.loc[method]
-                below = (gain < -self.noise.loc[method]).sum()
+                below = (gain < -self.noise.loc[method].fillna(0)).sum()
                 row["below random"] = f"{below} of {gain.notna().sum()}"
             rows.append(row)
         return pd.DataFrame(rows).fillna({"below random": ""})
+
+
+def _below(spread: float) -> str:
+    """The second line of a cell; one network has no spread."""
+    return "" if math.isnan(spread) else f"\n± {spread:.1f}"
 
 
 def evaluate(
@@ -90,14 +96,15 @@ def grid(
     own = {run.record["method"]: run.synthetic.backbone for run in found}
     rows = [method for method in methods if method in set(scores.method)]
     columns = list(dict.fromkeys([*names, *own.values()]))
+    scores = scores.assign(std=scores["std"].where(scores.networks.map(len) > 1))
     mean, std = (
-        scores.pivot_table(key, "method", "backbone")
+        scores.pivot_table(key, "method", "backbone", dropna=False)
         .reindex(index=rows, columns=columns)
-        .dropna(axis=1, how="all")
         .rename_axis(index=IMAGES, columns=TRAINED)
         for key in ("mean", "std")
     )
-    return Grid(mean, std, own)
+    mean = mean.dropna(axis=1, how="all")
+    return Grid(mean, std[mean.columns], own)
 
 
 def printed(dataset: str) -> Figure:

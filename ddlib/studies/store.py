@@ -57,5 +57,6 @@ def kept(kind: str, dataset: str = "", results: str | Path | None = None) -> pd.
     """All rows of the kept studies of one kind, on any dataset or on one and samples of it, whatever the profile and
     options."""
     folder = results_folder(results)
-    paths = sorted(folder.glob(f"*/studies/{kind}-*{_place(dataset)}*-ipc*.json"))
+    place = f"*{_place(dataset)}*" if dataset else "*"
+    paths = sorted(folder.glob(f"*/studies/{kind}-{place}-ipc*.json"))
     return pd.DataFrame([row for path in paths for row in _rows(path)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -167,6 +168,10 @@ def test_a_grid_holds_each_network_against_random_images():
     assert grid.gain.loc["dm"].tolist() == [10, -2] and grid.noise.loc["dm", "a"] == 5
     fall = grid.fall().set_index("method")
     assert fall.loc["dm", "unseen"] == 38 and fall.loc["dm", "below random"] == "1 of 2"
+    alone = scores.assign(networks=[[40.0], [50.0], [40.0], [38.0]])
+    grid = replace(cross.grid(alone, [], ["random", "dm"], ["a", "b"]), own=grid.own)
+    assert grid.std.isna().all(axis=None) and grid.fall()["below random"].tolist()[1] == "1 of 2"
+    assert "±" not in "".join(text.get_text() for text in grid.difference("here").axes[0].texts)
 
 
 def test_a_folder_of_digits_has_a_folder_per_class(tmp_path):

@@ -48,11 +48,11 @@ def test_formulas_leave_code_alone_and_survive_markdown():
 def test_links_between_files_become_links_between_pages():
     text = (
         "[dm](dm.ipynb), [page](../docs/methods/dm.md#run), [code](../ddlib/core.py), `[a](dm.ipynb)`, "
-        "[web](https://arxiv.org), ![x](../figures/small/dm_history.png), [made](../claims.md)"
+        "[web](https://arxiv.org), ![x](../figures/small/dm/history.png), [made](../claims.md)"
     )
     assert site.relinked(text, "notebooks/tesla.md", {"claims.md"}) == (
         "[dm](dm.md), [page](../methods/dm.md#run), code, `[a](dm.ipynb)`, "
-        "[web](https://arxiv.org), ![x](../figures/small/dm_history.png), [made](../claims.md)"
+        "[web](https://arxiv.org), ![x](../figures/small/dm/history.png), [made](../claims.md)"
     )
     assert site.relinked("see `notebooks/dm.ipynb`", "methods/dm.md") == (
         "see [`notebooks/dm.ipynb`](../notebooks/dm.md)"
@@ -129,13 +129,13 @@ def test_a_methods_page_and_its_notebooks_lead_to_one_another(name):
 @pytest.mark.parametrize(
     ("stem", "above", "notebook"),
     [
-        ("memory_vs_unroll", "One gradient against N", "memory_vs_unroll"),
-        ("memory_vs_batch", "Memory at full width", "memory_vs_unroll"),
-        ("memory_vs_classes", "Memory at full width", "memory_vs_unroll"),
-        ("scaling_ipc", "One update against one size", "scaling"),
-        ("dm_images_ipc10", "The images as they change", "dm"),
-        ("dm_images_cifar10", "On photographs", "dm"),
-        ("membership_steps", "", "membership_inference"),
+        ("memory_vs_unroll/steps", "One gradient against N", "memory_vs_unroll"),
+        ("memory_vs_unroll/batch", "Memory at full width", "memory_vs_unroll"),
+        ("memory_vs_unroll/classes", "Memory at full width", "memory_vs_unroll"),
+        ("scaling/ipc", "One update against one size", "scaling"),
+        ("dm/images_ipc10", "The images as they change", "dm"),
+        ("dm/images_cifar10", "On photographs", "dm"),
+        ("membership_inference/steps", "", "membership_inference"),
     ],
 )
 def test_a_figure_has_the_caption_of_the_cell_that_saves_it(stem, above, notebook):
@@ -145,7 +145,7 @@ def test_a_figure_has_the_caption_of_the_cell_that_saves_it(stem, above, noteboo
 
 
 def test_a_figure_that_no_cell_saves_has_its_name():
-    assert site._caption("memory_vs", site._captions()) == "memory vs"
+    assert site._caption("dm/memory_vs", site._captions()) == "memory vs"
     told = {'dd.plots.save(figure, f"a_{x}", p)': "any", 'dd.plots.save(figure, "a_b", p)': "one"}
     assert (site._caption("a_b", told), site._caption("a_c", told)) == ("one", "any")
 
