@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import ddlib as dd
 from ddlib.core import DDError, generator
+from ddlib.engine import meter
 from ddlib.engine.meter import SavedTensors
 from ddlib.match.trajectory import FlatNet, Segment, match
 from ddlib.methods.trajectory import soft_cross_entropy
@@ -167,3 +169,15 @@ def test_full_is_the_whole_training_set_under_the_same_protocol(results, monkeyp
     monkeypatch.setattr(studies, "dataset_of", None)  # a second call must not need the data
     assert studies.full(spec).to_dict("records") == [row]
     assert studies.kept("full", "digits").accuracy[0] == row["accuracy"]
+
+
+def test_the_roof_is_the_rate_of_a_convolution(monkeypatch):
+    made = []
+    monkeypatch.setattr(meter, "seconds", lambda work, **rest: made.append(work()) or 0.5)
+    rate = meter.conv_rate(torch.device("cpu"), batch=2, width=4, side=8)
+    (out,) = made
+    assert out.shape == (2, 4, 8, 8) and out.is_contiguous(memory_format=torch.channels_last)
+    net = torch.nn.Conv2d(4, 4, 3, padding=1)
+    with FlopCounterMode(display=False) as counted:
+        net(torch.zeros(2, 4, 8, 8))
+    assert rate == 2 * counted.get_total_flops()
