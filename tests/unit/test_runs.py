@@ -33,6 +33,7 @@ from ddlib.files import load_tensors, results_folder
 from ddlib.methods import METHODS
 from ddlib.methods.dm import DM
 from ddlib.train import evaluate as evaluation
+from tests import forks
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"iterations": 60, "eval_epochs": 2, "networks": 2, "evaluations": 2, "snapshots": 3}
@@ -275,23 +276,13 @@ def test_a_new_version_of_the_method_makes_new_names(monkeypatch):
 # Stopped and resumed
 
 
-def process(results: Path) -> subprocess.Popen:
-    words = [
-        sys.executable,
-        "-m",
-        "ddlib",
-        *WORDS,
-        "--results",
-        str(results),
-        "--checkpoint-every",
-        "1",
-    ]
-    return subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def process(results: Path) -> forks.Popen:
+    words = [*WORDS, "--results", str(results), "--checkpoint-every", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return forks.Popen([sys.executable, "-m", "ddlib", *words], cwd=ROOT, **pipes)
 
 
-def wait_for(child: subprocess.Popen, results: Path, step: int) -> None:
+def wait_for(child: forks.Popen, results: Path, step: int) -> None:
     """Until the checkpoint is newer than `step`."""
     end = time.monotonic() + 300
     while time.monotonic() < end:
@@ -1038,28 +1029,25 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 """
+# A run, a command that needs Jupyter and the collection of the tests, one after another.
 WITHOUT_JUPYTER = f"""{REFUSE_JUPYTER}
+import pytest
 from ddlib.cli import main
-sys.exit(main())
+
+codes = []
+for words in (sys.argv[1:], ["reproduce"]):
+    sys.argv = ["ddlib", *words]
+    codes.append(main())
+collect = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+print("collected")
+codes.append(pytest.main([*collect, "tests/unit", "tests/oracles", "tests/contract"]))
+print("codes", *map(int, codes))
 """
 
 
 @pytest.mark.slow  # imports every test
-def test_the_gpu_tests_are_found_where_jupyter_is_not_installed(monkeypatch):
+def test_dm_runs_and_the_gpu_tests_are_found_where_jupyter_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # nbval and others import it
-    code = f"{REFUSE_JUPYTER}\nimport pytest\nsys.exit(pytest.main(sys.argv[1:]))"
-    words = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words, "tests/unit", "tests/oracles", "tests/contract"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and "error" not in done.stdout.lower(), done.stdout + done.stderr
-
-
-def test_dm_runs_where_jupyter_is_not_installed(tmp_path):
     words = [*WORDS, "--set", "iterations=2", "--results", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_JUPYTER, *words],
@@ -1068,15 +1056,9 @@ def test_dm_runs_where_jupyter_is_not_installed(tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1:] == ["codes 0 2 0"], said
     assert len(files(tmp_path, "**/*.json")) == 1
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_JUPYTER, "reproduce"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2 and done.stderr.startswith("ddlib: reproduce needs papermill"), (
-        done.stderr
-    )
+    assert "\nddlib: reproduce needs papermill" in done.stderr, said
+    collected = done.stdout.partition("\ncollected\n")[2]
+    assert "::" in collected and "error" not in collected.lower(), said
