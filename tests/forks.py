@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.reduction import DupFd
-from typing import Any
+from typing import Any, Self
 
 SERVER = get_context("forkserver")  # started by the first of a test process, and ends with it
 # What the library imports when it runs, as tests/campaigns/server.py does.
@@ -56,7 +56,7 @@ class Popen:
             assert words[1] == "-m", words
             words = [_module, *map(str, words[2:])]
         self.files = [
-            tempfile.TemporaryFile("w+") if where == subprocess.PIPE else None
+            tempfile.TemporaryFile("w+") if where == subprocess.PIPE else None  # noqa: SIM115
             for where in (stdout, stderr)
         ]
         written = [
@@ -69,7 +69,7 @@ class Popen:
         )
         self.process.start()
 
-    def __enter__(self) -> "Popen":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
