@@ -6,30 +6,20 @@ import runpy
 import subprocess
 import sys
 import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import ddlib as dd
 from ddlib.methods.coreset import KINDS
-from ddlib.report import docs, tables
+from ddlib.report import docs
 from tests import forks
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def _read_once():
-    """Every page asks for the same records, and for the same figures beside them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((tables, "stored"), (tables, "printed_figure"), (docs, "_runs")):
-            patch.setattr(owner, name, cache(getattr(owner, name)))
-        yield
-
-
-@pytest.mark.usefixtures("_read_once")
+@pytest.mark.usefixtures("read_once")
 @pytest.mark.parametrize("path", docs.pages(), ids=lambda path: path.name)
 def test_what_comes_from_the_records_is_what_they_say(path):
     # The kept profiles alone: smoke's records are made on each machine anew, and are not committed.
