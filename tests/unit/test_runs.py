@@ -36,7 +36,9 @@ from ddlib.train import evaluate as evaluation
 from tests import forks
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"iterations": 60, "eval_epochs": 2, "networks": 2, "evaluations": 2, "snapshots": 3}
+NET = "convnet:width=8"
+SHORT = {"iterations": 60, "eval_epochs": 2, "networks": 2, "evaluations": 2, "snapshots": 3}
+SETTINGS = SHORT | {"backbone": NET}
 WORDS = [
     "run",
     "dm",
@@ -46,7 +48,9 @@ WORDS = [
     "1",
     "--device",
     "cpu",
-    *(word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")),
+    "--backbone",
+    NET,
+    *(word for key, value in SHORT.items() for word in ("--set", f"{key}={value}")),
 ]
 
 
@@ -296,7 +300,7 @@ def wait_for(child: forks.Popen, results: Path, step: int) -> None:
 
 
 def test_a_killed_process_resumes_to_the_same_bytes(whole, tmp_path):
-    step = random.randrange(1, 20)  # early: the child must not end before it is killed
+    step = random.randrange(1, 10)  # early: the child must not end before it is killed
     with process(tmp_path) as child:
         try:
             wait_for(child, tmp_path, step)
@@ -875,7 +879,7 @@ def test_run_evaluate_and_list(ddlib, whole, tmp_path):
     )
     last = whole.record["accuracy"]["last"]
     assert code == 0 and out.startswith(
-        f"{last['mean']:.1f} ± {last['std']:.1f} % (2 x convnet:width=32, dsa protocol"
+        f"{last['mean']:.1f} ± {last['std']:.1f} % (2 x {NET}, dsa protocol"
     )
 
     code, out, _ = ddlib("list", "--json", "--results", whole.results)
@@ -888,7 +892,7 @@ def test_run_evaluate_and_list(ddlib, whole, tmp_path):
             "dataset": "digits",
             "ipc": 1,
             "profile": "smoke",
-            "backbone": "convnet:width=32",
+            "backbone": NET,
             "seed": 0,
             "name": whole.path.stem,
         }
