@@ -50,8 +50,7 @@ def _child(call: list, place: str, env: dict[str, str], out: int, err: int) -> N
 class Popen:
     """What the tests use of `subprocess.Popen`; its words are [sys.executable, "-m", "ddlib", ...] or [function, *arguments]."""
 
-    def __init__(self, words: list, *, cwd=None, env=None, stdout=None, stderr=None, text=True):
-        assert text
+    def __init__(self, words: list, *, cwd=None, env=None, stdout=None, stderr=None):
         if words[0] == sys.executable:
             assert words[1] == "-m", words
             words = [_module, *map(str, words[2:])]
@@ -64,9 +63,8 @@ class Popen:
             for file, own in zip(self.files, (1, 2), strict=True)
         ]
         place, env = str(cwd or os.getcwd()), dict(os.environ if env is None else env)
-        self.process = SERVER.Process(
-            target=_child, args=(words, place, env, *written), daemon=True
-        )
+        arguments = (words, place, env, *written)
+        self.process = SERVER.Process(target=_child, args=arguments, daemon=True)
         self.process.start()
 
     def __enter__(self) -> Self:

@@ -104,10 +104,12 @@ def test_a_cluster_makes_the_same_records_though_a_worker_is_lost(tmp_path, room
         address = f"127.0.0.1:{nodes.address.rpartition(':')[2]}"  # no test leaves the loopback
         folder = tmp_path / "ray"
         planned = queue.unpriced(specs, folder)
-        with cluster.connected(address):
-            assert cluster.work_through(planned, "auto", device="cpu", results=folder)
+        with cluster.connected(address) as ray:
+            address = ray.get_runtime_context().gcs_address
+            assert cluster.work_through(planned, address, device="cpu", results=folder)
             before = begun.read_text()
-            options = {"engine": "ray", "device": "cpu", "results": folder}
+            assert cluster.work_through(planned, address, device="cpu", results=folder)
+            options = {"engine": "ray", "address": address, "device": "cpu", "results": folder}
             table = dd.sweep("mtt", "digits", ipcs=[1], **small, **rows["mtt"], **options)
         assert table.name.tolist() == [specs[1].name]
         assert begun.read_text() == before  # all kept: nothing is computed twice
