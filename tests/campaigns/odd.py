@@ -265,19 +265,26 @@ def crafted(paths: dict[str, str], seed: int) -> Counter:
     return counts
 
 
+@cache
+def originals_of_all() -> tuple[tempfile.TemporaryDirectory, dict[str, str]]:
+    """The originals of all campaigns, and the folder that holds them."""
+    pictures()
+    place = tempfile.TemporaryDirectory()
+    what, paths = case(originals, place.name)
+    assert what == "done", paths
+    return place, paths
+
+
 def campaign(kind, draw: random.Random, end) -> Counter:
     """Batches of cases, each in a child of its own, until `end(tried)`."""
     counts = Counter()
-    pictures()
-    with tempfile.TemporaryDirectory() as folder:
-        what, paths = case(originals, folder)
-        assert what == "done", paths
-        while not end(counts["tried"]):
-            what, found = case(_batch, kind, paths, draw.getrandbits(32))
-            died = {"hung" if what == "hung" else "traceback": 1, "tried": 1}
-            counts.update(found if what == "done" else died)
-            if what != "done":
-                print(kind.__name__, what, found, flush=True)
+    _, paths = originals_of_all()
+    while not end(counts["tried"]):
+        what, found = case(_batch, kind, paths, draw.getrandbits(32))
+        died = {"hung" if what == "hung" else "traceback": 1, "tried": 1}
+        counts.update(found if what == "done" else died)
+        if what != "done":
+            print(kind.__name__, what, found, flush=True)
     return counts
 
 

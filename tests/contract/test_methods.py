@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ddlib as dd
+from ddlib.cli import main
 from ddlib.config import preset
 from ddlib.core import DDError
 from ddlib.engine import contract
@@ -19,6 +20,7 @@ from ddlib.methods import METHODS, register
 from ddlib.methods.base import ImageConfig, ImageMethod
 from ddlib.methods.registry import BUILT_IN, Methods
 from ddlib.testing import check_method
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -196,6 +198,21 @@ def test_what_a_check_finds(registry):
         check_method("broken", steps=2, batch_real=16)
 
 
+def use_idm(site: str) -> None:
+    """In a process of its own, where the example is installed in the folder `site`."""
+    sys.path.insert(0, site)
+    check_method("idm", steps=2, batch_real=16, train_batch=16, train_steps=1, push_every=1)
+    short = {"iterations": 4, "eval_epochs": 5, "networks": 1, "train_steps": 2}
+    run = dd.run("idm", "digits", ipc=1, progress=False, **short)
+    assert run.record["extra"]["accuracy of the queue"] > 0
+    assert run.synthetic.factor == 2
+    figure = dd.plots.accuracy_vs_ipc(dd.tables.runs([run]))
+    artists = [line for axis in figure.axes for line in axis.lines]
+    assert any(line.get_color() == "#AA3377" for line in artists), artists
+    sys.argv = ["ddlib", "list-methods"]
+    main()
+
+
 def test_the_example_package_is_installed_listed_checked_and_run(tmp_path):
     """Installed from its folder as pip does it, without a network, and found by its entry point alone."""
     source = tmp_path / "source"
@@ -205,29 +222,8 @@ def test_the_example_package_is_installed_listed_checked_and_run(tmp_path):
     quiet = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
     pip = [sys.executable, "-m", "pip", "install", *quiet, "--target", str(tmp_path / "site")]
     subprocess.run([*pip, str(source)], check=True, env=os.environ | {"PIP_NO_INDEX": "1"})
-    script = """if True:
-        import ddlib as dd
-        from ddlib.cli import main
-        from ddlib.testing import check_method
-        check_method("idm", steps=2, batch_real=16, train_batch=16, train_steps=1, push_every=1)
-        run = dd.run("idm", "digits", ipc=1, iterations=4, eval_epochs=5, train_steps=2, progress=False)
-        assert run.record["extra"]["accuracy of the queue"] > 0
-        assert run.synthetic.factor == 2
-        figure = dd.plots.accuracy_vs_ipc(dd.tables.runs([run]))
-        artists = [line for axis in figure.axes for line in axis.lines]
-        assert any(line.get_color() == "#AA3377" for line in artists), [l.get_color() for l in artists]
-        import sys
-        sys.argv = ["ddlib", "list-methods"]
-        main()
-    """
-    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": path, "DDLIB_RESULTS": str(tmp_path / "results")},
-        capture_output=True,
-        check=False,
-        text=True,
-    )
+    results = {"DDLIB_RESULTS": str(tmp_path / "results")}
+    done = forks.run([use_idm, str(tmp_path / "site")], env=os.environ | results)
     assert done.returncode == 0, done.stderr[-2000:]
     assert any(
         line.split() == ["idm", "ddlib_idm", "CVPR", "2023"] for line in done.stdout.splitlines()

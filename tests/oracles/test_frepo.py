@@ -374,23 +374,19 @@ def test_features_in_parts_are_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ipc", "seeds", "least", "gain"), [(1, (0, 1, 2), 80, 12), (10, (0,), 95, 2)]
-)
-def test_digits_are_worth_distilling(ipc, seeds, least, gain):
-    """Against random images of three seeds under the same protocol; measured 92.8 against 66.2, and 96.9 against 94.6."""
+@pytest.mark.parametrize(("ipc", "least", "gain"), [(1, 80, 12), (10, 95, 2)])
+def test_digits_are_worth_distilling(ipc, least, gain):
+    """The notebook's seed against random images of three under the same protocol; measured 93.2 against 66.3, and 97.2 against 94.5."""
     options = {"ipc": ipc, "device": "cpu", "progress": False, "data": load("digits", device="cpu")}
     values = resolve("frepo", "digits", ipc).values
     same = {
         key: values[key]
         for key in ("eval_backbone", "protocol", "eval_epochs", "eval_augment", "eval_lr")
     }
-    plain = fmean(
-        run("random", "digits", seed=k, **options, **same).accuracy for k in range(3)
-    )  # the notebook's runs
-    records = [run("frepo", "digits", seed=k, **options).record["accuracy"]["last"] for k in seeds]
-    assert fmean(last["mean"] for last in records) >= max(least, plain + gain)
-    assert fmean(last["krr"]["mean"] for last in records) >= least
+    plain = fmean(run("random", "digits", seed=k, **options, **same).accuracy for k in range(3))
+    last = run("frepo", "digits", **options).record["accuracy"]["last"]
+    assert last["mean"] >= max(least, plain + gain)
+    assert last["krr"]["mean"] >= least
 
 
 @pytest.mark.gpu

@@ -161,9 +161,10 @@ def test_inputs_are_left_alone():
 
 @pytest.mark.parametrize(("labels", "momentum"), [("logits", 0.7), ("hard", 0.0)])
 def test_compiled_steps_give_the_same_numbers(labels, momentum, monkeypatch):
-    """Of the graphs that are compiled, run as they are: a compiler takes half a minute for each."""
+    """Of the graphs that are compiled, run as they are: a compiler takes half a minute for each, and tracing them a
+    second, or half of one for a network of one block."""
     monkeypatch.setattr("ddlib.match.inner.compiled", lambda graph: graph)
-    p = problem(batches="overlapping", labels=labels, dsa=True)
+    p = problem("convnet:width=4,depth=1", batches="overlapping", labels=labels, dsa=True)
     inner = CompiledStep(p.net, p.criterion)
     ways = [("adjoint", {"keep": 3}), ("window=2", {"micro": 3})]
     ways += [] if momentum else [("tesla", {"keep": 2})]

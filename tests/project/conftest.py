@@ -1,8 +1,32 @@
-"""A headless Chromium, for the tests that look at pages as a reader does."""
+"""A headless Chromium, for the tests that look at pages as a reader does, and the records behind all pages, read once."""
 
 import shutil
+from functools import cache
 
+import pandas as pd
 import pytest
+
+from ddlib.report import claims, docs, tables
+
+
+@pytest.fixture(scope="module")
+def read_once():
+    """Every page asks for the same records, for the figures beside them and for the verdicts on all claims."""
+    known, judge = {}, claims.judge
+
+    def judged(rows: pd.DataFrame, results=None) -> pd.DataFrame:
+        if rows is not claims.load():
+            return judge(rows, results)
+        if results not in known:
+            known[results] = judge(rows, results)
+        return known[results].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        owners = {"stored": tables, "printed_figure": tables, "_runs": docs, "load": claims}
+        for name, owner in owners.items():
+            patch.setattr(owner, name, cache(getattr(owner, name)))
+        patch.setattr(claims, "judge", judged)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import ast
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -677,7 +678,12 @@ def test_a_table_of_some_runs_is_judged_beside_all_random_images():
 
 
 @pytest.mark.parametrize("profile", claims.KEPT)
-def test_a_run_has_one_verdict_in_the_long_table_on_its_methods_page_and_on_its_card(profile):
+def test_a_run_has_one_verdict_in_the_long_table_on_its_methods_page_and_on_its_card(
+    profile, monkeypatch
+):
+    for name in ("stored", "printed_figure"):  # every card asks again
+        monkeypatch.setattr(tables, name, cache(getattr(tables, name)))
+
     def verdicts(text: str) -> dict[tuple, str]:
         rows = [line.split("|") for line in text.splitlines()[2:]]
         assert max(map(len, rows)) <= 9  # seven columns

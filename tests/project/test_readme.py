@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -12,11 +13,13 @@ import pytest
 import ddlib as dd
 from ddlib.methods.coreset import KINDS
 from ddlib.report import docs
+from tests import forks
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("read_once")
 @pytest.mark.parametrize("path", docs.pages(), ids=lambda path: path.name)
 def test_what_comes_from_the_records_is_what_they_say(path):
     # The kept profiles alone: smoke's records are made on each machine anew, and are not committed.
@@ -122,7 +125,8 @@ def test_the_guide_to_a_method_of_ones_own_works(tmp_path):
     text = (ROOT / "docs/guides/add_a_method.md").read_text()
     script = tmp_path / "mine.py"
     script.write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
-    subprocess.run([sys.executable, script], cwd=ROOT, check=True, capture_output=True)
+    done = forks.run([runpy.run_path, str(script)], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_subcommand_named_exists():

@@ -180,7 +180,7 @@ def test_a_build_without_results_or_into_a_strange_folder_is_one_sentence(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
+def built(tmp_path_factory, read_once) -> Path:
     return site.build(tmp_path_factory.mktemp("pages") / "site", ROOT / "results").parent
 
 

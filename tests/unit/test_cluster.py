@@ -76,12 +76,14 @@ def kill_a_worker(room: Path, name: str) -> None:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the worker in /proc")
 def test_a_cluster_makes_the_same_records_though_a_worker_is_lost(tmp_path, room, monkeypatch):
     utils = pytest.importorskip("ray.cluster_utils")
-    rows = [("dm", 0, {"iterations": 400}), ("dm", 1, {"iterations": 30}), ("mtt", 0, EXPERTS)]
-    specs = [dd.resolve(m, "digits", 1, "smoke", seed, **SHORT, **kw) for m, seed, kw in rows]
-    for (method, seed, changes), spec in zip(rows, specs, strict=True):
-        monkeypatch.setenv("DDLIB_EXPERTS", str(tmp_path / "experts"))
+    small = SHORT | {"backbone": "convnet:width=8"}
+    # Each task is a process that imports torch: the run that is killed, an expert, and the run that needs it.
+    rows = {"dm": {"iterations": 400}, "mtt": EXPERTS | {"experts": 1, "iterations": 3}}
+    specs = [dd.resolve(m, "digits", 1, "smoke", **small, **kw) for m, kw in rows.items()]
+    monkeypatch.setenv("DDLIB_EXPERTS", str(tmp_path / "experts"))
+    for (method, changes), spec in zip(rows.items(), specs, strict=True):
         options = {"teach": method == "mtt", "progress": False, "results": tmp_path / "local"}
-        run = dd.run(method, "digits", ipc=1, seed=seed, **options, **SHORT, **changes)
+        run = dd.run(method, "digits", ipc=1, **options, **small, **changes)
         assert run.path.stem == spec.name
     monkeypatch.setenv("DDLIB_EXPERTS", str(tmp_path / "others"))
     begun = tmp_path / "begun"
@@ -94,24 +96,28 @@ def test_a_cluster_makes_the_same_records_though_a_worker_is_lost(tmp_path, room
     monkeypatch.setattr(cluster, "perform", noted)
     killer = threading.Thread(target=kill_a_worker, args=(room, specs[0].name), daemon=True)
     killer.start()
-    nodes = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    # Neither pages nor what adds nodes or gathers logs: each is a process that imports for seconds.
+    bare = {"num_cpus": 1, "include_dashboard": False, "include_log_monitor": False}
+    nodes = utils.Cluster(initialize_head=True, head_node_args=bare | {"no_monitor": True})
     try:
-        nodes.add_node(num_cpus=1)
+        nodes.add_node(**bare)
         address = f"127.0.0.1:{nodes.address.rpartition(':')[2]}"  # no test leaves the loopback
         folder = tmp_path / "ray"
         planned = queue.unpriced(specs, folder)
-        assert cluster.work_through(planned, address, device="cpu", results=folder)
-        counts = [begun.read_text().splitlines().count(f"{spec.name} None") for spec in specs]
-        assert not killer.is_alive() and counts == [2, 1, 1]
-        assert kept(folder) == kept(tmp_path / "local")
-        assert begun.read_text().count(specs[2].name) == 1 + EXPERTS["experts"]
-        assert len(list((tmp_path / "others").glob("*/expert-*.safetensors"))) == EXPERTS["experts"]
-        before = begun.read_text()
-        assert cluster.work_through(planned, address, device="cpu", results=folder)
+        with cluster.connected(address) as ray:
+            address = ray.get_runtime_context().gcs_address
+            assert cluster.work_through(planned, address, device="cpu", results=folder)
+            before = begun.read_text()
+            assert cluster.work_through(planned, address, device="cpu", results=folder)
+            options = {"engine": "ray", "address": address, "device": "cpu", "results": folder}
+            table = dd.sweep("mtt", "digits", ipcs=[1], **small, **rows["mtt"], **options)
+        assert table.name.tolist() == [specs[1].name]
         assert begun.read_text() == before  # all kept: nothing is computed twice
-        options = {"engine": "ray", "address": address, "device": "cpu", "results": folder}
-        table = dd.sweep("dm", "digits", ipcs=[1], iterations=400, **SHORT, **options)
-        assert table.name.tolist() == [specs[0].name] and begun.read_text() == before
+        counts = [begun.read_text().splitlines().count(f"{spec.name} None") for spec in specs]
+        assert not killer.is_alive() and counts == [2, 1]
+        assert kept(folder) == kept(tmp_path / "local")
+        assert begun.read_text().count(specs[1].name) == 1 + 1  # the run and its expert
+        assert len(list((tmp_path / "others").glob("*/expert-*.safetensors"))) == 1
     finally:
         nodes.shutdown()
 

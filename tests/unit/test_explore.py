@@ -21,6 +21,7 @@ from sklearn.decomposition import PCA
 from test_tables import record
 
 import ddlib as dd
+from ddlib import cli
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import from_arrays
 from ddlib.distilled import Synthetic
@@ -429,16 +430,11 @@ def test_a_wrong_notebook_parameter_ends_in_one_sentence_and_papermill_fails(tmp
     )
 
 
-def test_reproduce_refuses_a_parameter_that_no_notebook_has():
+def test_reproduce_refuses_a_parameter_that_no_notebook_has(monkeypatch, capsys):
     pytest.importorskip("papermill")
-    done = subprocess.run(
-        [sys.executable, "-m", "ddlib", "reproduce", "--only", "start_here", "--set", "ipx=1"],
-        cwd=NOTEBOOKS[0].parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith(
+    words = ["ddlib", "reproduce", "--only", "start_here", "--set", "ipx=1"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert cli.main() == 2
+    assert capsys.readouterr().err.startswith(
         "ddlib: unknown notebook parameter 'ipx' (did you mean 'ipc'?); allowed: "
     )

@@ -3,14 +3,13 @@
 import ctypes
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from ddlib.engine import heap
+from tests import forks
 
 pytestmark = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
@@ -33,21 +32,22 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def faults_alone(setup: str = "t.heap.keep()", **changes: str) -> int:
-    """`faults` in a process of its own: in this one other tests' blocks may lie in the way."""
+def counted(keep: bool) -> None:
+    """Print `faults`, with the freed memory kept or not."""
+    if keep:
+        heap.keep()
+    print(faults())
+
+
+def faults_alone(keep: bool = True, **changes: str) -> int:
+    """`faults` in a process of its own that has imported ddlib: in this one other tests' blocks may lie in the way."""
     own = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("DDLIB_HEAP", "MALLOC_"))
     }
-    done = subprocess.run(
-        [sys.executable, "-c", f"import test_heap as t; {setup}; print(t.faults())"],
-        text=True,
-        check=True,
-        capture_output=True,
-        cwd=Path(__file__).parent,
-        env=own | changes | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
+    done = forks.run([counted, keep], env=own | changes)
+    assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
@@ -61,7 +61,7 @@ def test_it_can_be_left_to_the_c_library(off):
 
 
 def test_importing_ddlib_leaves_the_heap_to_the_c_library():
-    assert faults_alone(setup="import ddlib") > 0.9 * PAGES
+    assert faults_alone(keep=False) > 0.9 * PAGES
 
 
 def test_what_is_free_can_be_handed_back():

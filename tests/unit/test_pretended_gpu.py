@@ -148,9 +148,9 @@ STUDIES = {
     ],
     "trajectory error": lambda: trajectories.trajectory_error(made("mtt"), device="cuda"),
     "outer steps": lambda: trajectories.outer_steps("digits", 1, "smoke", repeats=1, device="cuda"),
-    "scaling": lambda: scaling.updates("digits", "smoke", {"ipc": [1]}, repeats=1, device="cuda"),
+    "scaling": lambda: scaling.updates("digits", "smoke", {"width": [4]}, repeats=1, device="cuda"),
     "continual": lambda: [
-        continual.study(m, "digits", ipc=1, **ON, **settings(m)) for m in ("dm", "frepo")
+        continual.study(m, "digits", ipc=1, steps=2, **ON, **settings(m)) for m in ("dm", "frepo")
     ],
     "membership": lambda: [
         membership.study(arm, "digits", ipc=1, per_class=40, steps=(2,), backbone=NET, **ON)

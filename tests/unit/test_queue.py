@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from ddlib import cli
 from ddlib.core import DDError
 from ddlib.engine import cost, queue
 from ddlib.files import lock
+from tests import forks
 
 SMOKE = {"iterations": 6, "networks": 1, "eval_epochs": 2, "evaluations": 1, "snapshots": 0}
 
@@ -76,10 +78,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, words):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "pipe", tmp_path / "folder" / "data.pt"):
         os.mkfifo(path)
-    command = [sys.executable, "-m", "ddlib", *words.split()]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = forks.run([sys.executable, "-m", "ddlib", *words.split()], cwd=tmp_path, timeout=120)
     wanted = "cannot read the queue pipe" if "queue" in words else "folder holds no published set"
     assert done.returncode == 2 and wanted in done.stderr
 
@@ -187,27 +186,34 @@ def test_sizes_on_file_are_those_of_the_embedded_data():
     )
 
 
+def started_by(monkeypatch, popen):
+    """Let the queue start its runs so."""
+    names = {"Popen": popen, "TimeoutExpired": subprocess.TimeoutExpired}
+    monkeypatch.setattr(queue, "subprocess", SimpleNamespace(**names))
+
+
 def test_stopped_and_gone_on_ends_in_the_same_bytes(tmp_path, monkeypatch, capfd):
     """A run is stopped by the time, goes on with the next call, and is skipped by the third."""
-    changes = SMOKE | {"iterations": 400, "batch_real": 16}
+    changes = SMOKE | {"iterations": 400, "batch_real": 16, "backbone": "convnet:width=8"}
     rows = lambda folder: queue.plan(
         queue.read(written(tmp_path, [row(set=changes)]), "smoke"), results=tmp_path / folder
     )
     whole = dd.run("dm", "digits", ipc=1, results=tmp_path / "whole", device="cpu", **changes)
     waited = []
-    wait = queue.subprocess.Popen.wait
 
-    def until_checkpoint(process, timeout=None):
+    class UntilCheckpoint(forks.Popen):
         """The time is up as soon as a checkpoint is there."""
-        if timeout in (None, queue.GRACE) or waited:
-            return wait(process, timeout)
-        waited.append(timeout)
-        checkpoints = tmp_path / "parts" / "smoke" / "checkpoints"
-        while not list(checkpoints.glob("*.safetensors")) and process.poll() is None:
-            queue.time.sleep(0.01)
-        raise queue.subprocess.TimeoutExpired("run", timeout)
 
-    monkeypatch.setattr(queue.subprocess.Popen, "wait", until_checkpoint)
+        def wait(self, timeout=None):
+            if timeout in (None, queue.GRACE) or waited:
+                return super().wait(timeout)
+            waited.append(timeout)
+            checkpoints = tmp_path / "parts" / "smoke" / "checkpoints"
+            while not list(checkpoints.glob("*.safetensors")) and self.poll() is None:
+                queue.time.sleep(0.01)
+            raise subprocess.TimeoutExpired("run", timeout)
+
+    started_by(monkeypatch, UntilCheckpoint)
     assert queue.work_through(rows("parts"), 5, "cpu", tmp_path / "parts")
     assert "stopped, to go on" in capfd.readouterr().out and not rows("parts")[0].done
     assert queue.work_through(rows("parts"), 5, "cpu", tmp_path / "parts")
@@ -234,15 +240,26 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out.startswith("taken")
 
 
-def test_a_run_that_fails_is_said_and_the_next_one_starts(tmp_path, capfd):
+def test_a_run_that_fails_is_said_and_the_next_one_starts(tmp_path, capfd, monkeypatch):
+    """The run that fails is a process of the queue's own, the other one a fork."""
+    started = []
+
+    def start(words, **options):
+        kind = forks.Popen if "random" in words else subprocess.Popen
+        started.append(kind(words, **options))
+        return started[-1]
+
+    started_by(monkeypatch, start)
     rows = [
         row(dataset="digits", ipc=500, set={}),
         row(method="random", set=SMOKE | {"iterations": 0}),
     ]
     plan = queue.plan(queue.read(written(tmp_path, rows), "smoke"), results=tmp_path / "r")
+    plan.sort(key=lambda row: row.spec.method == "random")  # which is the cheaper one
     assert not queue.work_through(plan, None, "cpu", tmp_path / "r")
     out = capfd.readouterr()
     assert "failed with 2" in out.out and "training images of class" in out.err
+    assert [type(process) for process in started] == [subprocess.Popen, forks.Popen]
     assert [r.done for r in plan if r.spec.method == "random"] == [True]
 
 

@@ -33,9 +33,12 @@ from ddlib.files import load_tensors, results_folder
 from ddlib.methods import METHODS
 from ddlib.methods.dm import DM
 from ddlib.train import evaluate as evaluation
+from tests import forks
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"iterations": 60, "eval_epochs": 2, "networks": 2, "evaluations": 2, "snapshots": 3}
+NET = "convnet:width=8"
+SHORT = {"iterations": 60, "eval_epochs": 2, "networks": 2, "evaluations": 2, "snapshots": 3}
+SETTINGS = SHORT | {"backbone": NET}
 WORDS = [
     "run",
     "dm",
@@ -45,7 +48,9 @@ WORDS = [
     "1",
     "--device",
     "cpu",
-    *(word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")),
+    "--backbone",
+    NET,
+    *(word for key, value in SHORT.items() for word in ("--set", f"{key}={value}")),
 ]
 
 
@@ -275,23 +280,13 @@ def test_a_new_version_of_the_method_makes_new_names(monkeypatch):
 # Stopped and resumed
 
 
-def process(results: Path) -> subprocess.Popen:
-    words = [
-        sys.executable,
-        "-m",
-        "ddlib",
-        *WORDS,
-        "--results",
-        str(results),
-        "--checkpoint-every",
-        "1",
-    ]
-    return subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def process(results: Path) -> forks.Popen:
+    words = [*WORDS, "--results", str(results), "--checkpoint-every", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return forks.Popen([sys.executable, "-m", "ddlib", *words], cwd=ROOT, **pipes)
 
 
-def wait_for(child: subprocess.Popen, results: Path, step: int) -> None:
+def wait_for(child: forks.Popen, results: Path, step: int) -> None:
     """Until the checkpoint is newer than `step`."""
     end = time.monotonic() + 300
     while time.monotonic() < end:
@@ -305,7 +300,7 @@ def wait_for(child: subprocess.Popen, results: Path, step: int) -> None:
 
 
 def test_a_killed_process_resumes_to_the_same_bytes(whole, tmp_path):
-    step = random.randrange(1, 20)  # early: the child must not end before it is killed
+    step = random.randrange(1, 10)  # early: the child must not end before it is killed
     with process(tmp_path) as child:
         try:
             wait_for(child, tmp_path, step)
@@ -884,7 +879,7 @@ def test_run_evaluate_and_list(ddlib, whole, tmp_path):
     )
     last = whole.record["accuracy"]["last"]
     assert code == 0 and out.startswith(
-        f"{last['mean']:.1f} ± {last['std']:.1f} % (2 x convnet:width=32, dsa protocol"
+        f"{last['mean']:.1f} ± {last['std']:.1f} % (2 x {NET}, dsa protocol"
     )
 
     code, out, _ = ddlib("list", "--json", "--results", whole.results)
@@ -897,7 +892,7 @@ def test_run_evaluate_and_list(ddlib, whole, tmp_path):
             "dataset": "digits",
             "ipc": 1,
             "profile": "smoke",
-            "backbone": "convnet:width=32",
+            "backbone": NET,
             "seed": 0,
             "name": whole.path.stem,
         }
@@ -1038,28 +1033,25 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 """
+# A run, a command that needs Jupyter and the collection of the tests, one after another.
 WITHOUT_JUPYTER = f"""{REFUSE_JUPYTER}
+import pytest
 from ddlib.cli import main
-sys.exit(main())
+
+codes = []
+for words in (sys.argv[1:], ["reproduce"]):
+    sys.argv = ["ddlib", *words]
+    codes.append(main())
+collect = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+print("collected")
+codes.append(pytest.main([*collect, "tests/unit", "tests/oracles", "tests/contract"]))
+print("codes", *map(int, codes))
 """
 
 
 @pytest.mark.slow  # imports every test
-def test_the_gpu_tests_are_found_where_jupyter_is_not_installed(monkeypatch):
+def test_dm_runs_and_the_gpu_tests_are_found_where_jupyter_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # nbval and others import it
-    code = f"{REFUSE_JUPYTER}\nimport pytest\nsys.exit(pytest.main(sys.argv[1:]))"
-    words = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words, "tests/unit", "tests/oracles", "tests/contract"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and "error" not in done.stdout.lower(), done.stdout + done.stderr
-
-
-def test_dm_runs_where_jupyter_is_not_installed(tmp_path):
     words = [*WORDS, "--set", "iterations=2", "--results", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_JUPYTER, *words],
@@ -1068,15 +1060,9 @@ def test_dm_runs_where_jupyter_is_not_installed(tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1:] == ["codes 0 2 0"], said
     assert len(files(tmp_path, "**/*.json")) == 1
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_JUPYTER, "reproduce"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2 and done.stderr.startswith("ddlib: reproduce needs papermill"), (
-        done.stderr
-    )
+    assert "\nddlib: reproduce needs papermill" in done.stderr, said
+    collected = done.stdout.partition("\ncollected\n")[2]
+    assert "::" in collected and "error" not in collected.lower(), said
