@@ -21,9 +21,9 @@ def a_few() -> None:
 
     draws = map(random.Random, range(7))
     found = {
-        "kills": faults.campaign(faults.kill, next(draws), times(5), methods=["dm"]),
-        "disk": faults.campaign(faults.fail, next(draws), times(3), methods=["dm"]),
-        "meetings": faults.meetings(next(draws), times(4), many=2, methods=["dm"]),
+        "kills": faults.campaign(faults.kill, next(draws), times(3), methods=["dm"]),
+        "disk": faults.campaign(faults.fail, next(draws), times(2), methods=["dm"]),
+        "meetings": faults.meetings(next(draws), times(2), many=2, methods=["dm"]),
         "damage": odd.campaign(odd.damage, next(draws), times(1)),
         "crafted": odd.campaign(odd.crafted, next(draws), times(1)),
         "arguments": odd.campaign(calls.arguments, next(draws), times(1)),
