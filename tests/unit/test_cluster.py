@@ -98,9 +98,11 @@ def test_a_cluster_makes_the_same_records_though_a_worker_is_lost(tmp_path, room
     killer.start()
     # Neither pages nor what adds nodes or gathers logs: each is a process that imports for seconds.
     bare = {"num_cpus": 1, "include_dashboard": False, "include_log_monitor": False}
-    nodes = utils.Cluster(initialize_head=True, head_node_args=bare | {"no_monitor": True})
+    nodes = utils.Cluster()
     try:
-        nodes.add_node(**bare)
+        nodes.add_node(wait=False, no_monitor=True, **bare)
+        nodes.add_node(wait=False, **bare)
+        nodes.wait_for_nodes(timeout=180)  # on a busy machine longer than what Ray waits by itself
         address = f"127.0.0.1:{nodes.address.rpartition(':')[2]}"  # no test leaves the loopback
         folder = tmp_path / "ray"
         planned = queue.unpriced(specs, folder)
