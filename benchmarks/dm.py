@@ -2,8 +2,9 @@
 
 The plain loop is what the released code does: class by class, uncompiled, the images through torch autograd. The
 roofline is the iteration's FLOPs (spec: forward for every real image, forward and input gradient for every synthetic
-one) over the rate of a large 3x3 convolution on this machine. Images are random bytes of CIFAR-10's shape: the values do not change the work. The plain loop is timed
-twice: in this process, where freed memory is kept (`ddlib.engine.heap`), and alone, as the C library has it by default.
+one) over the rate of a large 3x3 convolution on this machine. Images are random bytes of CIFAR-10's shape: the values
+do not change the work. The plain loop is timed twice: in this process, where freed memory is kept
+(`ddlib.engine.heap`), and alone, as the C library has it by default.
 """
 
 from __future__ import annotations
