@@ -1,5 +1,5 @@
 """Commands of ddlib in a child that is forked where torch is imported and nothing computed: a fresh process imports for
-seven seconds. What needs a fresh interpreter, or `python -m ddlib` as a reader types it, takes `subprocess` itself."""
+seconds. What needs a fresh interpreter, or `python -m ddlib` as a reader types it, takes `subprocess` itself."""
 
 import os
 import runpy

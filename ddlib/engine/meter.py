@@ -123,7 +123,7 @@ def seconds(
 def conv_rate(device: torch.device, batch: int = 128, width: int = 128, side: int = 32) -> float:
     """Measured FLOP/s of a large 3x3 convolution, float32, channels last, as PyTorch runs it by default: the roof.
 
-    On a CPU that is oneDNN's, about twice a matrix product of MKL; on a GPU it is in TF32.
+    On a CPU that is oneDNN's, on a GPU it is in TF32.
     """
     rng = torch.Generator().manual_seed(0)
     last = {"device": device, "memory_format": torch.channels_last}

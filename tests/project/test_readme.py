@@ -183,3 +183,15 @@ def test_the_figures_of_a_large_set_are_those_of_its_record():
         assert words in page, words
     assert row["limit MiB"] < 1.5e9 / 2**20 and row["cores"] == 1
     assert 0.3 < row["share decoded before it"] < 0.4
+
+
+def test_the_whole_training_set_has_a_row_where_it_was_kept(results):
+    block = "<!-- whole:begin (python -m ddlib docs) -->\n<!-- whole:end -->"
+    assert "No record yet." in docs.fill(block, results)
+    for profile in ("smoke", "paper"):
+        spec = dd.resolve("random", "digits", 1, profile, eval_epochs=1, backbone="convnet:width=8")
+        (row,) = dd.trajectories.full(spec, device="cpu").to_dict("records")
+    rows = docs.fill(block, results).splitlines()[3:-1]
+    assert rows == [
+        f"| digits | dsa | 2 | float32 | 2 | none | {row['accuracy']:.1f} ± {row['std']:.1f} |"
+    ]

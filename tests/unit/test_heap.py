@@ -33,10 +33,11 @@ def resident() -> int:
 
 
 def counted(keep: bool) -> None:
-    """Print `faults`, with the freed memory kept or not."""
+    """Print the least `faults` of three tries, with the freed memory kept or not: now and then a round finds its block
+    taken by something else."""
     if keep:
         heap.keep()
-    print(faults())
+    print(min(faults() for _ in range(3)))
 
 
 def faults_alone(keep: bool = True, **changes: str) -> int:
@@ -52,7 +53,7 @@ def faults_alone(keep: bool = True, **changes: str) -> int:
 
 
 def test_a_freed_block_is_there_again():
-    assert faults_alone() < 0.5 * PAGES  # a round or two may find its block taken
+    assert faults_alone() < 0.1 * PAGES
 
 
 @pytest.mark.parametrize("off", [{"DDLIB_HEAP": "0"}, {"MALLOC_MMAP_THRESHOLD_": "1000000"}])

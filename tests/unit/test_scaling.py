@@ -37,7 +37,7 @@ def test_every_size_reaches_the_problem(name):
 
 
 def test_updates_are_measured_once_and_kept(results, monkeypatch):
-    sizes = {"syn_steps": [2, 8], "ipc": [1]}
+    sizes = {"syn_steps": [2, 8], "ipc": [1], "classes": [4, 10]}
     table = dd.scaling.updates("digits", "smoke", sizes, device="cpu", repeats=1)
     steps = table[table.varied == "syn_steps"]
     assert set(steps.method) == {"unroll", "tesla", "adjoint"}
@@ -50,6 +50,12 @@ def test_updates_are_measured_once_and_kept(results, monkeypatch):
     ratio = graphs[8] / graphs[2]
     assert ratio["unroll"] > 3 and ratio["tesla"] < 1.05 and ratio["adjoint"] < 1.05
     assert vectors[8]["adjoint"] == 4 * vectors[2]["adjoint"] > 0 == vectors[8]["tesla"]
+    few, usual = (
+        table[(table.varied == "classes") & (table.value == n)].set_index("method") for n in (4, 10)
+    )
+    assert (few["graph bytes"] < usual["graph bytes"]).all()
+    shared = table[table.varied == "ipc"].set_index("method")  # the presets' own size, too
+    assert usual.seconds.equals(shared.seconds)
     monkeypatch.setattr(scaling, "one_step", None)
     again = dd.scaling.updates("digits", "smoke", sizes, device="cpu", repeats=1)
     assert again.equals(table)
