@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from statistics import median
 
@@ -151,6 +152,32 @@ def in_bf16(ipc: int, device: torch.device, repeats: int) -> dict:
     }
 
 
+def in_lock_step(ipcs: tuple[int, ...], device: torch.device, repeats: int) -> dict:
+    """Seconds of one iteration of all IPCs, which pass the same real images once, and of each alone; all take turns."""
+    data, taken = shapes(10, 256, device), {}
+    methods = {ipc: DM(Config(compile=True), data, ipc, "convnet", 0) for ipc in ipcs}
+
+    def step(chosen: tuple[int, ...]) -> None:
+        shared: dict = {}
+        for ipc in chosen:
+            methods[ipc].shared = shared
+            methods[ipc].step()
+
+    choices = {"together": ipcs} | {ipc: (ipc,) for ipc in ipcs}
+    for turn in range(repeats + 1):
+        for name, chosen in choices.items():
+            time = seconds(partial(step, chosen), repeats=1, warm=turn == 0, device=device)
+            taken.setdefault(name, []).extend([time] if turn else [])
+    middle = {name: median(times) for name, times in taken.items()}
+    return {
+        "what": f"DM iteration, IPC {', '.join(map(str, ipcs))} in lock step",
+        "classes": 10,
+        "real a class": 256,
+        "seconds": middle.pop("together"),
+        **{f"seconds, IPC {ipc} alone": time for ipc, time in middle.items()},
+    }
+
+
 def plain_iteration(
     classes: int, ipc: int, batch: int, device: torch.device, repeats: int
 ) -> float:
@@ -200,6 +227,7 @@ def main(device: torch.device) -> list[dict]:
     jobs += [
         lambda: iteration(100, 10, 64 if device.type == "cpu" else 256, device, rate, 1),
         lambda: in_bf16(10, device, 5),
+        lambda: in_lock_step((1, 10, 50), device, 5),
         lambda: evaluations(device),
     ]
     for job in jobs:

@@ -47,6 +47,7 @@ NAMES = {
     "protocol": "recipe",
     "resolve": "config",
     "run": "engine.run",
+    "run_together": "engine.run",
     "save_images": "exchange.outward",
     "save_pt": "exchange.outward",
     "sweep": "report.tables",

@@ -85,10 +85,20 @@ class Progress:
     """Where a run stands: its method's tensors, history, evaluations, snapshots, seconds; saved and restored.
 
     `scores` are those of the networks that an evaluation under way has behind it, `smaller` the settings that were
-    lowered where the device ran out of memory.
+    lowered where the device ran out of memory, `together` the IPCs of the runs in lock step, if there are several.
     """
 
-    KEPT = ("step", "history", "evaluations", "seconds", "peak", "threads", "scores", "smaller")
+    KEPT = (
+        "step",
+        "history",
+        "evaluations",
+        "seconds",
+        "peak",
+        "threads",
+        "scores",
+        "smaller",
+        "together",
+    )
 
     def __init__(self, spec: Spec, path: Path, method: Any, data: str, peak: PeakMemory):
         self.spec, self.path, self.method, self.data = spec, path, method, data
@@ -96,6 +106,7 @@ class Progress:
         self.step, self.history, self.evaluations, self.snapshots = 0, [], [], {}
         self.scores: list[dict[str, float]] = []
         self.smaller: dict[str, int] = {}
+        self.together: list[int] = []
         self.seconds = {"distill": 0.0, "evaluate": 0.0}
         self.peak = 0
         self.threads = [torch.get_num_threads()]  # more than one where a resume had another number
@@ -149,8 +160,8 @@ class Progress:
             return
         cure = "delete it to start this run from the beginning"
         tensors, header = load_tensors(self.path, "checkpoint", cure)
-        # Checkpoints of earlier versions lack these two.
-        header = {"scores": [], "smaller": {}} | header
+        # Checkpoints of earlier versions lack these.
+        header = {"scores": [], "smaller": {}, "together": []} | header
         if header.get("name") != self.spec.name or header.get("data", self.data) != self.data:
             raise DDError(
                 f"the checkpoint {self.path} belongs to another run or other images; delete it to "

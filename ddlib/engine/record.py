@@ -274,8 +274,8 @@ def _check(record: dict[str, Any]) -> None:
     last = record["accuracy"]["last"]
     for score in (last, *record["accuracy"].values(), *record["evaluations"]):
         _check_score(score)
-    for row in record["history"]:
-        row["step"] + 0
+    for number in [row["step"] for row in record["history"]] + record.get("together", []):
+        number + 0
 
 
 _TYPES = {
@@ -330,6 +330,12 @@ def usable(data: Dataset | None, spec: Spec) -> Dataset | None:
         and run.resolution in (0, data.shape[-1])
     )
     return data if fits else None
+
+
+def timed_on(record: dict[str, Any]) -> str:
+    """The device of a record, and the other runs that its seconds and peak memory hold too."""
+    others = [str(ipc) for ipc in record.get("together", ()) if ipc != record["ipc"]]
+    return record["device"] + (f", together with IPC {', '.join(others)}" if others else "")
 
 
 def refuse_other_images(run: Run, spec: Spec, data: Dataset | None) -> None:

@@ -6,9 +6,9 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..config import Spec, dataset_of, resolve
-from ..core import DDError, Interrupted, instance, pick_device, plain, whole
+from ..core import DDError, Interrupted, instance, listed, pick_device, plain, whole
 from ..data.dataset import Dataset
 from ..distilled import Synthetic
 from ..experts import ExpertsError
@@ -38,6 +38,36 @@ from .record import (
     summary,
     usable,
 )
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are made, whatever they are of; see `run`."""
+
+    device: str | torch.device
+    checkpoint_every: int | None
+    fresh: bool
+    progress: bool
+    teach: bool
+    wait: bool
+    any_threads: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[2:]:
+            instance(field.name, plain(getattr(self, field.name)), bool)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run that is asked for, its record and its checkpoint."""
+
+    spec: Spec
+    done: Run
+    checkpoint: Path
+
+    @classmethod
+    def of(cls, spec: Spec, results: str | Path | None) -> Job:
+        return cls(spec, Run(record_path(spec, results)), checkpoint_path(spec, results))
 
 
 def run(
@@ -72,77 +102,131 @@ def run(
     hand, has changed since. Raises `DDError`.
     """
     spec = resolve(method, dataset, ipc, profile, seed, **overrides)
-    done, checkpoint = Run(record_path(spec, results)), checkpoint_path(spec, results)
+    job = Job.of(spec, results)
+    options = Options(device, checkpoint_every, fresh, progress, teach, wait, any_threads)
+    _make([job], instance("data", data, Dataset, None), options)
+    return job.done
+
+
+def run_together(
+    method: str,
+    dataset: str,
+    *,
+    ipcs: Iterable[int],
+    profile: str = "smoke",
+    seed: int = 0,
+    device: str = "auto",
+    results: str | Path | None = None,
+    data: Dataset | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+    checkpoint_every: int | None = None,
+    teach: bool = False,
+    wait: bool = True,
+    any_threads: bool = False,
+    **overrides: Any,
+) -> list[Run]:
+    """`run` for each of `ipcs`, with the same arguments and to the same bytes of every set.
+
+    Where a method `shares` what its images do not enter (DM: the mean features of the real ones), the runs go in lock
+    step and compute it once a step. The seconds and the peak memory of each are then those of all that went together,
+    and its record names their IPCs (`together`).
+    """
+    ipcs = listed("ipcs", ipcs)
+    specs = [resolve(method, dataset, ipc, profile, seed, **overrides) for ipc in ipcs]
+    jobs = {spec.ipc: Job.of(spec, results) for spec in specs}
+    options = Options(device, checkpoint_every, fresh, progress, teach, wait, any_threads)
     instance("data", data, Dataset, None)
-    flags = {"fresh": fresh, "progress": progress, "teach": teach, "wait": wait}
-    for name, value in (flags | {"any_threads": any_threads}).items():
-        instance(name, plain(value), bool)
+    # Presets may ask for other images or another network at another IPC
+    alike = all(job.spec.run == specs[0].run for job in jobs.values())
+    if specs and alike and getattr(METHODS[method], "shares", False):
+        _make(list(jobs.values()), data, options)
+    else:
+        for job in jobs.values():
+            _make([job], data, options)
+    return [jobs[spec.ipc].done for spec in specs]
+
+
+def _make(jobs: list[Job], data: Dataset | None, options: Options) -> None:
+    """Make those of the runs that are not kept; they differ in IPC alone."""
+    spec = jobs[0].spec
     data = usable(data, spec)
-    if not fresh and _kept(done, checkpoint):
-        refuse_other_images(done, spec, data)
-        _forget(checkpoint, done)
-        return done
-    every = None if checkpoint_every is None else whole("checkpoint_every", checkpoint_every, 1)
-    device = pick_device(device)
-    with lock(done.path, f"the run {spec.name}", wait), threads_of(profile), _room(device):
-        if not fresh and _kept(done, checkpoint):  # another process has made it meanwhile
-            refuse_other_images(done, spec, data)
-            return done
-        # An unwritable folder fails now.
-        write_atomically(done.path.with_name(f".{spec.name}.try"), lambda path: None).unlink(
-            missing_ok=True
-        )
+    jobs = _missing(jobs, data, options.fresh)
+    if not jobs:
+        return
+    every = options.checkpoint_every
+    every = None if every is None else whole("checkpoint_every", every, 1)
+    device = pick_device(options.device)
+    with ExitStack() as held:
+        # In one order everywhere, so that no two processes wait for one another
+        for job in sorted(jobs, key=lambda job: job.spec.ipc):
+            name = f"the run {job.spec.name}"
+            held.enter_context(lock(job.done.path, name, options.wait))
+        held.enter_context(threads_of(spec.profile))
+        held.enter_context(_room(device))
+        jobs = _missing(jobs, data, options.fresh)  # another process may have made them meanwhile
+        if not jobs:
+            return
+        for job in jobs:  # an unwritable folder fails now
+            trial = job.done.path.with_name(f".{job.spec.name}.try")
+            write_atomically(trial, lambda path: None).unlink(missing_ok=True)
         data = data.to(device) if data else dataset_of(spec, device)
-        _check(spec, data)
-        if teach:
-            _teach(spec, data, progress)
-        if fresh:
-            checkpoint.unlink(missing_ok=True)
-        _compute(spec, data, done, checkpoint, any_threads, progress, every)
-        checkpoint.unlink(missing_ok=True)
-    return done
+        for job in jobs:
+            _check(job.spec, data)
+            if options.teach:
+                _teach(job.spec, data, options.progress)
+            if options.fresh:
+                job.checkpoint.unlink(missing_ok=True)
+        _compute(jobs, data, options, every)
 
 
-def _compute(
-    spec: Spec,
-    data: Dataset,
-    done: Run,
-    checkpoint: Path,
-    any_threads: bool,
-    progress: bool,
-    every: int | None,
-) -> None:
-    """Distil, evaluate and write the record; where memory runs out, with fewer images in one pass from there on."""
-    peak, smaller = PeakMemory(data.device), {}
+def _missing(jobs: list[Job], data: Dataset | None, fresh: bool) -> list[Job]:
+    """The runs that are to be made; what a kill left beside the others is removed."""
+    missing = []
+    for job in jobs:
+        if fresh or not _kept(job.done, job.checkpoint):
+            missing.append(job)
+            continue
+        refuse_other_images(job.done, job.spec, data)
+        _forget(job.checkpoint, job.done)
+    return missing
+
+
+def _compute(jobs: list[Job], data: Dataset, options: Options, every: int | None) -> None:
+    """Distil, evaluate and write the records; where memory runs out, with fewer images in one pass from there on."""
+    peak, smaller, shared = PeakMemory(data.device), {}, {}
+    together = [job.spec.ipc for job in jobs] if len(jobs) > 1 else []
     while True:
-        state = _restored(spec, data, checkpoint, smaller, peak, any_threads)
+        states = {job: _restored(job, data, smaller, peak, options.any_threads) for job in jobs}
+        for state in states.values():
+            state.together = together or state.together
+            if together:
+                state.method.shared = shared
         try:
             with peak:
-                return _distil(state, data, done, progress, every)
+                return _distil(states, data, options.progress, every)
         except OutOfMemory as error:
-            smaller = _halved(state, data)
+            smaller = _halved(error.state, data)
             if not smaller:
                 raise
             words = ", ".join(f"{key}={value}" for key, value in smaller.items())
-            warnings.warn(f"{error}; meanwhile this run goes on with {words}", stacklevel=3)
-        del state  # and what it holds of the memory
+            warnings.warn(f"{error}; meanwhile this run goes on with {words}", stacklevel=4)
+        jobs = list(states)
+        shared.clear()
+        del states, state  # and what they hold of the memory
 
 
 def _restored(
-    spec: Spec,
-    data: Dataset,
-    checkpoint: Path,
-    smaller: dict[str, int],
-    peak: PeakMemory,
-    any_threads: bool,
+    job: Job, data: Dataset, smaller: dict[str, int], peak: PeakMemory, any_threads: bool
 ) -> Progress:
     """Where the run stands; its method has the settings that were lowered, now or before a stop."""
-    state = Progress(spec, checkpoint, _method(spec, data, smaller), data.checksum, peak)
+    method = _method(job.spec, data, smaller)
+    state = Progress(job.spec, job.checkpoint, method, data.checksum, peak)
     state.restore(any_threads)
     lowered = state.smaller | smaller
     if lowered != smaller:
-        del state  # and what it holds of the memory
-        return _restored(spec, data, checkpoint, lowered, peak, any_threads)
+        del state, method  # and what they hold of the memory
+        return _restored(job, data, lowered, peak, any_threads)
     state.smaller = lowered
     if state.step == 0:
         syn = _synthetic(state, data)
@@ -186,7 +270,9 @@ def _check(spec: Spec, data: Dataset) -> None:
 
 
 class OutOfMemory(DDError):
-    """The device has no room for the run."""
+    """The device has no room for the run, which got as far as `state`."""
+
+    state: Progress
 
 
 @contextmanager
@@ -230,28 +316,52 @@ def _method(spec: Spec, data: Dataset, smaller: dict[str, int]) -> Any:
     return contract.started(spec.method, method, data, spec.ipc)
 
 
-def _distil(state: Progress, data: Dataset, done: Run, progress: bool, every: int | None) -> None:
-    """Make all steps that are left and write the record, or save where a signal stopped it."""
+def _distil(states: dict[Job, Progress], data: Dataset, progress: bool, every: int | None) -> None:
+    """Make all steps that are left and write the records, or save where a signal stopped it.
+
+    The run that is furthest behind goes next, so that several meet at every step. `states` loses what is written.
+    """
+    loops: dict[Job, Iterator[bool]] = {}
+    state = next(iter(states.values()))
     try:
-        with guard() as signals:
-            _loop(state, data, signals, progress, every)
-            with signals.held():
-                _write(done.path, state, data)
+        with guard() as signals, _closing(loops):
+            for job, state in states.items():
+                loops[job] = _loop(state, data, signals, progress, every)
+            while states:
+                job, state = min(states.items(), key=lambda item: item[1].step)
+                if not next(loops[job], False):
+                    with signals.held():
+                        _write(job.done.path, state, data)
+                        job.checkpoint.unlink(missing_ok=True)
+                    del states[job]
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped at step {state.step} of {state.total}; run the same command to go on"
         ) from None
     except torch.OutOfMemoryError:
         place = "in the evaluation at" if state.part == "evaluate" else "at"
-        raise OutOfMemory(
+        error = OutOfMemory(
             f"{machine(data.device)} ran out of memory {place} step {state.step} of {state.total}; "
             f"{state.kept()}; take a device with more"
-        ) from None
+        )
+        error.state = state
+        raise error from None
     except torch.AcceleratorError as error:
         raise DDError(
             f"{data.device} failed at step {state.step} of {state.total} "
             f"({str(error).splitlines()[0]}); {state.kept()}; run the same command to go on"
         ) from None
+
+
+@contextmanager
+def _closing(loops: dict[Job, Iterator[bool]]) -> Iterator[None]:
+    """Where one run ends in an error, or a signal ends them all, the others save how far they are."""
+    try:
+        yield
+    finally:
+        for loop in loops.values():
+            with suppress(KeyboardInterrupt, DDError):
+                loop.close()
 
 
 def prepare(
@@ -311,8 +421,8 @@ def _pictures(total: int, count: int) -> set[int]:
 
 def _loop(
     state: Progress, data: Dataset, signals: Signals, progress: bool, every: int | None
-) -> None:
-    """Step, log, evaluate and save until the last step; a signal or an error saves what is good first."""
+) -> Iterator[bool]:
+    """Step, log, evaluate and save until the last step, resting after each; a signal or an end saves what is good."""
     config, total, words = state.spec.run, state.total, _words(state.spec)
     tests = _points(total, config.evaluations)
     pictures = _pictures(total, config.snapshots)
@@ -335,7 +445,8 @@ def _loop(
                         _picture(state)
                     if state.step in tests or state.due(every):
                         _save(state)
-        except KeyboardInterrupt:
+                yield True
+        except (KeyboardInterrupt, GeneratorExit):
             if state.step > state.saved or state.scores:
                 with signals.held():  # a second signal waits
                     _save(state)
@@ -453,6 +564,7 @@ def _write(path: Path, state: Progress, data: Dataset) -> None:
         "device": machine(data.device),
         "threads": state.threads,
         **({"smaller": state.smaller} if state.smaller else {}),
+        **({"together": state.together} if state.together else {}),
         "dataset_checksum": data.checksum,
         "set_checksum": set_checksum(syn),
         "commit": state.commit,

@@ -82,12 +82,15 @@ class BaseMethod:
     version: ClassVar[int] = 1
     preset: ClassVar[str] = ""  # stem of the YAML beside the class; "" is the method's name
     stream: ClassVar[str] = ""  # first word of every random stream; "" is the class's name
+    # Whether runs that differ in IPC alone may go in lock step and share what `once` makes
+    shares: ClassVar[bool] = False
     # What is this method's own: settings of a Config that methods share, and the values they may have here
     only: ClassVar[Mapping[str, tuple]] = {}
 
     def __init__(self, config: Any, data: Dataset, ipc: int, seed: int):
         check_only(type(self).__name__, self.only, config)
         self.config, self.data, self.ipc, self.seed, self.steps = config, data, ipc, seed, 0
+        self.shared: dict[str, Any] = {}  # one for all runs that go in lock step
         self.classes = torch.arange(data.num_classes, device=data.device)
         self.labels = self.classes.repeat_interleave(ipc)
         self.dtype = data.batch(
@@ -97,6 +100,13 @@ class BaseMethod:
     def rng(self, *purpose: object) -> torch.Generator:
         """The random stream of a purpose, e.g. `rng("augment", step)`: a resumed run draws the same again."""
         return generator(self.seed, self.stream or type(self).__name__.lower(), *purpose)
+
+    def once(self, settings: object, make: Callable[[], Any]) -> Any:
+        """What `make` gives at this step, taken over from a run in lock step whose `settings` are the same."""
+        key = (self.seed, self.steps, settings)
+        if self.shared.get("key") != key:
+            self.shared.update(key=key, value=make())
+        return self.shared["value"]
 
     def network(self, backbone: str) -> Backbone:
         """A network on the data's device and in its precision (float64 data make all of it float64), untrained."""

@@ -23,7 +23,7 @@ records: docs/methods/dm.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class DM(ImageMethod):
     `dm` attains 47.4 ± 0.5 % on CIFAR-10 (JPEG) at IPC 10 (profile `paper`, n=5; 7446 s, Intel Xeon, 1 thread).
     """
 
-    Config, version, stream = Config, 1, "dm"
+    Config, version, stream, shares = Config, 1, "dm", True
 
     def __init__(self, config: Config, data: Dataset, ipc: int, backbone: str, seed: int):
         super().__init__(config, data, ipc, backbone, seed)
@@ -71,6 +71,8 @@ class DM(ImageMethod):
                 f"{self.net.spec} has BatchNorm, which couples the classes' gradients; allowed with match "
                 f"{config.match!r}: norm=in, ln, gn or none"
             )
+        # What the real half of the loss depends on: all but how the images begin and move
+        self.of_real = replace(config, iterations=0, init="real", lr_img=0.0, momentum=0.0, ema=0.0)
         psi = lowered(self.net.features, data.device, config.precision)
         self.psi = compiled(psi) if config.compile else psi
         # Without a graph a CPU takes 32 images of 32 x 32 px at a time: what a layer writes, the next reads from cache.
@@ -82,12 +84,16 @@ class DM(ImageMethod):
         self.fresh_network()
         self.omega = self.draw_augmentation()
         rows = self.real_rows()
+        self.real = self.once(self.of_real, lambda: self.real_half(rows))
+
+    def real_half(self, rows: Tensor) -> list[Tensor]:
+        """What is matched, of the real images `rows` of every class; nothing in it depends on IPC."""
         found = []
         for classes in self.chunks(self.batch):
             real = self.data.batch("train", rows[classes].flatten())
             # mu_c = 1/B sum_i psi(A(x_i^c; omega_c))
             found.append(self.statistics(real, classes, self.batch))
-        self.real = [torch.cat(values) for values in zip(*found, strict=True)]
+        return [torch.cat(values) for values in zip(*found, strict=True)]
 
     def loss(self, synthetic: Tensor, classes: slice) -> Tensor:
         # 1/n sum_j psi(A(s_j^c; omega_c))

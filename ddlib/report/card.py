@@ -18,7 +18,7 @@ from ..core import DDError, instance, path_of
 from ..data.dataset import canonical
 from ..data.folders import SUBSETS
 from ..distilled import Synthetic
-from ..engine.record import Run, resolve_record
+from ..engine.record import Run, resolve_record, timed_on
 from ..exchange.outward import class_folders
 from ..files import is_there
 from . import look, tables
@@ -219,7 +219,7 @@ def _making(record: dict, spec: Spec) -> str:
     return (
         f"`{spec.command()} --seed {record['seed']}`\n\n"
         f"{seconds['distill']:.0f} s of distillation and {seconds['evaluate']:.0f} s of evaluation on "
-        f"{record['device']}; peak {record['peak_bytes'] / 2**20:.0f} MiB ({record['peak_method']}). "
+        f"{timed_on(record)}; peak {record['peak_bytes'] / 2**20:.0f} MiB ({record['peak_method']}). "
         f"{versions}. Data checksum `{record['dataset_checksum'][:12]}`, commit "
         f"`{(record['commit'] or 'not recorded')[:12]}`, {record['written']}."
     )

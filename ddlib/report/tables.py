@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..config import PROFILES, Spec, borrowed, resolve
-from ..core import DDError, choose, instance, listed
+from ..core import DDError, choose, instance, listed, plain
 from ..data.dataset import canonical
 from ..engine import queue
 from ..engine.cost import SIZES
-from ..engine.record import Run, record_paths, resolve_record
+from ..engine.record import Run, record_paths, resolve_record, timed_on
 from ..engine.run import run as distil
+from ..engine.run import run_together
 from ..methods import METHODS
 from ..methods.coreset import KINDS
 from ..recipe import VERSION, own_augment
@@ -126,6 +127,7 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
                 "networks": last["networks"],
                 "seconds": round(sum(seconds.values()), 1),
                 **seconds,
+                "device": timed_on(record),
                 "marks": tuple(filter(None, marks)),
                 "values": values,
             }
@@ -631,20 +633,27 @@ def sweep(
     *,
     ipcs: Iterable[int],
     seeds: Iterable[int] = (0,),
+    together: bool = False,
     engine: str = "local",
     address: str | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """`run` for every IPC and seed; one row per run, as `tables.runs` makes them.
 
-    engine: "local" makes one run after the other, "ray" makes them on a Ray cluster at `address`
-    (`ddlib.engine.cluster`), from which the records come back; they are the same ones. Raises `DDError` where a run
-    failed there, and for options that the cluster does not take: fresh, any_threads, checkpoint_every.
+    together: all IPCs of a seed in lock step, where the method shares work among them (`run_together`; DM does): the
+    same sets in less time, of which no run has one of its own. engine: "local" makes the runs here, "ray" on a Ray
+    cluster at `address` (`ddlib.engine.cluster`), from which the records come back; they are the same ones. Raises
+    `DDError` where a run failed there, and for what the cluster does not take: `together`, fresh, any_threads,
+    checkpoint_every.
     """
     ipcs, seeds = listed("ipcs", ipcs), listed("seeds", seeds)
+    instance("together", plain(together), bool)
     asked = [{"ipc": ipc, "seed": seed} for ipc in ipcs for seed in seeds]
     if choose("engine", engine, ENGINES) == "ray":
-        _run_on_cluster(method, dataset, asked, address, options)
+        _run_on_cluster(method, dataset, asked, address, {"together": together, **options})
+    if together:
+        made = [run_together(method, dataset, ipcs=ipcs, seed=seed, **options) for seed in seeds]
+        return runs([run for of_one_ipc in zip(*made, strict=True) for run in of_one_ipc])
     return runs([distil(method, dataset, **one, **options) for one in asked])
 
 
@@ -655,8 +664,8 @@ def _run_on_cluster(
     from ..engine import cluster
 
     known = signature(distil).parameters
-    for key in ("fresh", "any_threads", "checkpoint_every"):
-        if options.get(key, known[key].default) != known[key].default:
+    for key in ("together", "fresh", "any_threads", "checkpoint_every"):
+        if options.pop(key, None):
             raise DDError(
                 f"{key} does not go with engine='ray': leave it out, or say engine='local'"
             )

@@ -332,7 +332,8 @@ def test_a_sweep_says_what_failed_on_the_cluster(monkeypatch, tmp_path):
     monkeypatch.setenv("DDLIB_RESULTS", str(tmp_path))
     with pytest.raises(DDError, match="2 of 2 runs failed on the cluster"):
         dd.sweep("dm", "digits", ipcs=[1], seeds=[0, 1], engine="ray")
-    for option in ({"fresh": True}, {"any_threads": True}, {"checkpoint_every": 7}):
+    options = ("together", True), ("fresh", True), ("any_threads", True), ("checkpoint_every", 7)
+    for option in [{key: value} for key, value in options]:
         with pytest.raises(DDError, match=f"{next(iter(option))} does not go with engine='ray'"):
             dd.sweep("dm", "digits", ipcs=[1], engine="ray", **option)
 

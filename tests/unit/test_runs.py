@@ -940,6 +940,123 @@ def test_a_sweep_is_a_row_a_run(tmp_path):
     assert table.name.nunique() == 4 and table.accuracy.between(0, 100).all()
 
 
+# Runs in lock step
+
+
+def together(results: Path, **options) -> list[dd.Run]:
+    same = {"device": "cpu", "results": results, "progress": False} | SETTINGS
+    return dd.run_together("dm", "digits", **same | {"ipcs": [2, 1], "iterations": 6} | options)
+
+
+def as_alone(made: list[dd.Run], results: Path) -> bool:
+    """Whether each is, but for the IPCs that it names, the run that goes alone."""
+    ipcs = [one.record["ipc"] for one in made]
+    assert [one.record.pop("together") for one in made] == [ipcs] * len(ipcs)
+    return all(
+        same(one, run(results, ipc=ipc, iterations=6)) for ipc, one in zip(ipcs, made, strict=True)
+    )
+
+
+@pytest.fixture
+def real_halves(monkeypatch) -> list[int]:
+    """The step of every pass of the real images."""
+    steps, real = [], DM.real_half
+    monkeypatch.setattr(
+        DM, "real_half", lambda self, rows: steps.append(self.steps) or real(self, rows)
+    )
+    return steps
+
+
+def test_runs_together_pass_the_real_images_once_and_are_the_same_runs(tmp_path, real_halves):
+    made = together(tmp_path / "together")
+    assert real_halves == list(range(6))
+    device = dd.tables.runs(made).device.str.partition(", together ")
+    assert list(device[2]) == ["with IPC 1", "with IPC 2"]
+    assert as_alone(made, tmp_path / "alone")
+    assert not files(tmp_path / "together", "checkpoints/*.safetensors")
+
+
+def test_real_images_are_shared_only_between_equal_settings(tmp_path, real_halves, monkeypatch):
+    # Another batch at one IPC, as a preset may have it
+    resolved = runs.resolve
+    monkeypatch.setattr(
+        runs,
+        "resolve",
+        lambda *of, **values: resolved(*of, **values | {"batch_real": 10 + of[2]}),
+    )
+    together(tmp_path)
+    assert real_halves == sorted([*range(6), *range(6)])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_every_run_that_goes_together(tmp_path, monkeypatch, number):
+    real = DM.step
+
+    def step(method):
+        if (method.steps, method.ipc) == (3, 1):
+            os.kill(os.getpid(), number)
+        return real(method)
+
+    monkeypatch.setattr(DM, "step", step)
+    with pytest.raises(core.Interrupted):
+        together(tmp_path)
+    kept = files(tmp_path, "checkpoints/*.safetensors")
+    assert [load_tensors(path, "checkpoint", "")[1]["step"] for path in kept] == [4, 4]
+    monkeypatch.undo()
+    assert as_alone(together(tmp_path), tmp_path / "alone")
+
+
+def test_the_others_keep_their_steps_where_one_fails(tmp_path, monkeypatch):
+    real = DM.step
+
+    def step(method):
+        if (method.steps, method.ipc) == (3, 1):
+            raise RuntimeError("power cut")
+        return real(method)
+
+    monkeypatch.setattr(DM, "step", step)
+    with pytest.raises(DDError, match="power cut"):
+        together(tmp_path)
+    # That of IPC 1 was written before its evaluation at half the steps; it is behind and catches up first
+    kept = files(tmp_path, "checkpoints/*.safetensors")
+    assert [load_tensors(path, "checkpoint", "")[1]["step"] for path in kept] == [3, 4]
+    monkeypatch.undo()
+    assert as_alone(together(tmp_path), tmp_path / "alone")
+
+
+def test_runs_together_halve_their_passes_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(DM, "step", full_above(3, DM.step))
+    with pytest.warns(UserWarning, match="out of memory at step 3"):
+        done = together(tmp_path, checkpoint_every=2)
+    assert [one.record["smaller"] for one in done] == [{"chunk": 2}] * 2
+
+
+def test_methods_that_share_nothing_and_kept_runs_go_alone(tmp_path):
+    options = {"device": "cpu", "results": tmp_path, "progress": False, "networks": 1}
+    for one in dd.run_together("random", "digits", ipcs=[1, 2, 1], eval_epochs=1, **options):
+        assert "together" not in one.record
+    alone = run(tmp_path, ipc=2, iterations=6)
+    kept, made = together(tmp_path)
+    assert kept.record == alone.record and "together" not in made.record
+    assert dd.run_together("dm", "digits", ipcs=[]) == []
+    with pytest.raises(DDError, match="ipcs must be a list, not 1"):
+        dd.run_together("dm", "digits", ipcs=1)
+
+
+def test_a_sweep_together_is_the_same_table(tmp_path):
+    swept = {"ipcs": [1, 2], "seeds": [0, 3], "device": "cpu", "progress": False}
+    swept |= SETTINGS | {"iterations": 2}
+    one, other = (
+        dd.sweep("dm", "digits", results=tmp_path / str(how), together=how, **swept)
+        for how in (True, False)
+    )
+    clock = ["seconds", "distill", "evaluate", "peak_bytes", "device"]
+    assert one.drop(columns=clock).equals(other.drop(columns=clock))
+    assert one.device.str.contains("together").all()
+    with pytest.raises(DDError, match="together must be of type bool, not 2"):
+        dd.sweep("dm", "digits", together=2, **swept)
+
+
 # Presets
 
 
