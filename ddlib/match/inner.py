@@ -43,12 +43,23 @@ class CompiledStep:
         return self._graph("gradient", primals, lambda: self._trace(first, primals))(primals)
 
     def products(
-        self, theta: Tensor, x: Tensor, y: Tensor, direction: Tensor, hessian: bool
+        self,
+        theta: Tensor,
+        x: Tensor,
+        y: Tensor,
+        direction: Tensor,
+        hessian: bool,
+        known: bool = False,
     ) -> list[Tensor]:
-        """[g, (dg/dX)^T a, (dg/dY)^T a where y is soft, H a with `hessian`]."""
+        """[g, (dg/dX)^T a, (dg/dY)^T a where y is soft, H a with `hessian`]; without g where it is `known`.
+
+        No other value needs g itself, so the convolutions that give it are then left out.
+        """
         primals, joint = [theta, x, y], self._joint(hessian)
-        make = lambda: self._trace(joint, primals, [direction])
-        return list(self._graph(f"products {hessian}", primals, make)(primals, [direction]))
+        asked = (lambda *given: joint(*given)[1:]) if known else joint
+        make = lambda: self._trace(asked, primals, [direction])
+        kind = f"products {hessian} {known}"
+        return list(self._graph(kind, primals, make)(primals, [direction]))
 
     def split(
         self, theta: Tensor, x: Tensor, y: Tensor, hessian: bool
@@ -73,7 +84,7 @@ class CompiledStep:
 
         halves = self._graph(f"split {hessian}", primals, make)
         if halves is None:  # nothing is kept, and the way back begins anew
-            again = lambda direction: self.products(theta, x, y, direction, hessian)[1:]
+            again = lambda direction: self.products(theta, x, y, direction, hessian, known=True)
             return self.gradient(theta, x, y), again
         with torch.no_grad():
             g, *kept = halves[0](*primals)

@@ -5,8 +5,8 @@ N steps of SGD on the synthetic images X (labels Y, step sizes beta_i) lead from
     g_i = grad_theta l(theta_i; A_i(X[b_i]), Y[b_i]),   v_{i+1} = mu v_i + g_i,   theta_{i+1} = theta_i - beta_i v_{i+1}
     L = ||theta_N - theta*||^2 / D,   D = ||theta_0 - theta*||^2                        (MTT, arXiv 2203.11932, eq. 3)
 
-`adjoint` (the default) keeps the N weight vectors and runs the adjoint recursion backwards over them, one step's graph
-at a time. With lambda_N = 2 (theta_N - theta*) / D and, without momentum, a_i = -beta_i lambda_{i+1}:
+`adjoint` (the default) keeps the N weight vectors, or the N steps between them, and runs the adjoint recursion
+backwards over them, one step's graph at a time. With lambda_N = 2 (theta_N - theta*) / D and, without momentum, a_i = -beta_i lambda_{i+1}:
 
     lambda_i = lambda_{i+1} + H_i a_i,   dL/dX += (d g_i / dX)^T a_i,   dL/dbeta_i = -lambda_{i+1} . g_i
 
@@ -198,7 +198,8 @@ class _Piece:
     """`micro` images of a step with the graph of their part of g_i.
 
     rows: which images. g: their part, where it is known before the way back. products: from a direction to that part,
-    its pull on these images, on their labels where those are soft, and H direction where that was asked for.
+    unless `known` says that it is not needed again, its pull on these images, on their labels where those are soft, and
+    H direction where that was asked for.
     """
 
     rows: Tensor
@@ -244,11 +245,13 @@ class _Steps:
 
         return sum(part(seen, y, share) for _, _, seen, y, share in self.batch(i, graph=False))
 
-    def pieces(self, i: int, theta: Tensor, hessian: bool, keep: bool = False) -> Iterator[_Piece]:
+    def pieces(
+        self, i: int, theta: Tensor, hessian: bool, keep: bool = False, known: bool = False
+    ) -> Iterator[_Piece]:
         """g_i piece by piece with its graph; those of the way forward are to `keep`."""
         for images in self.batch(i, graph=True):
             if self.inner:
-                yield self._compiled(images, theta, hessian, keep)
+                yield self._compiled(images, theta, hessian, keep, known)
             else:
                 yield self._eager(images, theta, hessian)
 
@@ -259,15 +262,23 @@ class _Steps:
         wanted = [x, *([y] if self.soft else []), *([theta] if hessian else [])]
         return _Piece(rows, part.detach(), lambda a: [part.detach(), *grad(part @ a, wanted)])
 
-    def _compiled(self, images: tuple, theta: Tensor, hessian: bool, keep: bool) -> _Piece:
+    def _compiled(
+        self, images: tuple, theta: Tensor, hessian: bool, keep: bool, known: bool
+    ) -> _Piece:
         rows, x, seen, y, share = images
         primals = (theta.detach(), seen.detach(), y.detach())
         g, back = self.inner.split(*primals, hessian) if keep else (None, None)
 
         def products(a: Tensor) -> list[Tensor]:
-            found = [g, *back(a)] if keep else self.inner.products(*primals, a, hessian)
-            part, pull, *rest = (share * value for value in found)
-            return [part, pull if seen is x else grad(seen, x, pull)[0], *rest]
+            if keep:
+                found = [*([] if known else [g]), *back(a)]
+            else:
+                found = self.inner.products(*primals, a, hessian, known)
+            found = [share * value for value in found]
+            pull = 0 if known else 1
+            if seen is not x:
+                found[pull] = grad(seen, x, found[pull])[0]
+            return found
 
         return _Piece(rows, share * g if keep else None, products)
 
@@ -275,7 +286,7 @@ class _Steps:
 @dataclass
 class _Way:
     """What the way forward leaves for the way back: from step `first` on each theta_i and, where there is momentum, each
-    velocity; and the pieces of the last steps with their graphs, by step."""
+    v_{i+1}; only the latter where g_i is `known` from it. And the pieces of the last steps with their graphs, by step."""
 
     thetas: list[Tensor]
     velocities: list[Tensor]
@@ -290,21 +301,22 @@ def _forward(
     first: int,
     keep: int,
     hessian: Callable[[int], bool],
+    known: bool = False,
 ) -> _Way:
     theta = steps.segment.start.detach()
     velocity, way = torch.zeros_like(theta), _Way([], [], {}, theta)
     for i, rate in enumerate(rates):
         at = theta.detach().requires_grad_()
         if i >= len(rates) - keep:
-            pieces = way.kept[i] = list(steps.pieces(i, at, hessian(i), keep=True))
+            pieces = way.kept[i] = list(steps.pieces(i, at, hessian(i), True, known))
             g = sum(piece.g for piece in pieces)
         else:
             g = steps.gradient(i, at)
         velocity = momentum * velocity + g if momentum else g
-        if i >= first:
+        if i >= first and not known:
             way.thetas.append(at)
-            if momentum:
-                way.velocities.append(velocity)
+        if i >= first and (known or momentum):
+            way.velocities.append(velocity)
         theta = theta - rate * velocity
     way.final = theta
     return way
@@ -324,14 +336,20 @@ def _adjoint(steps: _Steps, rates: Tensor, momentum: float, window: int | None, 
     first = max(0, count - (window or count))
     keep = min(keep, count - first)
     hessian = lambda i: i > first
-    way = _forward(steps, rates, momentum, first, keep, hessian)
+    # A compiled step leaves out g_i where it need not give it. Then the velocities are kept in place of the weights,
+    # which follow from them: theta_i = theta_{i+1} + beta_i v_{i+1}.
+    known = steps.inner is not None
+    way = _forward(steps, rates, momentum, first, keep, hessian, known)
     found, adjoint = _unfilled(steps, rates, way.final)  # lambda_{i+1} of theta
     carried = torch.zeros_like(adjoint)  # and of the velocity
+    theta = way.final
     for i in reversed(range(first, count)):
-        direction, theta = carried - rates[i] * adjoint, way.thetas.pop()
-        pieces = way.kept.pop(i, None) or steps.pieces(i, theta, hessian(i))
-        g, product = _product(pieces, direction, hessian(i), found)
-        found.rates[i] = -adjoint @ (way.velocities.pop() if momentum else g)
+        velocity = way.velocities.pop() if way.velocities else None
+        theta = theta + rates[i] * velocity if known else way.thetas.pop()
+        direction = carried - rates[i] * adjoint
+        pieces = way.kept.pop(i, None) or steps.pieces(i, theta, hessian(i), known=known)
+        g, product = _product(pieces, direction, hessian(i), found, known)
+        found.rates[i] = -adjoint @ (g if velocity is None else velocity)
         if hessian(i):
             adjoint, carried = adjoint + product, momentum * direction
     return found
@@ -359,14 +377,19 @@ def _tesla(steps: _Steps, rates: Tensor, keep: int) -> Match:
 
 
 def _product(
-    pieces: Iterable[_Piece], direction: Tensor, hessian: bool, found: Match
+    pieces: Iterable[_Piece],
+    direction: Tensor,
+    hessian: bool,
+    found: Match,
+    known: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """g_i and, with `hessian`, H_i times `direction` [P]; adds (d g_i / dX)^T direction to the images' gradient, and
-    likewise to the labels'."""
+    """g_i, unless it is `known`, and, with `hessian`, H_i times `direction` [P]; adds (d g_i / dX)^T direction to the
+    images' gradient, and likewise to the labels'."""
     g, product = torch.zeros_like(direction), torch.zeros_like(direction)
     for piece in pieces:
-        part, *pulls = piece.products(direction)
-        g += part
+        pulls = piece.products(direction)
+        if not known:
+            g += pulls.pop(0)
         if hessian:
             product += pulls.pop()
         found.images.index_add_(0, piece.rows, pulls[0])
