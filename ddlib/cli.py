@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import textwrap
 from contextlib import suppress
@@ -507,6 +509,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _end_at_once(*_: object) -> None:
+    print("ddlib: stopped", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def main() -> int:
     """Run the command of `sys.argv`; 0 when it is done, 2 after an error's one sentence, 130 when stopped."""
     top = parser()
@@ -514,9 +521,12 @@ def main() -> int:
     if args.command is None:
         top.print_help()
         return 0
+    # What is imported here takes seconds, in which Python would answer Ctrl-C with a traceback.
+    before = signal.signal(signal.SIGINT, _end_at_once)
     from .core import DDError, Interrupted
     from .engine import heap
 
+    signal.signal(signal.SIGINT, before)
     heap.keep()
     try:
         return args.call(args) or 0

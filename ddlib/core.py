@@ -84,12 +84,17 @@ def plain(value: object) -> object:
     return float(value) if isinstance(value, abstract.Real) else value
 
 
+MOST = 2**63 - 1  # of any integer: what a tensor holds, and Python writes
+
+
 def whole(what: str, value: object, least: int) -> int:
-    """`value` as an int of at least `least`, else a `DDError` that names `what`."""
+    """`value` as an int of at least `least` and at most `MOST`, else a `DDError` that names `what`."""
     value = plain(value)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
-        return value
-    raise DDError(f"{what} must be an integer of at least {least}, not {shown(value)}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise DDError(f"{what} must be an integer of at least {least}, not {shown(value)}")
+    if value > MOST:
+        raise DDError(f"{what} must be an integer of at most {MOST}, not {shown(value)}")
+    return value
 
 
 def instance(what: str, value: object, *kinds: type | None) -> Any:
@@ -123,8 +128,10 @@ def numbers(text: object, kind: type = int, least: float | None = None) -> list:
     if kind is not int and kind is not float:
         raise DDError(f"the kind of numbers must be int or float, not {shown(kind)}")
     instance("the least of numbers", least, int, float, None)
+    text = plain(text)
     with suppress(ValueError):
-        found = [kind(part) for part in str(text).split(",")]
+        parts = str(text).split(",") if isinstance(text, (str, int, float)) else [""]
+        found = [kind(part) for part in parts]
         if least is None or all(number >= least for number in found):
             return found
     what = f"{'whole ' * (kind is int)}numbers{'' if least is None else f' of at least {least}'}"
@@ -214,6 +221,8 @@ def _field_value(field: dataclasses.Field, value: object, what: str) -> object:
     wrong = isinstance(value, bool) and kind != "bool"
     if wrong or not isinstance(value, KINDS[kind]):
         raise DDError(f"{what} key {key!r} must be {kind}, not {shown(value)}")
+    if kind == "int" and abs(value) > MOST:
+        raise DDError(f"{what} key {key!r} must be at most {MOST}, not {shown(value)}")
     if "allowed" in bounds:
         choose(f"{what} {key}", value, bounds["allowed"])
     if kind == "tuple" and "[" in str(field.type):

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from .core import DDError, checksum, instance, shown
 
 SOURCE = Path(__file__).resolve().parents[1]  # the checkout, when ddlib is installed from one
+_LARGEST = 2**26  # bytes of a JSON file, which is a record or a table of figures
 _STALE = 3600  # seconds after which a temporary file is nobody's any more
 
 
@@ -204,7 +205,8 @@ def _read_tensors(path: Path, kind: str, cure: str) -> tuple[dict, dict, str | N
         ValueError,
         TypeError,
         AttributeError,
-        RecursionError,
+        RuntimeError,  # torch's want of memory, and too deep a header
+        MemoryError,
     ) as error:
         raise DDError(
             f"the {kind} {path} is damaged or not ddlib's ({type(error).__name__}); {cure}"
@@ -240,6 +242,8 @@ def read_rows(path: Path, kind: str, cure: str) -> list[dict[str, Any]]:
 def _read(path: Path, kind: str, cure: str, form: type) -> Any:
     if not is_there(path):
         raise DDError(f"no {kind} at {path}; {cure}")
+    if path.stat().st_size > _LARGEST:
+        raise DDError(f"the {kind} {path} is larger than {_LARGEST >> 20} MiB; {cure}")
     try:
         value = json.loads(path.read_text())
         if not isinstance(value, form):

@@ -189,7 +189,7 @@ class Dataset:
         fraction, seed = instance("fraction", plain(fraction), int, float), whole("seed", seed, 0)
         if not 0 < fraction < 1:
             raise DDError(
-                f"the fraction of train that becomes val must lie between 0 and 1, not {fraction}"
+                f"the fraction of train that becomes val must lie between 0 and 1, not {shown(fraction)}"
             )
         taken = carve(self.labels["train"], fraction, generator(seed, "minival"))
         return self._with({"train": ~taken, "val": taken}, minival_name(fraction, seed))
@@ -265,8 +265,7 @@ def load(
     """
     if not (isinstance(name, str) and name.startswith("folder:")):
         choose("dataset", name, (*NAMES, "folder:PATH"))
-    if resolution is not None and not (type(resolution) is int and resolution > 0):
-        raise DDError(f"resolution must be a positive number of pixels, not {resolution!r}")
+    resolution = None if resolution is None else whole("resolution", resolution, 1)
     choose("zca kind", zca, (None, *KINDS))
     device = pick_device(device)
     root = _data_root(root)

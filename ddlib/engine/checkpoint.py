@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import Spec
-from ..core import DDError
+from ..core import DDError, shown
 from ..files import load_tensors, save_tensors
 from . import heap
 from .meter import PeakMemory, commit
@@ -167,22 +169,40 @@ class Progress:
                 f"the checkpoint {self.path} belongs to another run or other images; delete it to "
                 "start anew"
             )
-        threads = self._threads(header, any_threads)
-        parts = {"method": {}, "snapshot": {}}
         try:
-            for key in self.KEPT:
-                setattr(self, key, threads if key == "threads" else header[key])
-            for name, tensor in tensors.items():
-                kind, _, key = name.partition(".")
-                parts[kind][key] = tensor
-            self.snapshots = {int(step): images for step, images in parts["snapshot"].items()}
-            self.method.load_state_dict(parts["method"])
+            check_header(header, self.total)
+            threads = self._threads(header, any_threads)
+            self._take(header | {"threads": threads}, tensors)
+        except DDError:
+            raise
         except KeyError as error:
             raise DDError(
                 f"the checkpoint {self.path} is of an older ddlib and lacks {error}; delete it to "
                 "start anew"
             ) from None
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise DDError(
+                f"the checkpoint {self.path} is none of this run ({type(error).__name__}: "
+                f"{shown(str(error))}); delete it to start anew"
+            ) from error
         self.saved = self.step
+
+    def _take(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from what a checkpoint holds; what cannot be so is a TypeError or ValueError."""
+        for key in self.KEPT:
+            setattr(self, key, header[key])
+        parts: dict[str, dict] = {"method": {}, "snapshot": {}}
+        for name, tensor in tensors.items():
+            kind, _, key = name.partition(".")
+            parts[kind][key] = tensor
+        self.snapshots = {int(step): images for step, images in parts["snapshot"].items()}
+        fresh, images = self.method.state_dict(), self.method.images.shape
+        for name, tensor in parts["method"].items():
+            _check_tensor(name, tensor, fresh.get(name, tensor))
+        self.method.load_state_dict(parts["method"])
+        for step, picture in self.snapshots.items():
+            if picture.shape != images or not 0 <= step <= self.step:
+                raise ValueError(f"the images of step {step} are {tuple(picture.shape)}")
 
     def _threads(self, header: dict, any_threads: bool) -> list[int]:
         """The numbers of threads that the run has had with this process's, if that is allowed."""
@@ -202,3 +222,36 @@ class Progress:
         if self.path.is_file():
             return f"the last good state, step {self.saved}, is kept in {self.path}"
         return "nothing is kept"
+
+
+def check_header(header: dict[str, Any], total: int) -> None:
+    """Raise KeyError, TypeError or ValueError unless a checkpoint's header is that of a run of `total` steps."""
+    step = header["step"]
+    if type(step) is not int or not 0 <= step <= total:
+        raise ValueError(f"step {shown(step)} of {total}")
+    for row in header["history"]:
+        row["step"] + 0
+    for score in header["evaluations"]:
+        check_score(score)
+    numbers = [header["seconds"][part] for part in ("distill", "evaluate")] + [header["peak"]]
+    numbers += [value for scores in header["scores"] for value in scores.values()]
+    numbers += [*header["threads"], *header["together"], *header["smaller"].values()]
+    if not header["smaller"].keys() <= {"chunk", "micro"}:
+        raise ValueError(f"it lowers {shown(header['smaller'])}")
+    if not (header["threads"] and all(math.isfinite(number) for number in numbers)):
+        raise ValueError(f"its numbers are {shown(numbers)}")
+
+
+def check_score(score: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError unless an evaluation is one as records keep it."""
+    values = [score["step"], score["mean"], score["std"], *score["networks"]]
+    if not (score["networks"] and all(map(math.isfinite, values))):
+        raise ValueError(f"a score is {shown(values)}")
+
+
+def _check_tensor(name: str, tensor: Tensor, fresh: Tensor) -> None:
+    """Raise ValueError unless a method's tensor is like the one that it begins with, and finite."""
+    if tensor.shape != fresh.shape or tensor.dtype != fresh.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{name} is not finite")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from ..distilled import Synthetic
 from ..files import is_there, lock, read_json, results_folder, sealed, update_json
 from ..recipe import VERSION, Recipe
 from ..train.evaluate import Evaluation, evaluate
-from .checkpoint import threads_of
+from .checkpoint import check_score, threads_of
 from .meter import machine
 
 _CURE = "delete it and run again"
@@ -251,7 +250,7 @@ def _check_transfer(key: str, row: dict[str, Any]) -> None:
         raise ValueError(f"a key is {shown(key)}")
     if not isinstance(row["backbone"], str):
         raise TypeError(f"a backbone is {shown(row['backbone'])}")
-    _check_score(row)
+    check_score(row)
 
 
 def _check_counts(row: list[list[int]]) -> None:
@@ -273,7 +272,7 @@ def _check(record: dict[str, Any]) -> None:
         raise ValueError("evaluations are none")
     last = record["accuracy"]["last"]
     for score in (last, *record["accuracy"].values(), *record["evaluations"]):
-        _check_score(score)
+        check_score(score)
     for number in [row["step"] for row in record["history"]] + record.get("together", []):
         number + 0
 
@@ -296,12 +295,6 @@ _TYPES = {
     "peak_method": str,
     "device": str,
 }
-
-
-def _check_score(score: dict[str, Any]) -> None:
-    values = [score["step"], score["mean"], score["std"], *score["networks"]]
-    if not (score["networks"] and all(map(math.isfinite, values))):
-        raise ValueError(f"a score is {shown(values)}")
 
 
 def usable(data: Dataset | None, spec: Spec) -> Dataset | None:

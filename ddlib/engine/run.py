@@ -55,6 +55,8 @@ class Options:
     def __post_init__(self) -> None:
         for field in fields(self)[2:]:
             instance(field.name, plain(getattr(self, field.name)), bool)
+        if self.checkpoint_every is not None:
+            whole("checkpoint_every", self.checkpoint_every, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +156,6 @@ def _make(jobs: list[Job], data: Dataset | None, options: Options) -> None:
     jobs = _missing(jobs, data, options.fresh)
     if not jobs:
         return
-    every = options.checkpoint_every
-    every = None if every is None else whole("checkpoint_every", every, 1)
     device = pick_device(options.device)
     with ExitStack() as held:
         # In one order everywhere, so that no two processes wait for one another
@@ -177,7 +177,7 @@ def _make(jobs: list[Job], data: Dataset | None, options: Options) -> None:
                 _teach(job.spec, data, options.progress)
             if options.fresh:
                 job.checkpoint.unlink(missing_ok=True)
-        _compute(jobs, data, options, every)
+        _compute(jobs, data, options)
 
 
 def _missing(jobs: list[Job], data: Dataset | None, fresh: bool) -> list[Job]:
@@ -192,7 +192,7 @@ def _missing(jobs: list[Job], data: Dataset | None, fresh: bool) -> list[Job]:
     return missing
 
 
-def _compute(jobs: list[Job], data: Dataset, options: Options, every: int | None) -> None:
+def _compute(jobs: list[Job], data: Dataset, options: Options) -> None:
     """Distil, evaluate and write the records; where memory runs out, with fewer images in one pass from there on."""
     peak, smaller, shared = PeakMemory(data.device), {}, {}
     together = [job.spec.ipc for job in jobs] if len(jobs) > 1 else []
@@ -204,7 +204,7 @@ def _compute(jobs: list[Job], data: Dataset, options: Options, every: int | None
                 state.method.shared = shared
         try:
             with peak:
-                return _distil(states, data, options.progress, every)
+                return _distil(states, data, options.progress, options.checkpoint_every)
         except OutOfMemory as error:
             smaller = _halved(error.state, data)
             if not smaller:

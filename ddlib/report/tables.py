@@ -58,6 +58,7 @@ COLUMNS = [
     "peak_method",
     "device",
     "commit",
+    "sealed",
     "marks",
     "values",
     "name",
@@ -97,7 +98,8 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
     (`verdict.data_of`, and whether the code is known). `best` is over checkpoints, and over the epochs that IDC's
     protocol looks at; `selected` the checkpoint that the validation split chooses; `krr` FRePo's second predictor;
     both are NaN where a run has none. `overrides` names the values that are not the profile's preset, "" for none;
-    `values` has all of them; `networks` lists every accuracy; `seconds` is `distill` and `evaluate` together.
+    `values` has all of them; `networks` lists every accuracy; `seconds` is `distill` and `evaluate` together; `sealed`
+    says whether a checksum covers the record, which those of older versions lack.
     """
     rows = []
     for run in listed("runs", found):
@@ -128,6 +130,7 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
                 "seconds": round(sum(seconds.values()), 1),
                 **seconds,
                 "device": timed_on(record),
+                "sealed": run.sealed,
                 "marks": tuple(filter(None, marks)),
                 "values": values,
             }

@@ -49,13 +49,14 @@ def runs(rows: pd.DataFrame, width: int | None = None) -> str:
             "accuracy (%)": counts,
             "best (%)": rows.best.where(rows.best.round(1) > rows.accuracy.round(1)),
             "seconds": rows.seconds.round().astype(int),
-            "name": rows.name.str[-8:],
+            "name": rows.name.str[-8:] + rows.sealed.map({True: "", False: "*"}),
             "settings": rows.overrides.replace("", None),
         }
     )
     common, shown = shared(shown.dropna(axis=1, how="all"))
     above = ", ".join(f"{name} {value}" for name, value in common.items())
-    return f"{above}\n\n{table(shown, width)}" if above else table(shown, width)
+    below = "" if rows.sealed.all() else "* has no checksum, as an older ddlib wrote it"
+    return "\n\n".join(filter(None, (above, table(shown, width), below)))
 
 
 def shared(rows: pd.DataFrame) -> tuple[dict[str, object], pd.DataFrame]:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -18,11 +19,12 @@ import torch
 
 import ddlib as dd
 from ddlib import experts, files
-from ddlib.core import DDError
+from ddlib.core import DDError, Interrupted
 from ddlib.data import cache as cached
 from ddlib.data.zca import ZCA
 from ddlib.engine import queue, record
 from ddlib.experts import ExpertRecipe
+from ddlib.methods.dm import DM
 from ddlib.report import reproduce, site, slim
 
 from .faults import pictures, run
@@ -105,6 +107,24 @@ READERS = OTHERS | {
 }
 
 
+def stopped(folder: Path) -> Path:
+    """The checkpoint of a run that was stopped after two of its steps."""
+    step, made = DM.step, []
+
+    def twice(method):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(method)
+        return step(method)
+
+    DM.step = twice
+    with suppress(Interrupted):
+        run("dm", str(folder))
+    DM.step = step
+    (path,) = folder.rglob("checkpoints/*.safetensors")
+    return path
+
+
 def originals(folder: str) -> dict[str, str]:
     """A whole file of each kind."""
     pictures()
@@ -134,6 +154,7 @@ def originals(folder: str) -> dict[str, str]:
         "pt": place / "set.pt",
         "set": done.path.with_suffix(".safetensors"),
         "checkpoint or expert": state,
+        "stopped": stopped(place / "stopped"),
         "record": done.path,
         "side file": done.path.with_suffix(".transfer.json"),
         "study": study,
@@ -233,14 +254,16 @@ def outcome(counts: Counter, what: str, function, *arguments, **options) -> obje
 
 
 def crafted(paths: dict[str, str], seed: int) -> Counter:
-    """One child's cases of sets with a right checksum, or exported, and wrong contents; what is read can be kept."""
+    """One child's cases of sets and checkpoints with a right checksum, or exported sets, and wrong contents; a set that
+    is read can be kept, a run that goes on ends."""
     draw, counts = random.Random(seed), Counter()
+    checkpoint = files.load_tensors(Path(paths["stopped"]), "checkpoint", "")
     kept = files.load_tensors(Path(paths["set"]), "set", "")
     content = torch.load(paths["pt"], weights_only=True)
     values = {key: part for key, part in content.items() if isinstance(part, torch.Tensor)}
     exported = values, {key: part for key, part in content.items() if key not in values}
     for _ in range(BATCH):
-        values, header = whole = draw.choice((kept, exported))
+        values, header = whole = draw.choice((kept, exported, checkpoint))
         tensors_, facts = dict(values), json.loads(json.dumps(header))
         if draw.random() < 0.5:
             name = draw.choice(list(tensors_))
@@ -248,11 +271,17 @@ def crafted(paths: dict[str, str], seed: int) -> Counter:
             kind = draw.choice((torch.float32, torch.int64, torch.bfloat16, torch.bool))
             tensors_[draw.choice((name, "images@x", "more"))] = torch.zeros(shape).to(kind)
         else:
-            part = facts if draw.random() < 0.5 else facts["recipe"]
+            part = facts.get("recipe", facts) if draw.random() < 0.5 else facts
             key = draw.choice([*part, "more"])
             part[key] = draw.choice((None, -1, 10**9, "x", "2", [], {}, math.nan, 1.5, True, [1]))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "a.safetensors"
+            if whole is checkpoint:
+                path = Path(folder) / "smoke" / "checkpoints" / Path(paths["stopped"]).name
+                path.parent.mkdir(parents=True)
+                files.save_tensors(path, tensors_, facts)
+                outcome(counts, f"crafted {seed}", run, "dm", folder)
+                continue
             if whole is kept:
                 files.save_tensors(path, tensors_, facts)
                 syn = outcome(counts, f"crafted {seed}", dd.Synthetic.load, path)

@@ -1007,3 +1007,95 @@ def test_images_whose_note_is_not_there_yet_are_no_damaged_ones(tmp_path, cache,
         note.unlink()
     assert dd.load(name, device="cpu").checksum == wanted
     assert [str(each.message) for each in recwarn] == []
+
+
+# What looks like ours and is not
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """The checkpoint of a run that was stopped before its fourth step."""
+    folder, step = tmp_path_factory.mktemp("stopped"), DM.step
+
+    def thrice(self):
+        if self.steps == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(DM, "step", thrice)
+        dm(results=folder)
+    (path,) = folder.rglob("checkpoints/*.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header"),
+    [
+        ({}, {"step": 99}), ({}, {"step": -1}), ({}, {"step": "x"}), ({}, {"step": True}), ({}, {"history": 5}),
+        ({}, {"seconds": []}), ({}, {"threads": []}), ({}, {"evaluations": [{}]}), ({}, {"scores": [5]}),
+        ({}, {"smaller": {"x": 1}}), ({}, {"smaller": 5}), ({}, {"peak": "x"}), ({}, {"together": 1}),
+        ({"snapshot.x": torch.zeros(1)}, {}), ({"snapshot.1": torch.zeros(1)}, {}),
+        ({"method.steps": torch.zeros(2, dtype=int)}, {}), ({"method.raw": torch.zeros(3)}, {}),
+        ({"method.average": torch.full((10, 1, 8, 8), math.nan)}, {}), ({"more": torch.zeros(1)}, {}),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_with_a_right_checksum_and_contents_that_make_no_sense(
+    stopped, tmp_path, tensors, header
+):
+    whole, facts = files.load_tensors(stopped, "checkpoint", "")
+    path = tmp_path / "smoke" / "checkpoints" / stopped.name
+    path.parent.mkdir(parents=True)
+    files.save_tensors(path, whole | tensors, facts | header)
+    with pytest.raises(DDError, match=r"the checkpoint .* delete it to start anew"):
+        dm(results=tmp_path)
+
+
+def test_a_file_larger_than_any_record_is_not_read(tmp_path):
+    path = tmp_path / "endless.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # of which the disk holds nothing
+    with pytest.raises(DDError, match="larger than 64 MiB"):
+        files.read_json(path, "record", "delete it")
+
+
+def test_numbers_that_python_does_not_write(results):
+    huge = 10**5000
+    for call in (
+        lambda: dd.resolve("dm", "digits", huge),
+        lambda: dd.resolve("dm", "digits", 1, seed=huge),
+        lambda: dd.resolve("dm", "digits", 1, iterations=huge),
+        lambda: dd.resolve("dm", "digits", 1, iterations=-huge),
+        lambda: dd.protocol("dsa", epochs=huge),
+        lambda: dd.load("digits", resolution=huge),
+        lambda: dd.load("digits", resolution=-huge),
+        lambda: dd.load("digits", device="cpu").minival(seed=huge),
+        lambda: dd.load("digits", device="cpu").minival(huge),
+        lambda: dd.load("digits", device="cpu").subset(huge),
+        lambda: dd.numbers(huge),
+    ):
+        with pytest.raises(DDError, match="(at most|at least|between|no list)"):
+            call()
+
+
+def test_every_argument_is_looked_at_where_the_record_is_kept(kept):
+    with pytest.raises(DDError, match="checkpoint_every must be an integer"):
+        dm(results=kept.path.parents[2], checkpoint_every=[1])
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_sentence():
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv = ['ddlib', 'list']\n"
+        "from ddlib.cli import main\n"
+        "sys.exit(main())"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "ddlib: stopped\n")
