@@ -17,6 +17,7 @@ from ddlib.match.gradients import Matching, Traced, class_gradients, distance, m
 from ddlib.methods import METHODS
 from ddlib.methods.gradient import DSA, IDC, Config, Gradient
 from ddlib.nets.build import build
+from tests.oracles.plain import idc_images
 
 CLASSES, IPC = 3, 2
 IDCS = {
@@ -177,7 +178,7 @@ def test_all_classes_at_once_are_the_loop_over_classes_with_its_momentum(factor,
     method = make(data, **IDCS | {"inner": 5, "factor": factor, "engine": engine, "lr_img": 20.0})
     start = method.raw.clone()
     method.fresh_network(0)
-    expected = bench.plain(method, 5)
+    expected = idc_images(method, 5)
     got = after(method, 1)
     assert got.dtype == torch.float64 and (expected - start).norm() > 0.01 * start.norm()
     assert (got - expected).norm() < 1e-9 * (expected - start).norm()
@@ -188,7 +189,7 @@ def test_joint_momentum_would_be_another_optimiser():
     method = make(data, **IDCS | {"inner": 5, "lr_img": 20.0})
     method.lr, method.momentum = 20.0 * IPC / 10, method.config.momentum
     method.fresh_network(0)
-    expected = bench.plain(method, 5)
+    expected = idc_images(method, 5)
     start = method.raw.clone()
     assert (after(method, 1) - expected).norm() > 0.05 * (expected - start).norm()
 
