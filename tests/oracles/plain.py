@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import count, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.func import grad as func_grad
 
 from ddlib.augment.siamese import augment, cutmix, draw
 from ddlib.core import generator
 from ddlib.distilled import decode
 from ddlib.methods.gradient import Config, Gradient
-from ddlib.nets.build import build, initialise
+from ddlib.nets.build import Backbone, build, initialise
 
 
 def dm_gradient(
@@ -42,6 +45,26 @@ def dm_gradient(
         s = augment(images[c * ipc : (c + 1) * ipc], mine.repeat(ipc))
         loss = loss + (net.features(x).detach().mean(0) - net.features(s).mean(0)).square().sum()
     return torch.autograd.grad(loss, images)[0]
+
+
+def gradients_by_vmap(
+    net: Backbone, x: Tensor, y: Tensor, weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of every class's mean cross-entropy [C, *weight.shape] and mean features [C, d], by vmap over classes.
+
+    x: images [C, B, ch, H, W]; y: labels [C, B]. Of the weights of layer norm, vmap's derivative misses a part (torch
+    2.15).
+    """
+    names = {id(weight): name for name, weight in net.named_parameters()}
+    chosen = {names[id(weight)]: weight.detach() for weight in weights}
+
+    def loss(values: dict[str, Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = functional_call(net, values, (images,))
+        return F.cross_entropy(logits, labels), net.features(images).mean(0)
+
+    per_class = vmap(func_grad(loss, has_aux=True), in_dims=(None, 0, 0))
+    gradients, means = per_class(chosen, x, y)
+    return [*gradients.values(), means]
 
 
 def idc_images(method: Gradient, steps: int, outer: int = 0) -> Tensor:
