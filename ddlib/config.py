@@ -323,9 +323,14 @@ def _resolved(
     configs = [fields_from(c, _subset(c, values), "preset") for c in (cls.Config, RunConfig)]
     check_only(method, METHODS.registration(method).only, configs[0])
     spec = Spec(method, dataset, ipc, profile, seed, asdict(configs[0]) | asdict(configs[1]))
-    spec.recipe  # noqa: B018  an impossible protocol is an error here, not after the distillation
+    _check_evaluation(spec)
     check_strategy(spec.run.augment)
     return spec
+
+
+def _check_evaluation(spec: Spec) -> None:
+    """Raise `DDError` for an impossible protocol: now, not after the distillation."""
+    instance("the recipe", spec.recipe, Recipe)
 
 
 def load_as(name: str, values: Mapping[str, Any], device: str | torch.device) -> Dataset:
