@@ -184,12 +184,13 @@ def _accuracy(run: Run) -> str:
     best = best.get("best", best)
     table = tables.runs([*_random_beside(run), run])
     rows = tables.compare(table)[tables.judge(table).method == run.record["method"]]
-    figure = f"{last['mean']:.1f} ± {last['std']:.1f} over {len(last['networks'])} networks"
+    last_mean, best_mean = (tables.with_spread(s["mean"], s["std"]) for s in (last, best))
+    figure = f"{last_mean} over {len(last['networks'])} networks"
     lines = [
         "| test accuracy (%) | |",
         "| --- | --- |",
         f"| after the last step ({last['step']}) | {figure} |",
-        f"| the best on the way, chosen on the test set | {best['mean']:.1f} ± {best['std']:.1f} |",
+        f"| the best on the way, chosen on the test set | {best_mean} |",
     ]
     lines += [
         f"| {name} | {rows[column].iloc[0]} |"

@@ -222,12 +222,13 @@ def labels(look: Look) -> Figure:
     table = (syn.labels if soft else F.one_hot(syn.labels, len(syn.classes))).cpu().float()
     table = table.unflatten(0, (len(syn.classes) * each, -1)).mean(1).numpy()
     signed, high = bool((table < 0).any()), float(abs(table).max())  # FRePo's are no probabilities
+    averaged = f"class of the synthetic image, mean of {syn.ipc} images"
     figure, axis = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
     shown = axis.imshow(
         table,
         aspect="auto",
         cmap="RdBu_r" if signed else "cividis",
-        vmin=-high * signed,
+        vmin=-high if signed else 0,
         vmax=high,
         interpolation="nearest",
     )
@@ -236,7 +237,7 @@ def labels(look: Look) -> Figure:
     _class_ticks(axis.yaxis, syn.classes, each)
     axis.set(
         xlabel="class of the label",
-        ylabel="class of the synthetic image" + f", mean of {syn.ipc} images" * (each < syn.ipc),
+        ylabel="class of the synthetic image" if each == syn.ipc else averaged,
     )
     axis.set_title(
         f"{look.title}\n{'soft labels after the last step' if soft else 'hard labels'}", fontsize=9

@@ -117,8 +117,9 @@ def grid(
     picture = (
         tiles.unflatten(0, (count, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     )
+    margin = 0.8 if rows else 0
     figure, axis = plt.subplots(
-        figsize=(scale * columns + 0.8 * bool(rows), scale * count + 0.35), layout="constrained"
+        figsize=(scale * columns + margin, scale * count + 0.35), layout="constrained"
     )
     axis.imshow(picture.numpy(), interpolation="nearest")
     axis.set_xticks(
@@ -396,7 +397,9 @@ def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every:
         axis.set_ylabel("test accuracy (%), mean ± std")
     if not every:
         axis.set_xlim(ipcs[0] / 1.6, ipcs[-1] * 1.6)
-    ticks = [1, 10, 50, *[1000] * int(axis.dataLim.x1 >= 1000)] if every else ipcs
+    ticks = [1, 10, 50] if every else ipcs
+    if every and axis.dataLim.x1 >= 1000:
+        ticks.append(1000)
     axis.set_xticks(ticks, ticks)
     axis.minorticks_off()
     return ends
@@ -568,7 +571,7 @@ def history(found: list[Run], key: str = "loss") -> Figure:
         ylabel=key,
         yscale="log",
         title=f"{record['method']}: {place(record['dataset'], record['profile'])}, "
-        f"{seeds} seed{'s' * (seeds > 1)}",
+        f"{seeds} seed{'s' if seeds > 1 else ''}",
     )
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

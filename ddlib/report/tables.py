@@ -279,7 +279,7 @@ def printed_runs(datasets: Iterable[str]) -> list[Spec]:
 
 def mark(evidence: str) -> str:
     """`*` for a figure that was quoted from memory and not yet seen in print, `~` for one that was read off a plot."""
-    return "*" if evidence.startswith("RECALLED") else "~" * (evidence == "V-fig")
+    return "*" if evidence.startswith("RECALLED") else "~" if evidence == "V-fig" else ""
 
 
 def _mark(table: pd.DataFrame) -> pd.Series:
@@ -597,7 +597,7 @@ def printed_across(dataset: str) -> pd.DataFrame:
     table = table[networks.transform("nunique") > 1]
     made = [
         f"{r.method}, IPC {r.ipc}"
-        + f", on {r.backbone}" * (r.backbone.partition(":depth")[0] != "convnet")
+        + (f", on {r.backbone}" if r.backbone.partition(":depth")[0] != "convnet" else "")
         for r in table.itertuples()
     ]
     return pd.DataFrame(
