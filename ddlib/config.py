@@ -240,7 +240,7 @@ def resolve(
 
 
 def resolve_anyway(method: str, dataset: str, ipc: int, profile: str, **overrides: Any) -> Spec:
-    """As `resolve`, also where paper and code give no setting: a class's defaults stand in. For what distils nothing."""
+    """As `resolve`, but where paper and code give no setting, defaults stand in. For what distils nothing."""
     return _resolved(method, dataset, ipc, profile, 0, overrides)
 
 

@@ -1,4 +1,4 @@
-"""FRePo: dataset distillation using neural feature regression (Zhou, Nezhadarya and Ba, NeurIPS 2022, arXiv 2206.00719).
+"""FRePo: dataset distillation using neural feature regression (Zhou, Nezhadarya, Ba, NeurIPS 2022, arXiv 2206.00719).
 
 The body f of a network stays as it is and its last layer is solved for: with F_s = f(X) of the synthetic images, their
 learned labels Y, and F_t of a batch of real images with targets T = one-hot - 1/C,

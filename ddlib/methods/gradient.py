@@ -304,7 +304,7 @@ class Gradient(BaseMethod):
         target: list[Tensor] | None = None,
         raw: Tensor | None = None,
     ) -> list[Tensor]:
-        """Statistics of images x [c, B, ch, H, W] of the classes `part`; with a target: L, and its gradient in `raw`."""
+        """Statistics of images x [c, B, ch, H, W] of the classes `part`; with a target: L, and its gradient in X."""
         x = augment(x.flatten(0, 1), params.repeat(x.shape[1])).unflatten(0, x.shape[:2])
         y = self.classes[part, None].expand(-1, x.shape[1])
         if target is None:

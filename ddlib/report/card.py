@@ -46,7 +46,10 @@ YOURS = (
     "unknown",
     "The terms of the images that it was distilled from hold; this record does not know them.",
 )
-UNKNOWN_ACCURACY = "Not known: no record lies beside the set. `ddlib evaluate FILE` trains networks on it and tests them."
+UNKNOWN_ACCURACY = (
+    "Not known: no record lies beside the set. "
+    "`ddlib evaluate FILE` trains networks on it and tests them."
+)
 
 
 def card(of: Run | Synthetic, *, pictures: str = "", use: str = "") -> str:
@@ -104,7 +107,7 @@ def picture(of: Run | Synthetic) -> bytes | None:
 
 
 def seen(of: Run | Synthetic) -> Tensor | None:
-    """The pixels of a whitened set that `ddlib look` has kept beside its run, uint8 [n, C, H, W]; None where none are."""
+    """The pixels of a whitened set that `ddlib look` has kept beside its run, uint8 [n, C, H, W], or None."""
     return look.load(of).get("pixels") if isinstance(of, Run) else None
 
 

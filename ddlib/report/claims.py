@@ -195,7 +195,7 @@ def counts(judged: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_verdict(judged: pd.DataFrame) -> pd.DataFrame:
-    """`counts` for a page: a row a verdict that occurs and one of all claims, a column a paper and one of all papers."""
+    """`counts` for a page: a row per verdict and one of all claims, a column per paper and one of all papers."""
     table = counts(judged).set_index("paper").rename(columns={"claims": "all claims"})
     table = table[[*VERDICTS, "all claims"]].T.assign(all=lambda each: each.sum(axis=1))
     table = table[table["all"] > 0]

@@ -50,7 +50,7 @@ DOTS = 60  # real images a class in the embedding
 
 
 def choices(found: Iterable[Run]) -> dict[Key, Run]:
-    """(dataset, method, IPC) -> its run, of those whose set is kept: one in the paper's profile first, then with the fewest
+    """(dataset, method, IPC) -> its run, of those with a kept set: first in the paper's profile, then with the fewest
     overrides, then the longest, then the lowest seed."""
     kept = [run for run in found if run.path.with_suffix(".safetensors").is_file()]
     rows = tables.runs(kept).assign(run=kept)

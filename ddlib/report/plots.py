@@ -661,7 +661,7 @@ def intervals(
     level: float | None = None,
     xlabel: str | None = None,
 ) -> Figure:
-    """`y` with its interval (columns low and high) by `x`, the values of `by` side by side; `level` is a dashed line."""
+    """`y` with its interval (columns low and high) by `x`, values of `by` side by side; `level` is a dashed line."""
     places, names = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[by]))
     figure, axis = plt.subplots(
         figsize=(max(5.2, 1.3 * len(places)) + 1.6, 3.6), layout="constrained"

@@ -552,7 +552,7 @@ def across(scores: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def on_other_networks(path: Path) -> list[dict[str, Any]]:
-    """What `Run.transfer` kept of the record at `path` with nothing changed but the network, the most networks first."""
+    """What `Run.transfer` kept of the record at `path` with nothing but the network changed, most networks first."""
     same = [
         score
         for key, score in Run(path).transferred().items()

@@ -1,4 +1,4 @@
-"""Gradient matching: its engines, IDC's effective step size against the loop over classes, distances, seeds, presets."""
+"""Gradient matching: engines, IDC's effective step size against the loop over classes, distances, seeds, presets."""
 
 from dataclasses import fields, replace
 
