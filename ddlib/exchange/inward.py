@@ -70,7 +70,7 @@ def import_set(
 
     dataset: what it was distilled from, a name or a loaded `Dataset`; method: whose protocol, network, whitening and
     factor hold, by the preset of the paper (default: what layout and file name say); experiment: which of DC's, DSA's
-    or DM's; factor: IDC's tiles a side; lr: a learned step size that the file lacks; settings: further keys of the
+    or DM's; factor: IDC's tiles per side; lr: a learned step size that the file lacks; settings: further keys of the
     preset, e.g. backbone or zca. Raises `DDError` for an unknown layout, a file that would run code, and images or
     labels that are not finite or do not fit the dataset.
     """

@@ -50,7 +50,7 @@ class Config:
     # Of LAMB: every step moves X, and Y, by this share of its norm; cosine to 10 %
     lr_img: float = option(3e-4, least=0)
     learn_label: bool = True  # False: the labels stay centred one-hot rows
-    batch_real: int = option(1024, least=1)  # real images a step, of all classes
+    batch_real: int = option(1024, least=1)  # real images per step, of all classes
     pool_size: int = option(10, least=1)  # m, networks
     max_age: int = option(100, least=0)  # K: a network older than this many steps is replaced
     lr_net: float = option(3e-4, least=0)  # of the networks' Adam, constant
@@ -66,7 +66,7 @@ class Config:
 
 @register("frepo", paper="arXiv 2206.00719")
 class FRePo(BaseMethod):
-    """Feature regression of `ipc` images a class on `data`, with learned labels [n, C]; `backbone` is the pool's.
+    """Feature regression of `ipc` images per class on `data`, with learned labels [n, C]; `backbone` is the pool's.
 
     `frepo` attains 39.0 ± 0.5 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=3; 1433 s, Intel Xeon, 1 thread).
     """

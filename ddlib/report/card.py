@@ -89,7 +89,7 @@ def card(of: Run | Synthetic, *, pictures: str = "", use: str = "") -> str:
 
 
 def picture(of: Run | Synthetic) -> bytes | None:
-    """At most ten images of each of the first ten classes as a PNG, a column a class.
+    """At most ten images of each of the first ten classes as a PNG, a column per class.
 
     None for a whitened set without the pixels that `ddlib look` keeps: only its dataset could undo the whitening.
     """

@@ -46,7 +46,7 @@ CLASSES = (
 )
 Key = tuple[str, str, int]  # dataset, method, IPC
 NEIGHBOURS = 6  # of each first image
-DOTS = 60  # real images a class in the embedding
+DOTS = 60  # real images per class in the embedding
 
 
 def choices(found: Iterable[Run]) -> dict[Key, Run]:
@@ -143,7 +143,7 @@ def _unwhitened(syn: Synthetic, pixels: torch.Tensor) -> Synthetic:
 
 
 def images(look: Look) -> Figure:
-    """The synthetic images after the step, one row a class."""
+    """The synthetic images after the step, one row per class."""
     return plots.images(look.seen, title=look.title)
 
 
@@ -216,7 +216,7 @@ def neighbours(look: Look) -> Figure:
 
 
 def labels(look: Look) -> Figure:
-    """The labels as a heat map, one row an image, or a class's mean beyond 100 images; hard ones are 0 and 1."""
+    """The labels as a heat map, one row per image, or a class's mean beyond 100 images; hard ones are 0 and 1."""
     syn = look.syn
     soft, each = syn.labels.is_floating_point(), syn.ipc if len(syn.labels) <= 100 else 1
     table = (syn.labels if soft else F.one_hot(syn.labels, len(syn.classes))).cpu().float()
@@ -422,7 +422,7 @@ def keep(run: Run, device: str = "auto") -> Path:
 
 
 def _class_ticks(axis: Axis, classes: tuple[str, ...], each: int = 1) -> None:
-    """Class names, at most 20 of them, on an axis with `each` rows a class."""
+    """Class names, at most 20 of them, on an axis with `each` rows per class."""
     shown = range(0, len(classes), -(-len(classes) // 20))
     upright = axis.axis_name == "x" and max(map(len, classes)) > 2
     axis.set_ticks(

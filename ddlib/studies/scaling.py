@@ -56,7 +56,7 @@ def updates(
     device: str = "auto",
     repeats: int = 3,
 ) -> pd.DataFrame:
-    """One update by each of `UPDATES` at each of the `sizes` (key of `SIZES` -> values); what is not varied stays the
+    """One update by each of `UPDATES` at each of the `sizes` (key of `SIZES` -> values); all else stays as the
     presets of `dataset` and `profile` have it at IPC 1, but for the depth of a ConvNet, which follows the resolution.
 
     Columns: varied, value, method, network, seconds (median of `repeats`), graph bytes (peak of what autograd holds),
