@@ -10,7 +10,7 @@ SUM   := { pwd; cat pyproject.toml constraints.txt; } | cksum
 NEW   := 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce site test campaign compat lab bench gpu clean
+.PHONY: help env reproduce site test unit campaign compat lab bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,10 @@ test: env ## the tests, and every notebook from top to bottom
 	@scratch=$$(mktemp -d) || exit 1; trap 'rm -rf "$$scratch"' EXIT; trap 'exit 130' INT TERM; \
 	DDLIB_RESULTS="$$scratch" OMP_NUM_THREADS=1 $(VENV) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		--nbval-lax --nbval-current-env $(wildcard notebooks/*.ipynb) tests
+
+unit: env ## the tests of the library alone: unit, oracles, contract
+	@scratch=$$(mktemp -d) || exit 1; trap 'rm -rf "$$scratch"' EXIT; trap 'exit 130' INT TERM; \
+	DDLIB_RESULTS="$$scratch" OMP_NUM_THREADS=1 $(VENV) -m pytest -q -n 2 --dist loadfile tests/unit tests/oracles tests/contract
 
 campaign: env ## MINUTES=30 of kills, full disks, processes that meet, damaged files and odd arguments; counts in results/campaigns
 	$(VENV) -m tests.campaigns --minutes $(or $(MINUTES),30)

@@ -1,10 +1,10 @@
 """One DM iteration and one evaluation against plain loops: `make bench`.
 
-The plain loop is what the released code does: class by class, uncompiled, the images through torch autograd. The
-roofline is the iteration's FLOPs (spec: forward for every real image, forward and input gradient for every synthetic
-one) over the rate of a large 3x3 convolution on this machine. Images are random bytes of CIFAR-10's shape: the values
-do not change the work. The plain loop is timed twice: in this process, where freed memory is kept
-(`ddlib.engine.heap`), and alone, as the C library has it by default.
+The plain loop (`dm_gradient`, the tests' oracle) is what the released code does: class by class, uncompiled, the images
+through torch autograd. The roofline is the iteration's FLOPs (spec: forward for every real image, forward and input
+gradient for every synthetic one) over the rate of a large 3x3 convolution on this machine. Images are random bytes of
+CIFAR-10's shape: the values do not change the work. The plain loop is timed twice: in this process, where freed memory
+is kept (`ddlib.engine.heap`), and alone, as the C library has it by default.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from ddlib.data.dataset import Dataset, from_arrays
 from ddlib.distilled import Synthetic
 from ddlib.engine.meter import PeakMemory, conv_rate, machine, seconds
 from ddlib.methods.dm import DM, Config
-from ddlib.nets.build import build, count_flops, initialise
+from ddlib.nets.build import build, count_flops
 from ddlib.recipe import PRECISIONS, Recipe, protocol
 from ddlib.train.evaluate import evaluate
+from tests.oracles.plain import dm_gradient
 
 
 def shapes(classes: int, each: int, device: torch.device):
@@ -44,29 +45,6 @@ def shapes(classes: int, each: int, device: torch.device):
         labels[:: max(1, each // 10)][: 10 * classes],
         device=device,
     )
-
-
-def plain_step(
-    data, images: torch.Tensor, ipc: int, batch: int, step: int, backbone: str = "convnet"
-) -> torch.Tensor:
-    """The gradient of DM's loss for all images by the plain loop over classes, with DM's own draws: also the oracle."""
-    net = build(backbone, data.shape, data.num_classes).to(images).requires_grad_(False).train()
-    initialise(net, generator(0, "dm", "network", step))
-    real = data.sample(batch, generator(0, "dm", "real", step))
-    params = draw(
-        "color_crop_cutout_flip_scale_rotate",
-        data.num_classes,
-        data.shape[1:],
-        generator(0, "dm", "augment", step),
-    )
-    images = images.detach().requires_grad_()
-    loss = 0.0
-    for c in range(data.num_classes):
-        mine = params.select(torch.tensor([c]))
-        x = augment(data.batch("train", real[c]).to(images), mine.repeat(batch))
-        s = augment(images[c * ipc : (c + 1) * ipc], mine.repeat(ipc))
-        loss = loss + (net.features(x).detach().mean(0) - net.features(s).mean(0)).square().sum()
-    return torch.autograd.grad(loss, images)[0]
 
 
 def alone(function: Callable, *arguments: object) -> float:
@@ -183,7 +161,7 @@ def plain_iteration(
 ) -> float:
     data = shapes(classes, max(batch, ipc), device)
     images = data.batch("train", data.sample(ipc, generator(0, "bench")).flatten())
-    return seconds(lambda: plain_step(data, images, ipc, batch, 0), repeats=repeats, device=device)
+    return seconds(lambda: dm_gradient(data, images, ipc, batch, 0), repeats=repeats, device=device)
 
 
 def small_set(device: torch.device, epochs: int) -> tuple[Synthetic, Dataset]:

@@ -1,7 +1,7 @@
 """DREAM's choice of the real batch, K images of a class of 5,000 by a ConvNet's features: plain and compiled.
 
-`plain` is `ddlib.match.sampler.representatives` as an uncompiled run has it, the tests' oracle; `compiled` as a run with
-`compile`. `channels last` is what compiled runs did before, the plain features of weights that lie as the compiled steps
+`plain` is `ddlib.match.sampler.representatives` as an uncompiled run has it, the tests' oracle; `compiled` as one with
+`compile`. `channels last` is what compiled runs did before, plain features of weights that lie as the compiled steps
 want them. All three take turns, on pictures of CIFAR-10's shape (`benchmarks.kmeans`); a figure is the median over the
 turns, in seconds of the wall on a GPU, of the processor on a CPU. `same images`: the share of K that plain chooses too.
 """

@@ -58,7 +58,7 @@ def timed(work: Callable[[], float], device: torch.device) -> tuple[float, float
 
 
 def clustering(x: torch.Tensor, k: int, turns: int, defaults: bool = True) -> list[dict]:
-    """A row for ours and each setting of scikit-learn: median seconds, mean inertia over ours, times as slow as ours."""
+    """A row for ours and each of scikit-learn's settings: median seconds, mean inertia over ours, times as slow."""
     points, device = x.cpu().numpy(), x.device
 
     def theirs(seed: int, **settings: object) -> Callable[[], float]:

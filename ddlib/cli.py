@@ -372,124 +372,125 @@ SET = _option(
     help="override a preset's key (ddlib presets shows them); may be repeated",
 )
 SETTING = (METHOD, DATASET, IPC, PROFILE)
-COMMANDS = {
-    "run": (
-        _run,
-        *SETTING,
-        _option("--seed", type=int, default=0, help="of distillation and evaluation (default: 0)"),
-        BACKBONE,
-        SET,
-        _option(
-            "--checkpoint-every",
-            type=int,
-            metavar="STEPS",
-            help="default: 50, less often where writing takes long; also every five minutes",
-        ),
-        _option("--fresh", action="store_true", help="ignore an old record and checkpoint"),
-        _option(
-            "--any-threads",
-            action="store_true",
-            help="resume with another number of threads: other last bits",
-        ),
-        DEVICE,
-        RESULTS,
+COMMANDS: dict[str, tuple] = {}  # name -> its function, and its options
+COMMANDS["run"] = (
+    _run,
+    *SETTING,
+    _option("--seed", type=int, default=0, help="of distillation and evaluation (default: 0)"),
+    BACKBONE,
+    SET,
+    _option(
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
+        help="default: 50, less often where writing takes long; also every five minutes",
     ),
-    "experts": (_experts, MATCHED, *SETTING[1:], BACKBONE, SET, DEVICE),
-    "presets": (_presets, *SETTING),
-    "evaluate": (
-        _evaluate,
-        _option("file", help="a .safetensors file that a run wrote"),
-        _option("--dataset", help="where the real test images are; default: the set's own dataset"),
-        _option("--backbone", help="another network than the set's own"),
-        _option("--networks", type=int, default=5, help="default: 5"),
-        _option("--seed", type=int, default=0, help="of the networks (default: 0)"),
-        DEVICE,
+    _option("--fresh", action="store_true", help="ignore an old record and checkpoint"),
+    _option(
+        "--any-threads",
+        action="store_true",
+        help="resume with another number of threads: other last bits",
     ),
-    "export": (
-        _export,
-        _option("file", help="a .safetensors file that a run wrote"),
-        _option("--to", required=True, help="a new folder, or a file that ends in .pt"),
-        _option("--dataset", help="the set's dataset, to undo its whitening"),
+    DEVICE,
+    RESULTS,
+)
+COMMANDS["experts"] = (_experts, MATCHED, *SETTING[1:], BACKBONE, SET, DEVICE)
+COMMANDS["presets"] = (_presets, *SETTING)
+COMMANDS["evaluate"] = (
+    _evaluate,
+    _option("file", help="a .safetensors file that a run wrote"),
+    _option("--dataset", help="where the real test images are; default: the set's own dataset"),
+    _option("--backbone", help="another network than the set's own"),
+    _option("--networks", type=int, default=5, help="default: 5"),
+    _option("--seed", type=int, default=0, help="of the networks (default: 0)"),
+    DEVICE,
+)
+COMMANDS["export"] = (
+    _export,
+    _option("file", help="a .safetensors file that a run wrote"),
+    _option("--to", required=True, help="a new folder, or a file that ends in .pt"),
+    _option("--dataset", help="the set's dataset, to undo its whitening"),
+)
+COMMANDS["import"] = (
+    _import,
+    _option("path", help="the published file, or the folder that holds it"),
+    _option("--dataset", required=True, help="what it was distilled from, e.g. cifar10"),
+    _option("--out", required=True, help="the .safetensors file to write"),
+    _option("--method", help="whose protocol and network; default: what the layout says"),
+    _option("--experiment", type=int, default=-1, help="of a res_*.pt; default: the last"),
+    _option("--factor", type=int, help="tiles a side of IDC and DREAM; default: the paper's"),
+    _option("--lr", type=float, help="learned step size, where the file lacks it"),
+    SET,
+    DEVICE,
+)
+COMMANDS["card"] = (
+    _card,
+    _option("file", help="a kept .safetensors file beside its record"),
+    _option("--out", help="write to this file, a picture beside it; default: print"),
+)
+COMMANDS["look"] = (
+    _look,
+    _option("file", help="a kept .safetensors file beside its record"),
+    DEVICE,
+)
+COMMANDS["list-methods"] = (_list_methods,)
+COMMANDS["list"] = (
+    _list,
+    _option("--profile", choices=("smoke", "small", "paper")),
+    _option("--method", help="only this one"),
+    _option("--markdown", action="store_true", help="as Markdown: paper, ours, verdict"),
+    _option("--json", action="store_true", help="every column as one JSON list, for machines"),
+    RESULTS,
+)
+COMMANDS["reproduce"] = (
+    _reproduce,
+    STORED,
+    _option("--dataset", help="default: digits for smoke, else cifar10"),
+    _option("--only", nargs="+", default=[], metavar="NOTEBOOK", help="by name, e.g. dm"),
+    _option(
+        "--again",
+        action="store_true",
+        help="what is executed already, each notebook with its parameters",
     ),
-    "import": (
-        _import,
-        _option("path", help="the published file, or the folder that holds it"),
-        _option("--dataset", required=True, help="what it was distilled from, e.g. cifar10"),
-        _option("--out", required=True, help="the .safetensors file to write"),
-        _option("--method", help="whose protocol and network; default: what the layout says"),
-        _option("--experiment", type=int, default=-1, help="of a res_*.pt; default: the last"),
-        _option("--factor", type=int, help="tiles a side of IDC and DREAM; default: the paper's"),
-        _option("--lr", type=float, help="learned step size, where the file lacks it"),
-        SET,
-        DEVICE,
+    _option(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the notebooks",
     ),
-    "card": (
-        _card,
-        _option("file", help="a kept .safetensors file beside its record"),
-        _option("--out", help="write to this file, a picture beside it; default: print"),
+    DEVICE,
+    RESULTS,
+)
+COMMANDS["queue"] = (
+    _queue,
+    _option("file", nargs="?", help="rows as YAML (default: the papers' rows)"),
+    _option("--profile", default="paper", choices=("smoke", "small", "paper")),
+    _option("--cifar10", default="cifar10", help="where CIFAR-10 is, e.g. folder:cifar10"),
+    _option("--minutes", type=float, help="stop cleanly after so many (default: never)"),
+    _option(
+        "--plan",
+        action="store_true",
+        help="say what each row costs, here and on GPUs, and stop",
     ),
-    "look": (_look, _option("file", help="a kept .safetensors file beside its record"), DEVICE),
-    "list-methods": (_list_methods,),
-    "list": (
-        _list,
-        _option("--profile", choices=("smoke", "small", "paper")),
-        _option("--method", help="only this one"),
-        _option("--markdown", action="store_true", help="as Markdown: paper, ours, verdict"),
-        _option("--json", action="store_true", help="every column as one JSON list, for machines"),
-        RESULTS,
-    ),
-    "reproduce": (
-        _reproduce,
-        STORED,
-        _option("--dataset", help="default: digits for smoke, else cifar10"),
-        _option("--only", nargs="+", default=[], metavar="NOTEBOOK", help="by name, e.g. dm"),
-        _option(
-            "--again",
-            action="store_true",
-            help="what is executed already, each notebook with its parameters",
-        ),
-        _option(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="a parameter of the notebooks",
-        ),
-        DEVICE,
-        RESULTS,
-    ),
-    "queue": (
-        _queue,
-        _option("file", nargs="?", help="rows as YAML (default: the papers' rows)"),
-        _option("--profile", default="paper", choices=("smoke", "small", "paper")),
-        _option("--cifar10", default="cifar10", help="where CIFAR-10 is, e.g. folder:cifar10"),
-        _option("--minutes", type=float, help="stop cleanly after so many (default: never)"),
-        _option(
-            "--plan",
-            action="store_true",
-            help="say what each row costs, here and on GPUs, and stop",
-        ),
-        _option(
-            "--engine", default="local", choices=("local", "ray"), help="ray: several machines"
-        ),
-        _option("--address", help="of a Ray cluster, HOST:PORT or auto (default: a new one, here)"),
-        _option("--threads", type=int, default=1, help="CPU cores that a run on Ray takes (1)"),
-        DEVICE,
-        RESULTS,
-    ),
-    "site": (_site, _option("--out", help="folder of the pages (default: site/)"), RESULTS),
-    "docs": (_docs, RESULTS),
-}
+    _option("--engine", default="local", choices=("local", "ray"), help="ray: several machines"),
+    _option("--address", help="of a Ray cluster, HOST:PORT or auto (default: a new one, here)"),
+    _option("--threads", type=int, default=1, help="CPU cores that a run on Ray takes (1)"),
+    DEVICE,
+    RESULTS,
+)
+COMMANDS["site"] = (_site, _option("--out", help="folder of the pages (default: site/)"), RESULTS)
+COMMANDS["docs"] = (_docs, RESULTS)
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of every command; it needs none of the library's heavy imports."""
-    raw = argparse.RawDescriptionHelpFormatter
+    as_written = argparse.RawDescriptionHelpFormatter
     top = _Parser(
         prog="ddlib",
         description="Dataset distillation, to run and to check.",
         epilog=TOUR,
-        formatter_class=raw,
+        formatter_class=as_written,
     )
     top.add_argument("--version", action="version", version=f"ddlib {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -501,7 +502,7 @@ def parser() -> argparse.ArgumentParser:
             help=summary,
             description=textwrap.fill(summary, 78),
             epilog=f"examples:\n{lines}",
-            formatter_class=raw,
+            formatter_class=as_written,
         )
         command.set_defaults(call=call)
         for names, meaning in options:

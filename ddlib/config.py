@@ -42,7 +42,7 @@ class RunConfig:
     # Of evaluation; "" is `augment` in the DC family, else the protocol's own
     eval_augment: str = ""
     mirror: bool = True  # a mirrored image keeps its class; False takes the flip out of a protocol's own augmentation
-    networks: int = option(5, least=1)  # fresh networks an evaluation
+    networks: int = option(5, least=1)  # fresh networks per evaluation
     # Step size of the evaluation; 0 is the protocol's, or the learned one
     eval_lr: float = option(0.0, least=0)
     # Evenly spaced over the run; the last one is after the last step
@@ -53,7 +53,7 @@ class RunConfig:
     resolution: int = option(0, least=0)  # pixels a side; 0 is the dataset's own
     # Share of train kept from distillation, to select a checkpoint on; 0 is off
     minival: float = option(0.0, least=0, below=1)
-    # Training images a class to use, drawn once by seed 0; 0 is all of them
+    # Training images per class to use, drawn once by seed 0; 0 is all of them
     subset: int = option(0, least=0)
     compile: bool = False  # torch.compile networks where there is a compiler
     # Of the evaluation networks' passes; bf16 is autocast, weights and loss stay float32
@@ -240,7 +240,7 @@ def resolve(
 
 
 def resolve_anyway(method: str, dataset: str, ipc: int, profile: str, **overrides: Any) -> Spec:
-    """As `resolve`, also where paper and code give no setting: a class's defaults stand in. For what distils nothing."""
+    """As `resolve`, but where paper and code give no setting, defaults stand in. For what distils nothing."""
     return _resolved(method, dataset, ipc, profile, 0, overrides)
 
 
@@ -323,9 +323,14 @@ def _resolved(
     configs = [fields_from(c, _subset(c, values), "preset") for c in (cls.Config, RunConfig)]
     check_only(method, METHODS.registration(method).only, configs[0])
     spec = Spec(method, dataset, ipc, profile, seed, asdict(configs[0]) | asdict(configs[1]))
-    spec.recipe  # noqa: B018  an impossible protocol is an error here, not after the distillation
+    _check_evaluation(spec)
     check_strategy(spec.run.augment)
     return spec
+
+
+def _check_evaluation(spec: Spec) -> None:
+    """Raise `DDError` for an impossible protocol: now, not after the distillation."""
+    instance("the recipe", spec.recipe, Recipe)
 
 
 def load_as(name: str, values: Mapping[str, Any], device: str | torch.device) -> Dataset:

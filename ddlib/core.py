@@ -254,5 +254,5 @@ def _finite(value: float, what: str) -> float:
 
 
 def option(default: object, **bounds: object) -> object:
-    """A dataclass field with a default and the bounds `allowed`, `least`, `most` and `below` that `fields_from` checks."""
+    """A field with a default and the bounds `allowed`, `least`, `most` and `below` that `fields_from` checks."""
     return dataclasses.field(default=default, metadata=bounds)

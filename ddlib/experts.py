@@ -25,9 +25,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -198,7 +200,7 @@ def train_experts(
         def keep(epoch: int, weights: list = weights) -> None:
             weights.append(flat.vector())
 
-        fetch = lambda index: data.batch("train", index)
+        fetch = partial(data.batch, "train")
         if recipe.sampling == "dream":
             fetch = expert_batches(
                 data, net, recipe.batch, generator(seed, "expert", "representatives")
@@ -283,35 +285,26 @@ def _timing(path: Path) -> float:
 
 
 def sharpness(
-    net: FlatNet,
-    theta: torch.Tensor,
-    data: Dataset,
-    *,
-    images: int = 1024,
-    iterations: int = 20,
-    seed: int = 0,
+    net: FlatNet, theta: torch.Tensor, data: Dataset, *, images: int = 1024, seed: int = 0
 ) -> float:
-    """Top eigenvalue of the training loss's Hessian at `theta` [P] on a fixed sample of images, by Lanczos's iteration.
+    """Top eigenvalue of the training loss's Hessian at `theta` [P] on a fixed sample of images.
 
-    That is power iteration which keeps its vectors. The plain one finds the largest magnitude: at initialisation, as
-    often as not, a negative eigenvalue.
+    The largest one, not the largest magnitude: at initialisation that is, as often as not, a negative eigenvalue.
     """
-    rows = torch.randperm(len(data.labels["train"]), generator=generator(seed, "sharpness"))[
-        :images
-    ].to(data.device)
+    from scipy.sparse.linalg import LinearOperator, eigsh  # loaded here: it takes a second
+
+    rows = torch.randperm(len(data.labels["train"]), generator=generator(seed, "sharpness"))
+    rows = rows[:images].to(data.device)
     x, y = data.batch("train", rows), data.labels["train"][rows]
     theta = theta.to(data.device).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(net(theta, x), y), theta, create_graph=True)
-    v = torch.randn(net.size, generator=generator(seed, "sharpness", "start")).to(theta)
-    basis, products = torch.zeros(0, net.size).to(theta), torch.zeros(0, net.size).to(theta)
-    for _ in range(min(iterations, net.size)):
-        length = v.norm()
-        for _ in range(2):  # orthogonal to rounding
-            v = v - (basis @ v) @ basis
-        if v.norm() < 1e-4 * length:  # the basis holds it all, and what is left is rounding
-            break
-        basis = torch.cat([basis, v[None] / v.norm()])
-        (v,) = torch.autograd.grad(gradient @ basis[-1], theta, retain_graph=True)
-        products = torch.cat([products, v[None]])
-    hessian = (products @ basis.T).double()  # seen from the basis
-    return float(torch.linalg.eigvalsh((hessian + hessian.T) / 2)[-1])
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        # H v = d (g v) / d theta
+        along = gradient @ torch.from_numpy(vector.ravel()).to(theta)
+        return torch.autograd.grad(along, theta, retain_graph=True)[0].cpu().numpy()
+
+    start = torch.randn(net.size, generator=generator(seed, "sharpness", "start")).numpy()
+    hessian = LinearOperator((net.size, net.size), matvec=product, dtype=start.dtype)
+    top = eigsh(hessian, 1, which="LA", v0=start, tol=1e-3, return_eigenvectors=False)
+    return float(top[0])

@@ -110,7 +110,7 @@ def results(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _device(request, _left_as_found, monkeypatch):
-    """Without the marker `gpu` a test means the CPU by "auto"; with it, the CPU's float32 and not TF32 is the measure."""
+    """Without the marker `gpu` a test means the CPU by "auto"; with it, the CPU's float32, not TF32, is the measure."""
     if request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     else:

@@ -48,7 +48,7 @@ def _child(call: list, place: str, env: dict[str, str], out: int, err: int) -> N
 
 
 class Popen:
-    """What the tests use of `subprocess.Popen`; its words are [sys.executable, "-m", "ddlib", ...] or [function, *arguments]."""
+    """What tests use of `subprocess.Popen`; words: [sys.executable, "-m", "ddlib", ...] or [function, *arguments]."""
 
     def __init__(self, words: list, *, cwd=None, env=None, stdout=None, stderr=None):
         if words[0] == sys.executable:

@@ -1,6 +1,6 @@
 """The oldest and the newest torch that ddlib supports on every Python that it supports: `make compat`.
 
-Each pair is installed into an environment of its own, some 6 GB and minutes each, in a folder that is removed again, and
+Each pair is installed into an environment of its own, some 6 GB and minutes each, in a folder that is removed, and
 tried by the tests of TESTS. What cannot be had on a machine, a Python that is not there or a torch that its index does
 not offer, is named in one sentence and is no failure. `--only 3.12` or `--only 3.12-oldest` takes a part. The record is
 results/campaigns/compat.json, a row a pair: the versions, the last line of the tests, the commit.

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
 PAGE = ROOT / "docs" / "licences.md"
 HEAD = """# Every package of `make env` on Linux, x86-64, with the sha256 of its wheels: made by tools/lock.py.
-# python -m pip install --require-hashes -r requirements.lock && python -m pip install --no-deps --no-build-isolation -e .
+# python -m pip install --require-hashes -r requirements.lock
+# python -m pip install --no-deps --no-build-isolation -e .
 """
 INTRO = """# Licences of the dependencies
 

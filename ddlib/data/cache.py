@@ -112,7 +112,7 @@ class Watch:
     """A folder of which every file was looked at: whether it has changed since, in a few hundredths of a second.
 
     A file that comes, goes, is renamed or replaced changes the time of its directory; all directories are asked each
-    time. One that is written over does not: of the files about `EACH_TIME`, spread evenly, are asked each time, in turn.
+    time. One that is written over does not: about `EACH_TIME` of the files, spread evenly, are asked, others each time.
     """
 
     EACH_TIME = 4096

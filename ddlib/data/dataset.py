@@ -353,7 +353,7 @@ def from_arrays(
     C of 1 or 3; labels integers [N] in 0..classes-1, every class present in train; test may be empty.
 
     classes: names; default "0", "1", ... up to the largest train label. The arrays are copied.
-    Under a name that `load` knows they serve to evaluate and to import sets, but no `run` takes them for the images that
+    Under a name that `load` knows they serve to evaluate and import sets, but no `run` takes them for the images that
     `load` gives. Raises DDError for shapes that do not fit, other types, NaN, values outside [0,1] and labels out of
     range.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core import DDError, generator, shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-LABELS = "val_annotations.txt"  # Tiny ImageNet's: a line an image, FILE<tab>WNID<tab>...
+LABELS = "val_annotations.txt"  # Tiny ImageNet's: a line per image, FILE<tab>WNID<tab>...
 _WANTED = (
     "wanted is PATH/train/CLASS/*.jpg with PATH/test/CLASS/*.jpg (or val/), or PATH/CLASS/*.jpg"
 )

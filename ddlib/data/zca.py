@@ -32,7 +32,7 @@ class ZCA:
         four digits) and is part of `matrix`.
     kind "frepo_checkerboard" (the same, for 128 px): one matrix for the four sub-images of every other row and column,
         D = 3 x 64 x 64, fitted to their average covariance, each about its own mean; with N < D the D - N smallest
-        eigenvalues become 1, as in the released code, although four sub-images an image leave no null space.
+        eigenvalues become 1, as in the released code, although four sub-images per image leave no null space.
     mean [D] or [4,D], matrix [D,D], inverse [D,D]: float32. id: 12 hex digits fixed by the kind and the fitted pixels.
     """
 

@@ -2,7 +2,7 @@
 
 Work is counted in forward passes F of one image through the run's network: 3 F for a gradient, 7 F for the
 second-order gradient of a synthetic image, 10 F for a step of the adjoint. The rate is measured on training steps of
-that network here and now, with an evaluation's augmentation and precision where it is one's, so the seconds hold for this
+that network here and now, with an evaluation's augmentation and precision where it is one's, so seconds hold for this
 machine, this number of threads and its present load.
 """
 

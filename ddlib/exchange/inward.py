@@ -3,8 +3,8 @@
 Nothing in a file can run: `.pt` files are read by torch's unpickler for tensors and plain values alone, `.npz` without
 pickles. What each released code writes (facts read off the code; the tests write files in the same way):
 
-- DC, DSA, DM: `res_METHOD_DATASET_MODEL_Nipc.pt`, {"data": [[images, labels], ...], one pair an experiment}; normalised.
-- MTT, TESLA, FTD, DATM: `images_best.pt` beside `labels_best.pt` (or `_ITERATION`); normalised or whitened. DATM's labels
+- DC, DSA, DM: `res_METHOD_DATASET_MODEL_Nipc.pt`, {"data": [[images, labels], ...], a pair per experiment}; normalised.
+- MTT, TESLA, FTD, DATM: `images_best.pt`, `labels_best.pt` (or `_ITERATION`); normalised or whitened. DATM's labels
   are logits, and it alone saves its step size, `lr_best.pt`: the others only logged theirs.
 - IDC, DREAM: `data_best.pt`, [images, labels]; pixels in [0, 1], each image a mosaic of factor x factor.
 - FRePo: `stepNNNNNN.npz` with `image` [n, H, W, C], whitened where its dataset is, and real-valued `label`.
@@ -70,7 +70,7 @@ def import_set(
 
     dataset: what it was distilled from, a name or a loaded `Dataset`; method: whose protocol, network, whitening and
     factor hold, by the preset of the paper (default: what layout and file name say); experiment: which of DC's, DSA's
-    or DM's; factor: IDC's tiles a side; lr: a learned step size that the file lacks; settings: further keys of the
+    or DM's; factor: IDC's tiles per side; lr: a learned step size that the file lacks; settings: further keys of the
     preset, e.g. backbone or zca. Raises `DDError` for an unknown layout, a file that would run code, and images or
     labels that are not finite or do not fit the dataset.
     """

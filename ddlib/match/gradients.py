@@ -3,24 +3,22 @@
     g_c = grad_theta 1/B sum_i CE(net(x_i^c; theta), y_i^c),      L = sum_c sum_layers d(g_c(real), g_c(synthetic))
 
 `engine` "joint": one forward and one backward pass over the images of all classes give every layer's inputs and the
-gradients of its outputs; a weight's gradient is then one product a class. "vmap": vmap(grad) over classes. "loop": one
-class after another, the oracle. All three agree to rounding where no layer couples samples. On a CPU, joint and loop
-take the same time and vmap more; only joint compiles (`Traced`) into one graph of moderate size, and that is faster
+gradients of its outputs; a weight's gradient is then one product per class. "loop": one class after another, for the
+weights that joint cannot do. They agree to rounding where no layer couples samples. On a CPU both take the same time;
+only joint compiles (`Traced`) into one graph of moderate size, and that is faster
 (`python -m benchmarks --only gradient`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
-from torch.func import functional_call, vmap
-from torch.func import grad as func_grad
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.grad import conv2d_weight
 from torch.utils._pytree import tree_leaves
@@ -29,7 +27,7 @@ from ..core import DDError, choose
 from ..nets.build import Backbone
 from ..train.loop import compiled
 
-ENGINES = ("auto", "joint", "vmap", "loop")
+ENGINES = ("auto", "joint", "loop")
 DISTANCES = ("dc", "mse", "l1")
 MATCHES = ("gradient", "feature", "both")
 LAYERS = ("conv", "all")
@@ -68,7 +66,7 @@ def class_gradients(
     x: images [C, B, ch, H, W]; y: labels [C, B]; weights: parameters of `net`, which must not couple samples (no
     BatchNorm in train mode). `graph` keeps them differentiable in x; `embed` appends the classes' mean features [C, d].
     engine: see the module; "auto" is joint, or loop where a weight is neither a convolution's nor a linear layer's,
-    which the others cannot do: layer norm's derivative under vmap misses a part (torch 2.15). Raises `DDError` there.
+    which joint cannot do. Raises `DDError` there.
     """
     owners = {id(m.weight): m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     layers = [owners.get(id(w)) for w in weights]
@@ -83,8 +81,8 @@ def class_gradients(
     else:
         two = _Two(net)
         names = {id(p): name for name, p in two.named_parameters()}
-        values = {names[id(w)]: w.detach().requires_grad_(engine == "loop") for w in weights}
-        grads, means = (_loop if engine == "loop" else _vmap)(two, values, x, y, graph)
+        values = {names[id(w)]: w.detach().requires_grad_() for w in weights}
+        grads, means = _loop(two, values, x, y, graph)
     return [*grads, means] if embed else list(grads)
 
 
@@ -114,16 +112,6 @@ def _loop(
         found.append(grad(loss, list(values.values()), create_graph=graph))
         means.append(mean if graph else mean.detach())
     return [torch.stack(layer) for layer in zip(*found, strict=True)], torch.stack(means)
-
-
-def _vmap(
-    two: _Two, values: dict[str, Tensor], x: Tensor, y: Tensor, graph: bool
-) -> tuple[list[Tensor], Tensor]:
-    with torch.set_grad_enabled(graph):
-        found, means = vmap(func_grad(partial(_loss, two), has_aux=True), in_dims=(None, 0, 0))(
-            values, x, y
-        )
-    return list(found.values()), means
 
 
 def _joint(
@@ -226,6 +214,8 @@ class Traced:
         key = tuple((t.shape, t.stride()) for t in tree_leaves(arguments) if isinstance(t, Tensor))
         with torch.no_grad():
             if key not in self.graphs:
-                call: Callable = lambda values, *rest: functional_call(self.module, values, rest)
-                self.graphs[key] = compiled(make_fx(call)(*arguments))
+                self.graphs[key] = compiled(make_fx(self._call)(*arguments))
             return self.graphs[key](*arguments)
+
+    def _call(self, values: dict[str, Tensor], *rest: Any) -> Any:
+        return functional_call(self.module, values, rest)

@@ -21,7 +21,7 @@ from ..train.loop import compiled
 
 
 class CompiledStep:
-    """The step of `net(theta, x)` on `criterion(logits, y)`; one graph for each set of shapes, made when first asked for.
+    """The step of `net(theta, x)` on `criterion(logits, y)`; a graph for each set of shapes, made when first asked for.
 
     theta [P], x [n, C, H, W], y int64 [n] or float [n, classes], a direction [P]. `hessian` asks for H a too.
     """
@@ -66,7 +66,7 @@ class CompiledStep:
     ) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
         """g, and a function from a direction to what `products` gives beside g.
 
-        It holds the step's graph; where this torch cannot part it, it builds it again, in the time that `products` takes.
+        It holds the step's graph; where this torch cannot part it, it builds it anew, in the time of `products`.
         """
         primals = [theta, x, y]
 

@@ -34,7 +34,7 @@ def kmeans(
 
     x: floats [C, N, D]; where classes differ in size, `sizes` [C] says how many of the N rows count, and the others are
     assigned to k. Seeds are k different rows of the class, drawn on the CPU. The inertia is the sum of squared
-    distances to the assigned centre. Nothing waits for the device. Raises `DDError` where a class has fewer than k rows.
+    distances to the assigned centre. Nothing waits for the device. Raises `DDError` if a class has fewer than k rows.
     """
     classes, rows, columns = x.shape
     sizes = torch.full((classes,), rows) if sizes is None else torch.as_tensor(sizes).cpu()

@@ -1,7 +1,7 @@
 """DREAM: representative matching (Liu et al., ICCV 2023, arXiv 2302.14416), and DREAM+ (arXiv 2310.15052).
 
 A plug-in for methods that match real batches. The features h of the class's real images under the current network are
-clustered by K-means, and the batch is one image a cluster, kept until the next clustering, `interval` steps later:
+clustered by K-means, and the batch is one image per cluster, kept until the next clustering, `interval` steps later:
 
     S_c = { argmin_{x in class c} | h(x) - mu_k | : k = 1..K },    mu = K-means of { h(x) },    K = batch
 
@@ -44,9 +44,9 @@ class Sampler:
     random: a new draw every call. The other kinds look at the features of `net` at steps that `interval` divides, and
     repeat their rows in between. dream: the `subsample` images nearest to each of each / subsample K-means centres;
     central, boundary: the images nearest to the mean feature of the class, or farthest from it (ablations of the DREAM
-    paper's figure). raw: features of pixels in [0, 1], as the released code has them, though the network is trained on
+    paper's figure). pixels: features of pixels in [0, 1], as the released code has, though the network is trained on
     normalised ones. pool: images of a class to choose from, drawn anew; 0 is all. features: those of `net` compiled, if
-    there are such (`embed`). `rows` is what a resumed run needs.
+    there are such (`embed_rows`). `rows` is what a resumed run needs.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Sampler:
         kind: str = "random",
         interval: int = 10,
         subsample: int = 1,
-        raw: bool = True,
+        pixels: bool = True,
         pool: int = 0,
         features: Callable[[Tensor], Tensor] | None = None,
     ):
@@ -78,7 +78,7 @@ class Sampler:
                 f"allowed: 1 to {least}"
             )
         self.data, self.each, self.kind, self.interval = data, each, kind, interval
-        self.subsample, self.raw, self.pool = subsample, raw, min(pool, least)
+        self.subsample, self.pixels, self.pool = subsample, pixels, min(pool, least)
         self.features = features
         self.rows: Tensor | None = None
 
@@ -93,7 +93,7 @@ class Sampler:
                 rng,
                 kind=self.kind,
                 subsample=self.subsample,
-                raw=self.raw,
+                pixels=self.pixels,
                 pool=self.pool,
                 features=self.features,
             )
@@ -123,7 +123,7 @@ def representatives(
     *,
     kind: str = "dream",
     subsample: int = 1,
-    raw: bool = True,
+    pixels: bool = True,
     pool: int = 0,
     features: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -135,7 +135,9 @@ def representatives(
     for part in torch.arange(len(table)).split(max(1, LIMIT // (table.shape[1] * net.feature_dim))):
         counts = sizes[part].tolist()
         rows = torch.cat([row[:count] for row, count in zip(table[part], counts, strict=True)])
-        x = pad_sequence(embed(net, data, rows, raw, features).split(counts), batch_first=True)
+        x = pad_sequence(
+            embed_rows(net, data, rows, pixels, features).split(counts), batch_first=True
+        )
         if kind == "dream":
             # argmin_{x in class c} | h(x) - mu_k |, mu = K-means of { h(x) }
             found = nearest(x, kmeans(x, each // subsample, rng, counts)[0], subsample, counts)
@@ -159,15 +161,16 @@ def by_distance(x: Tensor, each: int, sizes: list[int], far: bool) -> Tensor:
 
 
 @torch.no_grad()
-def embed(
+def embed_rows(
     net: Backbone,
     data: Dataset,
     rows: Tensor,
-    raw: bool = True,
+    pixels: bool = True,
     features: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Features float32 [n, d] of un-augmented training images, the network in eval mode meanwhile.
 
+    `train.loop.embed` gives those of a whole split, in pieces of another size, so with other last bits.
     `features` is the network's compiled `features`, if there is one: the same to rounding, in less time.
     """
     training, images, count = net.training, data.images["train"], len(rows)
@@ -180,7 +183,7 @@ def embed(
     dtype = next((p.dtype for p in net.parameters()), torch.float32)
     found = []
     for piece in rows.split(size):
-        if raw:
+        if pixels:
             x = images[piece.to(images.device)].to(data.device).to(dtype) / 255
         else:
             x = data.batch("train", piece)

@@ -6,7 +6,8 @@ N steps of SGD on the synthetic images X (labels Y, step sizes beta_i) lead from
     L = ||theta_N - theta*||^2 / D,   D = ||theta_0 - theta*||^2                        (MTT, arXiv 2203.11932, eq. 3)
 
 `adjoint` (the default) keeps the N weight vectors, or the N steps between them, and runs the adjoint recursion
-backwards over them, one step's graph at a time. With lambda_N = 2 (theta_N - theta*) / D and, without momentum, a_i = -beta_i lambda_{i+1}:
+backwards over them, one step's graph at a time. With lambda_N = 2 (theta_N - theta*) / D and, without momentum,
+a_i = -beta_i lambda_{i+1}:
 
     lambda_i = lambda_{i+1} + H_i a_i,   dL/dX += (d g_i / dX)^T a_i,   dL/dbeta_i = -lambda_{i+1} . g_i
 
@@ -285,8 +286,8 @@ class _Steps:
 
 @dataclass
 class _Way:
-    """What the way forward leaves for the way back: from step `first` on each theta_i and, where there is momentum, each
-    v_{i+1}; only the latter where g_i is `known` from it. And the pieces of the last steps with their graphs, by step."""
+    """What the way forward leaves for the way back: from step `first` on each theta_i and, with momentum, each
+    v_{i+1}; only the latter where g_i is `known` from it. And pieces of the last steps with their graphs, by step."""
 
     thetas: list[Tensor]
     velocities: list[Tensor]

@@ -96,11 +96,12 @@ class DM(ImageMethod):
         return [torch.cat(values) for values in zip(*found, strict=True)]
 
     def loss(self, synthetic: Tensor, classes: slice) -> Tensor:
+        # mu_c = 1/B sum_i psi(A(x_i^c; omega_c)), as `begin` has them of all classes
+        real = [values[classes] for values in self.real]
         # 1/n sum_j psi(A(s_j^c; omega_c))
-        found = self.statistics(synthetic, classes, self.ipc, graph=True)
+        ours = self.statistics(synthetic, classes, self.ipc, graph=True)
         # L(S) = sum_c | mu_c - 1/n sum_j psi(A(s_j^c; omega_c)) |^2, eq. 6; with DREAM+ the same of the gradients
-        pairs = zip(self.real, found, strict=True)
-        return sum((real[classes] - ours).square().sum() for real, ours in pairs)
+        return sum((a - b).square().sum() for a, b in zip(real, ours, strict=True))
 
     def statistics(
         self, images: Tensor, classes: slice, each: int, *, graph: bool = False
@@ -109,10 +110,7 @@ class DM(ImageMethod):
         features, the gradients [c, *weight.shape] of the convolutions (DREAM+'s term), or both; `graph` for images."""
         x = augment(images, self.omega.select(classes).repeat(each))
         if self.config.match == "feature":
-            with torch.set_grad_enabled(graph):
-                pieces = x.split(len(x) if graph else self.piece or len(x))
-                features = torch.cat([self.psi(piece) for piece in pieces])
-                return [features.unflatten(0, (-1, each)).mean(1)]
+            return [self.class_means(x, each, graph)]
         *gradients, means = class_gradients(
             self.net,
             x.unflatten(0, (-1, each)),
@@ -123,3 +121,10 @@ class DM(ImageMethod):
         )
         found = [*gradients, means] if self.config.match == "both" else gradients
         return found if graph else [value.detach() for value in found]
+
+    def class_means(self, x: Tensor, each: int, graph: bool) -> Tensor:
+        """1/n sum_j psi(x_j^c): the mean features [c, d] of images x [c * each, C, H, W]."""
+        with torch.set_grad_enabled(graph):
+            pieces = x.split(len(x) if graph else self.piece or len(x))
+            features = torch.cat([self.psi(piece) for piece in pieces])
+            return features.unflatten(0, (-1, each)).mean(1)

@@ -60,7 +60,7 @@ class DREAMPlus(DREAM):
 def plug_in(host: str, plus: bool = False) -> dict[str, Any]:
     """What turns `dd.run(host, ...)` into host + DREAM, or + DREAM+: `dd.run("dsa", ..., **plug_in("dsa", plus=True))`.
 
-    IDC is the papers' host; all others are ours. Gradient hosts take DREAM's arguments, and DREAM+'s. DM: the same, with
+    IDC is the papers' host; all others are ours. Gradient hosts take DREAM's arguments and DREAM+'s. DM: the same, with
     `plus` the gradient term, its networks staying untrained. Trajectory matching has no real batch: the initialisation
     and the experts' batches. Raises `DDError` for an unknown host.
     """

@@ -1,4 +1,4 @@
-"""FRePo: dataset distillation using neural feature regression (Zhou, Nezhadarya and Ba, NeurIPS 2022, arXiv 2206.00719).
+"""FRePo: dataset distillation using neural feature regression (Zhou, Nezhadarya, Ba, NeurIPS 2022, arXiv 2206.00719).
 
 The body f of a network stays as it is and its last layer is solved for: with F_s = f(X) of the synthetic images, their
 learned labels Y, and F_t of a batch of real images with targets T = one-hot - 1/C,
@@ -50,7 +50,7 @@ class Config:
     # Of LAMB: every step moves X, and Y, by this share of its norm; cosine to 10 %
     lr_img: float = option(3e-4, least=0)
     learn_label: bool = True  # False: the labels stay centred one-hot rows
-    batch_real: int = option(1024, least=1)  # real images a step, of all classes
+    batch_real: int = option(1024, least=1)  # real images per step, of all classes
     pool_size: int = option(10, least=1)  # m, networks
     max_age: int = option(100, least=0)  # K: a network older than this many steps is replaced
     lr_net: float = option(3e-4, least=0)  # of the networks' Adam, constant
@@ -66,7 +66,7 @@ class Config:
 
 @register("frepo", paper="arXiv 2206.00719")
 class FRePo(BaseMethod):
-    """Feature regression of `ipc` images a class on `data`, with learned labels [n, C]; `backbone` is the pool's.
+    """Feature regression of `ipc` images per class on `data`, with learned labels [n, C]; `backbone` is the pool's.
 
     `frepo` attains 39.0 ± 0.5 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=3; 1433 s, Intel Xeon, 1 thread).
     """
@@ -133,23 +133,31 @@ class FRePo(BaseMethod):
         c, z, y = self.config, self.images, self.labels
         if c.flip == "on":
             z, y = torch.cat([z, z.flip(3)]), y.repeat(2, 1)
-        with torch.no_grad():
-            # On a CPU a larger chunk leaves the cache; on a GPU this is the released batch.
-            f_t = torch.cat(
-                [self.features(net, part) for part in x.split(1024 if x.is_cuda else 128)]
-            )
-        f_s = torch.cat(
-            [
-                checkpoint(self.features, net, part, use_reentrant=False)
-                if c.recompute
-                else self.features(net, part)
-                for part in z.split(c.recompute or len(z))
-            ]
-        )
+        f_t, f_s = self._real_features(net, x), self._synthetic_features(net, z)
+        # P = F_t F_s^T (F_s F_s^T + lambda mean(diag(F_s F_s^T)) I)^-1 Y
         predicted, raised = krr(f_t, f_s, y, c.ridge)
+        # - mean_j min(top1(Y_j) - top2(Y_j), 1/C)
         first, second = self.labels.topk(2, dim=1).values.unbind(1)
         margin = -(first - second).clamp(max=1 / self.data.num_classes).mean()
-        return 0.5 * (predicted - targets).square().sum(1).mean(), margin, raised
+        # mean_t 1/2 |P_t - T_t|^2
+        regression = 0.5 * (predicted - targets).square().sum(1).mean()
+        return regression, margin, raised
+
+    @torch.no_grad()
+    def _real_features(self, net: Backbone, x: Tensor) -> Tensor:
+        """F_t = f(x), without a graph."""
+        # On a CPU a larger chunk leaves the cache; on a GPU this is the released batch.
+        pieces = x.split(1024 if x.is_cuda else 128)
+        return torch.cat([self.features(net, piece) for piece in pieces])
+
+    def _synthetic_features(self, net: Backbone, z: Tensor) -> Tensor:
+        """F_s = f(z); where `recompute` says so, a piece's graph lives in its own backward pass alone."""
+        if not self.config.recompute:
+            return self.features(net, z)
+        pieces = z.split(self.config.recompute)
+        return torch.cat(
+            [checkpoint(self.features, net, piece, use_reentrant=False) for piece in pieces]
+        )
 
     def step(self) -> dict[str, Tensor | int]:
         """One update of images, labels and one network; returns the regression loss, the margin term and how many

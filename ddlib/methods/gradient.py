@@ -16,7 +16,7 @@ One step is one outer iteration. Differences from the released codes:
    `IDC.image_rates`; the tail of the last classes' momentum is applied at once.
 3. The network is not trained after an outer iteration's last image step, since it is thrown away.
 4. IDC's first images are drawn at random; its code takes the first of each class.
-5. A BatchNorm network takes its statistics from 16 real images a class before each step, in full; DC's code lets
+5. A BatchNorm network takes its statistics from 16 real images per class before each step, in full; DC's code lets
    them move a tenth of the way.
 6. Draws come from (seed, outer, inner), not from the clock; IDC's real batches are drawn anew each step, where its
    sampler goes through a class in shuffled order.
@@ -53,25 +53,25 @@ class Config:
     """Hyperparameters of gradient matching; the defaults are IDC's for CIFAR-10 (released code)."""
 
     iterations: int = option(2000, least=0)  # outer iterations, each with a fresh network
-    inner: int = option(100, least=1)  # image steps a network
+    inner: int = option(100, least=1)  # image steps per network
     lr_img: float = option(5e-3, least=0)  # step size of the images
     lr_by_ipc: bool = True  # the step size is lr_img * IPC / 10
     momentum: float = option(0.5, least=0, below=1)  # of the image optimiser, plain SGD
     class_steps: bool = True  # a step of that optimiser for each class (difference 2)
-    # Real images a class and image step; all of a smaller class
+    # Real images per class and image step; all of a smaller class
     batch_real: int = option(64, least=1)
-    batch_syn: int = option(128, least=1)  # most decoded images a class and image step
+    batch_syn: int = option(128, least=1)  # most decoded images per class and image step
     distance: str = option("mse", allowed=DISTANCES)
     # Weights that are matched; biases and norms never are
     layers: str = option("conv", allowed=LAYERS)
     match: str = option("gradient", allowed=MATCHES)
-    factor: int = option(2, least=1)  # training images an image side: factor^2 an image
+    factor: int = option(2, least=1)  # training images per image side: factor^2 per image
     pixels: bool = True  # X holds pixels in [0, 1], clamped when an outer iteration starts; False: normalised images
     # mix: factor^2 real images in each image
     init: str = option("mix", allowed=("real", "mix", "noise", "kmeans"))
-    augment: str = "color_crop_cutout_flip_scale_rotate"  # of matching, one draw a class
+    augment: str = "color_crop_cutout_flip_scale_rotate"  # of matching, one draw per class
     augment_match: str = ""  # in place of `augment`
-    augment_net: str = ""  # of the network's training, a draw an image; "" is that of matching
+    augment_net: str = ""  # of the network's training, a draw per image; "" is that of matching
     net_data: str = option("real", allowed=("real", "synthetic"))  # what the network is trained on
     net_images: int = option(2000, least=0)  # real images between two image steps
     net_epochs: int = option(0, least=0)  # or passes over the synthetic set
@@ -85,7 +85,7 @@ class Config:
     # Of the real images; all but random look at features
     sampling: str = option("random", allowed=SAMPLINGS)
     interval: int = option(10, least=1)  # image steps between two choices of them
-    subsample: int = option(1, least=1)  # images a cluster
+    subsample: int = option(1, least=1)  # images per cluster
     # Images of a class to choose from, drawn anew each time; 0 is all
     pool: int = option(0, least=0)
     engine: str = option("auto", allowed=ENGINES)
@@ -304,7 +304,7 @@ class Gradient(BaseMethod):
         target: list[Tensor] | None = None,
         raw: Tensor | None = None,
     ) -> list[Tensor]:
-        """Statistics of images x [c, B, ch, H, W] of the classes `part`; with a target: L, and its gradient in `raw`."""
+        """Statistics of images x [c, B, ch, H, W] of the classes `part`; with a target: L, and its gradient in X."""
         x = augment(x.flatten(0, 1), params.repeat(x.shape[1])).unflatten(0, x.shape[:2])
         y = self.classes[part, None].expand(-1, x.shape[1])
         if target is None:
@@ -314,7 +314,7 @@ class Gradient(BaseMethod):
 
     @torch.no_grad()
     def _settle(self, rng: torch.Generator) -> None:
-        """BatchNorm: the statistics of 16 real images a class, then fixed."""
+        """BatchNorm: the statistics of 16 real images per class, then fixed."""
         norms = [m for m in self.net.modules() if isinstance(m, nn.BatchNorm2d)]
         for norm in norms:
             norm.reset_running_stats()

@@ -5,10 +5,10 @@ images X, step size beta and, where they are learned, labels Y down the gradient
 
     L = ||theta_N - theta*_{t+M}||^2 / ||theta*_t - theta*_{t+M}||^2
 
-`Trajectory` is that loop. The four methods, below it, say what the labels are, where segments start, what the result is,
+`Trajectory` is that loop. The four methods below it say what the labels are, where segments start, what the result is,
 and which updates count; how the gradient is taken (`ddlib.match.trajectory`) and which experts are matched
 (`ddlib.experts`) are arguments of all four. Differences from the released codes:
-1. The default gradient is the exact adjoint, with one step's graph; the mtt, ftd and datm presets use it in place of the
+1. The default gradient is the exact adjoint, with one step's graph; mtt, ftd and datm presets use it in place of the
    unrolled graph (same value), the tesla preset keeps `tesla_repo`, for which its image step sizes were chosen.
 2. beta changes by at most `clip_rate` of itself an iteration, which keeps it positive; 0 switches that off.
 3. TESLA's soft labels for the evaluation are the mean over experts at the last epoch that a segment can end in, not
@@ -264,7 +264,7 @@ class Trajectory(BaseMethod):
         return change.clamp(-clip * self.rate, clip * self.rate) if clip else change
 
     def refuse(self, seen: list[Tensor], moved: dict[str, Tensor]) -> None:
-        """Raise `DDError` where the loss or a gradient in `seen`, or what would move, is not finite or beta not positive.
+        """Raise `DDError` where loss, a gradient in `seen` or what would move is not finite, or beta is not positive.
 
         All of it is one question, for which a GPU is waited for once.
         """

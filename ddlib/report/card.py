@@ -46,7 +46,10 @@ YOURS = (
     "unknown",
     "The terms of the images that it was distilled from hold; this record does not know them.",
 )
-UNKNOWN_ACCURACY = "Not known: no record lies beside the set. `ddlib evaluate FILE` trains networks on it and tests them."
+UNKNOWN_ACCURACY = (
+    "Not known: no record lies beside the set. "
+    "`ddlib evaluate FILE` trains networks on it and tests them."
+)
 
 
 def card(of: Run | Synthetic, *, pictures: str = "", use: str = "") -> str:
@@ -86,7 +89,7 @@ def card(of: Run | Synthetic, *, pictures: str = "", use: str = "") -> str:
 
 
 def picture(of: Run | Synthetic) -> bytes | None:
-    """At most ten images of each of the first ten classes as a PNG, a column a class.
+    """At most ten images of each of the first ten classes as a PNG, a column per class.
 
     None for a whitened set without the pixels that `ddlib look` keeps: only its dataset could undo the whitening.
     """
@@ -104,7 +107,7 @@ def picture(of: Run | Synthetic) -> bytes | None:
 
 
 def seen(of: Run | Synthetic) -> Tensor | None:
-    """The pixels of a whitened set that `ddlib look` has kept beside its run, uint8 [n, C, H, W]; None where none are."""
+    """The pixels of a whitened set that `ddlib look` has kept beside its run, uint8 [n, C, H, W], or None."""
     return look.load(of).get("pixels") if isinstance(of, Run) else None
 
 
@@ -184,12 +187,13 @@ def _accuracy(run: Run) -> str:
     best = best.get("best", best)
     table = tables.runs([*_random_beside(run), run])
     rows = tables.compare(table)[tables.judge(table).method == run.record["method"]]
-    figure = f"{last['mean']:.1f} ± {last['std']:.1f} over {len(last['networks'])} networks"
+    last_mean, best_mean = (tables.with_spread(s["mean"], s["std"]) for s in (last, best))
+    figure = f"{last_mean} over {len(last['networks'])} networks"
     lines = [
         "| test accuracy (%) | |",
         "| --- | --- |",
         f"| after the last step ({last['step']}) | {figure} |",
-        f"| the best on the way, chosen on the test set | {best['mean']:.1f} ± {best['std']:.1f} |",
+        f"| the best on the way, chosen on the test set | {best_mean} |",
     ]
     lines += [
         f"| {name} | {rows[column].iloc[0]} |"

@@ -69,7 +69,7 @@ def papers() -> dict[str, dict[str, str]]:
 
 
 def load() -> pd.DataFrame:
-    """One row a claim (`COLUMNS`); raises `DDError` naming a key, paper or selector that `claims.yaml` has wrong."""
+    """One row per claim (`COLUMNS`); raises `DDError` naming a key, paper or selector that `claims.yaml` has wrong."""
     document = _document()
     return pd.DataFrame(
         [
@@ -195,7 +195,7 @@ def counts(judged: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_verdict(judged: pd.DataFrame) -> pd.DataFrame:
-    """`counts` for a page: a row a verdict that occurs and one of all claims, a column a paper and one of all papers."""
+    """`counts` for a page: a row per verdict and one of all claims, a column per paper and one of all papers."""
     table = counts(judged).set_index("paper").rename(columns={"claims": "all claims"})
     table = table[[*VERDICTS, "all claims"]].T.assign(all=lambda each: each.sum(axis=1))
     table = table[table["all"] > 0]
@@ -270,7 +270,7 @@ def _ours(row: Any) -> str:
 
 
 def figure(judged: pd.DataFrame, title: str = "Claims of the five papers by verdict") -> Figure:
-    """The counts as one bar a paper, and the number of claims in every part that is wide enough for it."""
+    """The counts as one bar per paper, and the number of claims in every part that is wide enough for it."""
     import matplotlib.pyplot as plt
 
     table, left = counts(judged), 0

@@ -4,7 +4,8 @@ A table stands between markers that name it:
 
 `<!-- KIND:begin WORDS (how to renew it) -->` ... `<!-- KIND:end -->`, KIND one of `headline` (README), `results` (the
 long tables), `whole` (the whole training set), `claims` (verdicts by paper) and `records`, whose words are the methods
-of a page. In the docstring of a method's class the line "`METHOD` attains ..." says what its run nearest to the paper reached.
+of a page. In the docstring of a method's class the line "`METHOD` attains ..." says what its run nearest to the paper
+reached.
 """
 
 from __future__ import annotations

@@ -46,11 +46,11 @@ CLASSES = (
 )
 Key = tuple[str, str, int]  # dataset, method, IPC
 NEIGHBOURS = 6  # of each first image
-DOTS = 60  # real images a class in the embedding
+DOTS = 60  # real images per class in the embedding
 
 
 def choices(found: Iterable[Run]) -> dict[Key, Run]:
-    """(dataset, method, IPC) -> its run, of those whose set is kept: one in the paper's profile first, then with the fewest
+    """(dataset, method, IPC) -> its run, of those with a kept set: first in the paper's profile, then with the fewest
     overrides, then the longest, then the lowest seed."""
     kept = [run for run in found if run.path.with_suffix(".safetensors").is_file()]
     rows = tables.runs(kept).assign(run=kept)
@@ -143,7 +143,7 @@ def _unwhitened(syn: Synthetic, pixels: torch.Tensor) -> Synthetic:
 
 
 def images(look: Look) -> Figure:
-    """The synthetic images after the step, one row a class."""
+    """The synthetic images after the step, one row per class."""
     return plots.images(look.seen, title=look.title)
 
 
@@ -216,18 +216,19 @@ def neighbours(look: Look) -> Figure:
 
 
 def labels(look: Look) -> Figure:
-    """The labels as a heat map, one row an image, or a class's mean beyond 100 images; hard ones are 0 and 1."""
+    """The labels as a heat map, one row per image, or a class's mean beyond 100 images; hard ones are 0 and 1."""
     syn = look.syn
     soft, each = syn.labels.is_floating_point(), syn.ipc if len(syn.labels) <= 100 else 1
     table = (syn.labels if soft else F.one_hot(syn.labels, len(syn.classes))).cpu().float()
     table = table.unflatten(0, (len(syn.classes) * each, -1)).mean(1).numpy()
     signed, high = bool((table < 0).any()), float(abs(table).max())  # FRePo's are no probabilities
+    averaged = f"class of the synthetic image, mean of {syn.ipc} images"
     figure, axis = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
     shown = axis.imshow(
         table,
         aspect="auto",
         cmap="RdBu_r" if signed else "cividis",
-        vmin=-high * signed,
+        vmin=-high if signed else 0,
         vmax=high,
         interpolation="nearest",
     )
@@ -236,7 +237,7 @@ def labels(look: Look) -> Figure:
     _class_ticks(axis.yaxis, syn.classes, each)
     axis.set(
         xlabel="class of the label",
-        ylabel="class of the synthetic image" + f", mean of {syn.ipc} images" * (each < syn.ipc),
+        ylabel="class of the synthetic image" if each == syn.ipc else averaged,
     )
     axis.set_title(
         f"{look.title}\n{'soft labels after the last step' if soft else 'hard labels'}", fontsize=9
@@ -421,7 +422,7 @@ def keep(run: Run, device: str = "auto") -> Path:
 
 
 def _class_ticks(axis: Axis, classes: tuple[str, ...], each: int = 1) -> None:
-    """Class names, at most 20 of them, on an axis with `each` rows a class."""
+    """Class names, at most 20 of them, on an axis with `each` rows per class."""
     shown = range(0, len(classes), -(-len(classes) // 20))
     upright = axis.axis_name == "x" and max(map(len, classes)) > 2
     axis.set_ticks(

@@ -126,7 +126,7 @@ def controls(
     changes: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Random images under the evaluation of `method`, one row a run; `changes` are the method's own overrides."""
+    """Random images under the evaluation of `method`, one row per run; `changes` are the method's own overrides."""
     parts = []
     for ipc in ipcs:
         same = control(method, dataset, ipc, profile, **(changes or {}))
@@ -335,7 +335,7 @@ def gradients(rows: pd.DataFrame, place: str) -> Styler:
 
 
 def by_value(table: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Runs that differ in one setting, a row a value of it: accuracy, its spreads, seeds and networks."""
+    """Runs that differ in one setting, a row per value of it: accuracy, its spreads, seeds and networks."""
     rows = tables.summary(table, by=("dataset", "profile", "ipc", key))
     return rows[[key, "accuracy", "pooled", "over seeds", "over networks", "seeds", "networks"]]
 

@@ -117,8 +117,9 @@ def grid(
     picture = (
         tiles.unflatten(0, (count, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     )
+    margin = 0.8 if rows else 0
     figure, axis = plt.subplots(
-        figsize=(scale * columns + 0.8 * bool(rows), scale * count + 0.35), layout="constrained"
+        figsize=(scale * columns + margin, scale * count + 0.35), layout="constrained"
     )
     axis.imshow(picture.numpy(), interpolation="nearest")
     axis.set_xticks(
@@ -134,7 +135,7 @@ def grid(
 
 
 def _by_class(pixels: torch.Tensor, classes: Sequence[str], per_class: int, title: str) -> Figure:
-    """Images [classes * ipc, C, H, W]: one row a class, or all classes side by side where each has one image."""
+    """Images [classes * ipc, C, H, W]: one row per class, or all classes side by side where each has one image."""
     table = pixels.unflatten(0, (len(classes), -1))[:, :per_class]
     names = [name[:12] for name in classes]
     if table.shape[1] == 1:
@@ -153,14 +154,14 @@ def _by_class(pixels: torch.Tensor, classes: Sequence[str], per_class: int, titl
 def images(
     syn: Synthetic, data: Dataset | None = None, *, per_class: int = 10, title: str | None = None
 ) -> Figure:
-    """The distilled images, one row a class (at most `per_class` of each); a ZCA set needs its `data`."""
+    """The distilled images, one row per class (at most `per_class` of each); a ZCA set needs its `data`."""
     pixels = instance("the set", syn, Synthetic).pixels(data)
     title = instance("title", title, str, None) or title_of(syn)
     return _by_class(pixels, syn.classes, whole("per_class", per_class, 1), title)
 
 
 def real(data: Dataset, *, per_class: int = 10, seed: int = 0, split: str = "train") -> Figure:
-    """Random real images, one row a class."""
+    """Random real images, one row per class."""
     instance("data", data, Dataset)
     per_class, seed = whole("per_class", per_class, 1), whole("seed", seed, 0)
     index = data.sample(per_class, generator(seed, "plots", "real"), split)
@@ -205,7 +206,7 @@ def title_of(syn: Synthetic) -> str:
 
 
 def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None = None) -> Figure:
-    """The first image of each class (of the first ten) at every snapshot, one row a step."""
+    """The first image of each class (of the first ten) at every snapshot, one row per step."""
     if not syn.snapshots:
         raise DDError(
             "this set keeps no snapshots: run it with snapshots=5, or another count, to see it change"
@@ -217,7 +218,7 @@ def evolution(syn: Synthetic, data: Dataset | None = None, *, title: str | None 
 def side_by_side(
     sets: Mapping[str, Synthetic], data: Dataset | None = None, *, title: str = ""
 ) -> Figure:
-    """The first image of each class (of the first ten) of several sets, one row a set by its name."""
+    """The first image of each class (of the first ten) of several sets, one row per set by its name."""
     first = [syn.pixels(data if syn.zca else None)[:: syn.ipc][:10] for syn in sets.values()]
     classes = next(iter(sets.values())).classes
     names = [name[:12] for name in classes[:10]]
@@ -251,11 +252,11 @@ def accuracy_vs_ipc(
 ) -> Figure:
     """Accuracy against IPC: ours solid with the pooled spread, the papers' dashed, hollow from memory.
 
-    One panel a dataset and profile of `table`, with the papers' figures of its methods at its IPCs;
+    One panel per dataset and profile of `table`, with the papers' figures of its methods at its IPCs;
     with `datasets`, one a dataset, with one more for each other name in it, and all that the papers
     print of `methods`; of runs in several profiles the nearest to the paper's. More than `MOST`
     methods are split by `FAMILIES`, on one scale. `full`: our accuracy on the whole training set by
-    dataset, a line. A panel whose runs share one IPC shows a row a method instead of a curve of one
+    dataset, a line. A panel whose runs share one IPC shows a row per method instead of a curve of one
     point. Where our random images are under another protocol than the printed ones, those are not drawn.
     """
     rows, every = tables.summary(table), bool(datasets)
@@ -396,7 +397,9 @@ def _curves(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every:
         axis.set_ylabel("test accuracy (%), mean ± std")
     if not every:
         axis.set_xlim(ipcs[0] / 1.6, ipcs[-1] * 1.6)
-    ticks = [1, 10, 50, *[1000] * int(axis.dataLim.x1 >= 1000)] if every else ipcs
+    ticks = [1, 10, 50] if every else ipcs
+    if every and axis.dataLim.x1 >= 1000:
+        ticks.append(1000)
     axis.set_xticks(ticks, ticks)
     axis.minorticks_off()
     return ends
@@ -455,7 +458,7 @@ def _dark(colour: str) -> tuple[float, ...]:
 
 
 def _rows(axis: Axes, ours: dict, theirs: dict, tops: dict, ipcs: list, every: bool) -> list:
-    """One IPC: a row a method, ours a disc and the paper's a square, joined by a thin line; no line to name."""
+    """One IPC: a row per method, ours a disc and the paper's a square, joined by a thin line; no line to name."""
     names = list(ours)
     for k, (label, (method, line)) in enumerate(ours.items()):
         mine, colour = line.iloc[0], colour_of(method)
@@ -546,7 +549,7 @@ def heatmap(
 
 
 def history(found: list[Run], key: str = "loss") -> Figure:
-    """A logged metric against the step, one line a run, one colour an IPC."""
+    """A logged metric against the step, one line per run, one colour per IPC."""
     figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
     ipcs = sorted({run.record["ipc"] for run in found})
     seen = set()
@@ -568,7 +571,7 @@ def history(found: list[Run], key: str = "loss") -> Figure:
         ylabel=key,
         yscale="log",
         title=f"{record['method']}: {place(record['dataset'], record['profile'])}, "
-        f"{seeds} seed{'s' * (seeds > 1)}",
+        f"{seeds} seed{'s' if seeds > 1 else ''}",
     )
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -590,7 +593,7 @@ def lines(
 ) -> Figure:
     """Columns against `x`, one panel each (three a row) under its axis label: mean ± std of the rows with equal `x`.
 
-    One line a value of `by`, named at its end; lines that coincide in a panel are one, with all their names. `log`
+    One line per value of `by`, named at its end; lines that coincide in a panel are one, with all their names. `log`
     names the columns, `x` too, on a log axis.
     """
     names = list(dict.fromkeys(table[by]))
@@ -658,7 +661,7 @@ def intervals(
     level: float | None = None,
     xlabel: str | None = None,
 ) -> Figure:
-    """`y` with its interval (columns low and high) by `x`, the values of `by` side by side; `level` is a dashed line."""
+    """`y` with its interval (columns low and high) by `x`, values of `by` side by side; `level` is a dashed line."""
     places, names = list(dict.fromkeys(table[x])), list(dict.fromkeys(table[by]))
     figure, axis = plt.subplots(
         figsize=(max(5.2, 1.3 * len(places)) + 1.6, 3.6), layout="constrained"
@@ -688,7 +691,7 @@ def intervals(
 def scatter(
     table: pd.DataFrame, x: str, y: str, by: str, title: str, *, xlabel: str, ylabel: str
 ) -> Figure:
-    """One panel a value of `by`, `x` against `y` on shared axes."""
+    """One panel per value of `by`, `x` against `y` on shared axes."""
     groups = table.groupby(by, sort=False)
     figure, axes = plt.subplots(
         1,

@@ -1,4 +1,4 @@
-"""Execute the notebooks from top to bottom by papermill, quietly: one line a notebook, one table, where to look next."""
+"""Execute the notebooks from top to bottom by papermill: one line per notebook, one table, where to look next."""
 
 from __future__ import annotations
 

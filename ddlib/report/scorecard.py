@@ -83,7 +83,7 @@ class Card:
 def bytes_and_seconds(
     found: Mapping[Key, Run], storage: Callable[..., dict], cost: Callable[..., dict], place: str
 ) -> tuple[Styler, Styler]:
-    """Bytes of one set a method, by the parts that any of the sets has, and seconds of a distillation by part, mean over
+    """Bytes of a method's set, by the parts that any of the sets has, and seconds of a distillation by part, mean over
     seeds."""
     first = {method: run for (method, _), run in reversed(found.items())}
     sizes = pd.DataFrame(

@@ -480,7 +480,7 @@ def _captions() -> dict[str, str]:
 
 
 def _caption(stem: str, told: dict[str, str]) -> str:
-    """The caption of the cell that saves a figure of this name; of several names with {}, that which spells out most."""
+    """The caption of the cell that saves a figure of this name; of several with {}, that which spells out most."""
     fits = {}
     for source, caption in told.items():
         for name in SAVED.findall(source):

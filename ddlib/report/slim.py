@@ -1,6 +1,6 @@
-"""An executed notebook without what no reader sees: progress bars, timings of cells, names of table cells, 32-bit plots.
+"""An executed notebook without what no reader sees: progress bars, times of cells, names of table cells, 32-bit plots.
 
-It comes to a third of the size and shows the same. Pictures of photographs keep their colours. A checksum in its metadata
+It comes to a third of the size and shows the same. Pictures of photos keep their colours. A checksum in its metadata
 covers its cells and the parameters that it was executed with; notebooks of before it stay readable.
 """
 

@@ -282,7 +282,7 @@ def printed_runs(datasets: Iterable[str]) -> list[Spec]:
 
 def mark(evidence: str) -> str:
     """`*` for a figure that was quoted from memory and not yet seen in print, `~` for one that was read off a plot."""
-    return "*" if evidence.startswith("RECALLED") else "~" * (evidence == "V-fig")
+    return "*" if evidence.startswith("RECALLED") else "~" if evidence == "V-fig" else ""
 
 
 def _mark(table: pd.DataFrame) -> pd.Series:
@@ -555,7 +555,7 @@ def across(scores: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def on_other_networks(path: Path) -> list[dict[str, Any]]:
-    """What `Run.transfer` kept of the record at `path` with nothing changed but the network, the most networks first."""
+    """What `Run.transfer` kept of the record at `path` with nothing but the network changed, most networks first."""
     same = [
         score
         for key, score in Run(path).transferred().items()
@@ -600,7 +600,7 @@ def printed_across(dataset: str) -> pd.DataFrame:
     table = table[networks.transform("nunique") > 1]
     made = [
         f"{r.method}, IPC {r.ipc}"
-        + f", on {r.backbone}" * (r.backbone.partition(":depth")[0] != "convnet")
+        + (f", on {r.backbone}" if r.backbone.partition(":depth")[0] != "convnet" else "")
         for r in table.itertuples()
     ]
     return pd.DataFrame(

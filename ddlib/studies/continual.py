@@ -104,7 +104,7 @@ def study(
     progress: bool = True,
     **overrides: Any,
 ) -> pd.DataFrame:
-    """Learn the classes in `steps` tasks of class order `order` with a memory of `ipc` images a class.
+    """Learn the classes in `steps` tasks of class order `order` with a memory of `ipc` images per class.
 
     `overrides` are keys of the method's Config or of `RunConfig`; seed `order` distils. One row a task: method, ipc,
     protocol, steps, order, classes seen, accuracy, std (per cent, `networks` fresh networks), networks (accuracies).

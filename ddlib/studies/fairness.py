@@ -12,7 +12,7 @@ real images that it is held against have a teacher's labels (Qin et al., 2024, a
 Differences from the papers:
 1. DD-Ranking tunes the step size for the random images; here they are trained on with the set's, learned or not.
 2. Hard labels keep the set's own loss, under which a class is its centred one-hot row where the loss is squared.
-3. Acc(real, hard) and the teacher are one network a seed, trained on the whole training set under the set's protocol
+3. Acc(real, hard) and the teacher are one network per seed, trained on the whole training set under the set's protocol
    for `epochs` passes without drops of the step size. Qin et al. stop their teacher early, by the number of images.
    A teacher trained by squared error gives its outputs as labels, any other its softmax.
 4. A set that stores several images in one (IDC) is held against as many real images as it stores. Where IDC's share
@@ -257,7 +257,7 @@ def conditions(
 
 def scorecard(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of `conditions`, a method's seeds together: accuracies in per cent; HLR, IOR, LRS and ARS as fractions,
-    from the seeds that have every condition they need. One row a method, IPC and quantity, with `nested_bootstrap`'s
+    from the seeds that have every condition they need. One row per method, IPC and quantity, with `nested_bootstrap`'s
     columns and the counts of seeds and networks.
 
     Network k of a seed starts from the same weights under every condition, so scores are taken network by network.

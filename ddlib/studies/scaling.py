@@ -56,7 +56,7 @@ def updates(
     device: str = "auto",
     repeats: int = 3,
 ) -> pd.DataFrame:
-    """One update by each of `UPDATES` at each of the `sizes` (key of `SIZES` -> values); what is not varied stays as the
+    """One update by each of `UPDATES` at each of the `sizes` (key of `SIZES` -> values); all else stays as the
     presets of `dataset` and `profile` have it at IPC 1, but for the depth of a ConvNet, which follows the resolution.
 
     Columns: varied, value, method, network, seconds (median of `repeats`), graph bytes (peak of what autograd holds),
@@ -157,7 +157,7 @@ def forecast(specs: Iterable[Spec], device: str = "auto") -> pd.DataFrame:
     """The predicted cost of whole runs, cheapest first; experts and extractors are paid for by the first that needs
     them.
 
-    Columns: method, dataset, ipc, TFLOP, peak GiB, hours here, and the hours that the work takes at the published rate of
+    Columns: method, dataset, ipc, TFLOP, peak GiB, hours here, and the hours that it takes at the published rate of
     each of `DEVICES`.
     """
     return pd.DataFrame(

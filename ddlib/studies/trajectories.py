@@ -118,7 +118,7 @@ def predicted_memory(
 ) -> dict[str, Any]:
     """Bytes of one matching gradient, counted on the meta device: nothing is computed, so any size can be asked for.
 
-    graph bytes: what autograd holds at its peak (inner batches of `batch` images, soft labels, float32, no augmentation); vectors
+    graph bytes: the most autograd holds (batches of `batch` images, soft labels, float32, no augmentation); vectors
     bytes: the theta_i stored beside them. The allocator's peak on a GPU is higher by temporaries and convolution
     workspaces.
     """

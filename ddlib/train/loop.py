@@ -205,7 +205,7 @@ def accuracy(net: Backbone, data: Dataset, split: str = "test", **options) -> fl
 
 
 def train_on(data: Dataset, net: Backbone, recipe: Recipe, seed: int, **options) -> Backbone:
-    """Train `net` on a dataset's whole training split, e.g. as the feature extractor of a coreset; options of `train`."""
+    """Train `net` on a dataset's whole training split, e.g. as a coreset's feature extractor; options of `train`."""
     return train(
         net,
         lambda index: data.batch("train", index),

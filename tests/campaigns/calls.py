@@ -29,8 +29,10 @@ from .odd import BATCH, outcome
 
 # What hypothesis does not make by itself.
 SPECIAL = (
-    "digits", "\0", "é" * 300, "../x", "\ud800", {1}, range(3), object(), int, print, Path("x"), np.bool_(1), np.array("a"),
-    np.array([None]), torch.zeros(2), torch.tensor(1), torch.zeros(2, dtype=torch.bfloat16), np.int64(-1), np.float32(0.5),
+    "digits", "\0", "é" * 300, "../x", "\ud800", {1}, range(3), object(), int, print, Path("x"), np.bool_(1),
+    np.array("a"),
+    np.array([None]), torch.zeros(2), torch.tensor(1), torch.zeros(2, dtype=torch.bfloat16), np.int64(-1),
+    np.float32(0.5),
 )  # fmt: skip
 HUGE = st.sampled_from((2**63, 10**12, 10**400, 10**5000, 1e300))  # the last but one has no text
 # No digit, which could ask for hours, and no slash, which could lead out of the folder of the case.
@@ -46,8 +48,10 @@ VALUE = st.recursive(
     max_leaves=3,
 )  # fmt: skip
 TEXTS = (
-    "", "x", "1", "-1", "0", "1e400", "nan", "9" * 5000, "\0", "é" * 300, "../x", "~nouser/x", "folder:", "folder:x", "/",
-    "folder:/dev", "/dev/null", "/dev/zero", "pipe", "pipes", "folder:pipes", "digits", "mnist", "--", "-x", "2001-02-30", "0x_", "-0b_", "!!float x", "[" * 3000,
+    "", "x", "1", "-1", "0", "1e400", "nan", "9" * 5000, "\0", "é" * 300, "../x", "~nouser/x", "folder:", "folder:x",
+    "/",
+    "folder:/dev", "/dev/null", "/dev/zero", "pipe", "pipes", "folder:pipes", "digits", "mnist", "--", "-x",
+    "2001-02-30", "0x_", "-0b_", "!!float x", "[" * 3000,
     "&a [*a]", "{", "\ud800",
 )  # fmt: skip
 PAIRS = ("iterations", "ipc", "lr_img", "backbone", "augment", "zca", "x", "")
@@ -277,7 +281,7 @@ def odd_words(data: st.DataObject, sane: list[str]) -> list[str]:
 
 
 def harmless() -> None:
-    """Let `site` and `docs`, which take minutes and write into the checkout, do all but that; and make what TEXTS name."""
+    """Let `site` and `docs`, which take minutes and write into the checkout, do all but that; make what TEXTS name."""
     from mkdocs.commands import build
 
     build.build = lambda config: None

@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md, from the records of the campaigns, of what must not move a number and of the versions."""
+"""The tables of docs/reliability.md: from the campaigns, from what must not move a number and from the versions."""
 
 import re
 from pathlib import Path

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.dm import plain_step
 from ddlib.core import DDError, generator
 from ddlib.data.dataset import Dataset, from_arrays
 from ddlib.methods.dm import DM, Config
+from tests.oracles.plain import dm_gradient
 
 CLASSES, IPC, BATCH = 3, 2, 5
 
@@ -54,7 +54,7 @@ def plain(method: DM, data: Dataset, steps: int, norm: str, batch: int = BATCH) 
     images = method.images.clone().requires_grad_()
     sgd = torch.optim.SGD([images], lr=method.config.lr_img, momentum=method.config.momentum)
     for step in range(steps):
-        images.grad = plain_step(data, images, IPC, batch, step, f"convnet:width=8,norm={norm}")
+        images.grad = dm_gradient(data, images, IPC, batch, step, f"convnet:width=8,norm={norm}")
         sgd.step()
     return images.detach()
 
@@ -63,7 +63,7 @@ def plain(method: DM, data: Dataset, steps: int, norm: str, batch: int = BATCH) 
 def test_all_classes_at_once_are_the_loop_over_classes(norm):
     data = double(arrays())
     method = dm(data, norm, lr_img=0.7)
-    first = plain_step(data, method.images, IPC, BATCH, 0, f"convnet:width=8,norm={norm}")
+    first = dm_gradient(data, method.images, IPC, BATCH, 0, f"convnet:width=8,norm={norm}")
     expected = plain(method, data, 3, norm)
     method.step()
     assert first.dtype == torch.float64 and first.abs().max() > 1e-4
@@ -75,7 +75,7 @@ def test_batchnorm_takes_the_joint_branch():
     # Statistics over all classes together, as in the released code: not the loop, and never in chunks.
     data = double(arrays())
     method = dm(data, "bn")
-    loop = plain_step(data, method.images, IPC, BATCH, 0, "convnet:width=8,norm=bn")
+    loop = dm_gradient(data, method.images, IPC, BATCH, 0, "convnet:width=8,norm=bn")
     method.step()
     assert (method.velocity - loop).norm() > 0.05 * loop.norm()
     assert torch.equal(after(dm(data, "bn", chunk=1), 2), after(dm(data, "bn", chunk=1000), 2))

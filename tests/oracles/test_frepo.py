@@ -376,7 +376,7 @@ def test_features_in_parts_are_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize(("ipc", "least", "gain"), [(1, 80, 12), (10, 95, 2)])
 def test_digits_are_worth_distilling(ipc, least, gain):
-    """The notebook's seed against random images of three under the same protocol; measured 93.2 against 66.3, and 97.2 against 94.5."""
+    """The notebook's seed against random images of three, same protocol; measured 93.2 to 66.3, and 97.2 to 94.5."""
     options = {"ipc": ipc, "device": "cpu", "progress": False, "data": load("digits", device="cpu")}
     values = resolve("frepo", "digits", ipc).values
     same = {

@@ -1,4 +1,4 @@
-"""A headless Chromium, for the tests that look at pages as a reader does, and the records behind all pages, read once."""
+"""A headless Chromium, for tests that look at pages as a reader does, and the records behind all pages, read once."""
 
 import shutil
 from functools import cache

@@ -19,6 +19,7 @@ from ddlib.files import SOURCE
 from ddlib.methods import METHODS, dm
 from ddlib.train import evaluate as evaluation
 from tests import forks
+from tests.oracles.plain import dm_gradient
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_the_plain_loop_is_dms_gradient():
     data = bench.shapes(3, 6, CPU)
     method = dm.DM(dm.Config(batch_real=5), data, 2, "convnet:width=16", 0)
     for step in range(2):
-        plain = bench.plain_step(data, method.images, 2, 5, step, "convnet:width=16")
+        plain = dm_gradient(data, method.images, 2, 5, step, "convnet:width=16")
         before = method.velocity.clone()
         method.step()
         torch.testing.assert_close(

@@ -31,7 +31,8 @@ PROMPTS = (
 ERRORS = """return [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.error"]')].map(
     e => e.innerText)"""
 IMAGES = "return [...document.querySelectorAll('.jp-OutputArea img')].filter(e => e.naturalWidth > 50).length"
-PIXELS = """const image = document.querySelectorAll('img.widget-image')[arguments[0]], canvas = document.createElement('canvas');
+PIXELS = """const image = document.querySelectorAll('img.widget-image')[arguments[0]];
+const canvas = document.createElement('canvas');
 if (!image || !image.naturalWidth) return null;
 canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
 canvas.getContext('2d').drawImage(image, 0, 0);

@@ -130,7 +130,7 @@ def test_dream_plus_leads_dream_leads_random_sampling_after_equal_iterations():
 
 
 def test_first_images_before_any_step():
-    """At the papers' width: random (IDC), by the features of an untrained network (DREAM), of a trained one (DREAM+)."""
+    """At the papers' width: random (IDC), by features of an untrained network (DREAM), of a trained one (DREAM+)."""
     paper = [Run(path) for path in record_paths(RESULTS, "paper")]
     mix, untrained, warm = (
         fmean(

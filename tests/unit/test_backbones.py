@@ -63,7 +63,7 @@ def test_published_parameter_counts(spec, shape, classes, count, dim):
         assert net.features(torch.zeros(2, *shape)).shape == (2, dim)
 
 
-# Counted from FRePo's ConvNet of width w: (3x3 convolutions of w, 2w, 4w, ..., linear), BatchNorm before all but the first.
+# FRePo's ConvNet of width w: (3x3 convolutions of w, 2w, 4w, ..., linear), BatchNorm before all but the first.
 FREPO_COUNTS = [
     (MNIST, 10, 8192, 1_558_538, 768),
     (CIFAR, 10, 8192, 1_560_842, 768),

@@ -15,7 +15,7 @@ from ddlib.match.gradients import class_gradients, matched
 from ddlib.match.sampler import (
     Sampler,
     by_distance,
-    embed,
+    embed_rows,
     expert_batches,
     initial_rows,
     representatives,
@@ -81,13 +81,13 @@ def test_picks_cover_a_class_better_than_random_ones():
     data = dd.load("digits", device="cpu")
     net, rng = fresh(data), generator(0, "s")
     every = data.labels["train"].argsort(stable=True)
-    x = embed(net, data, every).split(data.class_sizes().tolist())
+    x = embed_rows(net, data, every).split(data.class_sizes().tolist())
 
     def coverage(rows: torch.Tensor) -> float:
         return float(
             np.mean(
                 [
-                    torch.cdist(x[c], embed(net, data, row)).min(1).values.mean()
+                    torch.cdist(x[c], embed_rows(net, data, row)).min(1).values.mean()
                     for c, row in enumerate(rows)
                 ]
             )
@@ -148,13 +148,13 @@ def test_features_are_of_raw_pixels_unless_asked_and_the_mode_of_the_network_sta
     data = arrays()
     net, rows = fresh(data), torch.arange(5)
     net.train()
-    raw, normal = embed(net, data, rows), embed(net, data, rows, raw=False)
-    torch.testing.assert_close(raw, net.features(data.images["train"][rows] / 255))
+    pixels, normal = embed_rows(net, data, rows), embed_rows(net, data, rows, pixels=False)
+    torch.testing.assert_close(pixels, net.features(data.images["train"][rows] / 255))
     torch.testing.assert_close(normal, net.features(data.batch("train", rows)))
-    assert (raw - normal).abs().max() > 1e-3 and net.training
+    assert (pixels - normal).abs().max() > 1e-3 and net.training
     assert not torch.equal(
         representatives(net, data, 9, generator(0, "s")),
-        representatives(net, data, 9, generator(0, "s"), raw=False),
+        representatives(net, data, 9, generator(0, "s"), pixels=False),
     )
 
 
@@ -169,7 +169,8 @@ def test_compiled_features_see_one_shape_and_give_the_plain_ones():
 
     for count in (3, 256, 270):
         torch.testing.assert_close(
-            embed(net, data, rows[:count], features=features), embed(net, data, rows[:count])
+            embed_rows(net, data, rows[:count], features=features),
+            embed_rows(net, data, rows[:count]),
         )
     assert seen == {64} and net.training
     plain, ours = (
@@ -200,7 +201,9 @@ def test_compiling_leaves_the_choice_alone():
     # In float32 rounding breaks ties between clusters, and then some of the images are others.
     net, rows = fresh(data).double(), torch.arange(300)
     fast = compiled(net.features)
-    torch.testing.assert_close(embed(net, data, rows, features=fast), embed(net, data, rows))
+    torch.testing.assert_close(
+        embed_rows(net, data, rows, features=fast), embed_rows(net, data, rows)
+    )
     assert torch.equal(
         representatives(net, data, 16, generator(0, "s"), features=fast),
         representatives(net, data, 16, generator(0, "s")),

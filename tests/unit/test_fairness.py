@@ -1,4 +1,4 @@
-"""The scorecard: scores against hand-computed cases, the nested bootstrap, and baselines that differ in images alone."""
+"""The scorecard: scores against cases by hand, the nested bootstrap, and baselines that differ in images alone."""
 
 import json
 import math

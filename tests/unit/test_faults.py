@@ -922,7 +922,8 @@ def test_names_that_no_file_can_have(results, tmp_path, cache):
     ("key", "value"),
     [
         ("accuracy", {}), ("accuracy", {"last": 5}), ("seconds", None), ("seconds", {"distill": "x"}), ("history", [1]),
-        ("evaluations", []), ("values", []), ("ipc", "1"), ("seed", True), ("profile", "x"), ("recipe", 1), ("device", None),
+        ("evaluations", []), ("values", []), ("ipc", "1"), ("seed", True), ("profile", "x"), ("recipe", 1),
+        ("device", None),
     ],
 )  # fmt: skip
 def test_a_record_that_lacks_what_a_table_reads(kept, ddlib, key, value):

@@ -322,7 +322,7 @@ def test_label_logits_are_the_mean_over_the_experts_that_are_right(monkeypatch):
 
 
 def test_correct_images_are_those_that_an_expert_gets_right(data):
-    """Of the whole class in a random order; those of the next expert, and then others, where one is right too seldom."""
+    """Of the whole class in random order; those of the next expert, and then others, where one is right too seldom."""
     method = work(data, ipc=60, init="correct", labels="learned", seed=1)
     size = int(data.class_sizes().min())
     pool = data.sample(size, generator(1, "trajectory", "init"))
