@@ -1,4 +1,4 @@
-"""A Ray cluster of two workers on this machine, one thread each, beside the queue alone: `python -m benchmarks.cluster`.
+"""Two Ray workers on this machine, one thread each, beside the queue alone: `python -m benchmarks.cluster`.
 
 Eight runs of DM on the digits, about a minute each, and eight experts of MTT, by `ddlib queue` one after the other and
 on the cluster. `times faster` counts from the first task to the last record; `with start` also what Ray takes to start
