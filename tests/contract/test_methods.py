@@ -85,6 +85,16 @@ def test_a_toy_of_a_few_lines_is_a_method(registry, tmp_path):
         dd.resolve("toy", "digits", 1, iterations="many")
 
 
+@pytest.mark.parametrize(("default", "smoke"), [(20_000, 50), (3, 3), (0, 0)])
+def test_a_method_without_a_preset_is_short_in_smoke_and_no_longer_than_by_default(
+    registry, default, smoke
+):
+    config = dataclasses.make_dataclass("C", [("iterations", int, default)], frozen=True)
+    register("toy")(broken(Config=config))
+    assert dd.resolve("toy", "digits", 1).config.iterations == smoke
+    assert dd.resolve("toy", "digits", 1, "small").config.iterations == default
+
+
 def broken(**members):
     return type("Broken", (Toy,), members | {"__module__": __name__})
 
