@@ -5,8 +5,10 @@ numbers depend on beside the code: the torch build, the vector instructions and 
 machine that is not there the comparison says nothing, and is skipped; so it is for a case that was changed since the
 machine was last at hand. A change that moves results raises the method's version; one that is meant to move their last
 bits says so, and takes its cases out for all machines. `python tests/contract/test_bits.py` puts in what this machine
-lacks. The sums of the first machine are those of commit 3a9b1bf, the last before the methods were rewritten, but for TESLA's, which moved by
-rounding in 24b0c67, and for those of `forgetting`, which came later.
+lacks.
+
+The sums of the first machine are those of commit 3a9b1bf, the last before the methods were rewritten, but for TESLA's,
+which moved by rounding in 24b0c67, and for those of `forgetting`, which came later.
 """
 
 import json

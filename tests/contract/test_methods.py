@@ -19,6 +19,7 @@ from ddlib.engine import contract
 from ddlib.methods import METHODS, register
 from ddlib.methods.base import ImageConfig, ImageMethod
 from ddlib.methods.registry import BUILT_IN, Methods
+from ddlib.report import explore
 from ddlib.testing import check_method
 from tests import forks
 
@@ -219,12 +220,20 @@ def use_idm(site: str) -> None:
     figure = dd.plots.accuracy_vs_ipc(dd.tables.runs([run]))
     artists = [line for axis in figure.axes for line in axis.lines]
     assert any(line.get_color() == "#AA3377" for line in artists), artists
+    (row,) = dd.tables.compare(dd.tables.runs([run])).to_dict("records")
+    assert row["method"].startswith("idm") and row["ours"] and row["paper"] == "none", row
+    found = explore.choices(dd.tables.stored(profile="smoke"))
+    chosen = explore.pick(found, "digits", "idm", 1, "smoke")
+    for view in explore.VIEWS:
+        explore.draw(view, chosen)
     sys.argv = ["ddlib", "list-methods"]
     main()
 
 
 def test_the_example_package_is_installed_listed_checked_and_run(tmp_path):
     """Installed from its folder as pip does it, without a network, and found by its entry point alone."""
+    module = ROOT / "examples" / "idm" / "ddlib_idm.py"
+    assert len(module.read_text().splitlines()) < 150
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "ddlib_idm.py"):
