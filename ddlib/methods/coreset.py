@@ -8,9 +8,6 @@ Differences from what the distillation papers report:
    while it trains, in as many epochs; DeepCore (Guo et al., 2022) trains 200.
 2. Their classical columns were scored without augmentation (the "dc" protocol), on MNIST apparently with some. Score
    coresets under the protocol of the set that they are compared with: random gains from the "dsa" protocol alone.
-
-Accuracy, seconds, hardware and number of runs, as `python -m ddlib docs` renews them from the
-records: docs/methods/coresets.md.
 """
 
 from __future__ import annotations
@@ -225,6 +222,12 @@ class Coreset(BaseMethod):
 
     `index` int64 [C * ipc] are the chosen training images, class by class; `extractor` is None for `random`. `seed`
     enters through the draw (random), the extractor, the k-means restarts and the order of ties (forgetting).
+
+    `random` attains 67.0 ± 5.6 % on MNIST at IPC 1 (profile `paper`, n=175; 276 s, AMD EPYC, 1 thread, Intel Xeon, 1 thread).
+    `herding` attains 19.7 ± 0.3 % on CIFAR-10 (JPEG) at IPC 1 (profile `paper`, n=5; 63 s, AMD EPYC, 1 thread).
+    `kcenter` attains 19.7 ± 0.3 % on CIFAR-10 (JPEG) at IPC 1 (profile `paper`, n=5; 172 s, AMD EPYC, 1 thread).
+    `kmeans` attains nothing yet beside a printed figure.
+    `forgetting` attains 15.1 ± 0.5 % on CIFAR-10 (JPEG) at IPC 1 (profile `paper`, n=5; 110 s, AMD EPYC, 1 thread).
     """
 
     Config, version, preset = CoresetConfig, 1, "coreset"
@@ -240,13 +243,13 @@ class Coreset(BaseMethod):
             self.extractor = extractor(data, backbone, config, seed)
             self.index = self._choose(self.extractor)
 
-    def _choose(self, extractor: Extractor) -> torch.Tensor:
+    def _choose(self, trained: Extractor) -> torch.Tensor:
         order = self.data.labels["train"].argsort(stable=True)
         table = order.split(self.data.class_sizes("train").tolist())  # class -> its indices
         if self.config.kind == "forgetting":
-            chosen = self._most_forgotten(extractor.events, table)
+            chosen = self._most_forgotten(trained.events, table)
         else:
-            chosen = self._by_features(embed(extractor.net, self.data), table)
+            chosen = self._by_features(embed(trained.net, self.data), table)
         return torch.cat([rows[picked] for rows, picked in zip(table, chosen, strict=True)])
 
     def _most_forgotten(
