@@ -227,10 +227,15 @@ def _list_methods(args: argparse.Namespace) -> None:
 
     ddlib list-methods
     """
+    from .core import DDError
     from .methods import METHODS
 
     for name in METHODS:
-        entry = METHODS.registration(name)
+        try:
+            entry = METHODS.registration(name)
+        except DDError as error:  # of an installed package; the others are there
+            print(f"{name:12} cannot be used: {error}")
+            continue
         print(f"{name:12} {entry.cls.__module__:28} {entry.paper}".rstrip())
 
 

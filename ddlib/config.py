@@ -178,10 +178,19 @@ def preset(path: Path) -> dict:
     return found
 
 
-def preset_files(method: str) -> list[Path]:
-    """The presets of a method, the weaker first: what all methods share, and the file beside its class."""
-    beside = METHODS.registration(method).presets
-    return [COMMON, beside] if beside else [COMMON]
+def _beside(method: str) -> dict:
+    """The presets beside the class of a method, {} where there are none."""
+    path = METHODS.registration(method).presets
+    try:
+        return preset(path) if path else {}
+    except DDError as error:
+        raise DDError(f"the method {method!r} has presets that cannot be used: {error}") from None
+
+
+def preset_files(method: str) -> dict[Path, dict]:
+    """The presets of a method by file, the weaker first: what all methods share, and those beside its class."""
+    path = METHODS.registration(method).presets
+    return {COMMON: preset(COMMON)} | ({path: _beside(method)} if path else {})
 
 
 def layers(method: str, dataset: str, ipc: int, profile: str) -> Iterator[tuple[Path, tuple, dict]]:
@@ -195,11 +204,14 @@ def layers(method: str, dataset: str, ipc: int, profile: str) -> Iterator[tuple[
         (*own, "profiles", profile),
     )
     for path in levels:
-        for file in preset_files(method):
-            level = preset(file)
+        for file, level in preset_files(method).items():
             for key in path:
                 level = (level or {}).get(key)
-            yield from _exceptions(file, path, level or {}, place, ipc)
+            level = level or {}
+            if file == COMMON and level.get("iterations", 0) > defaults(method)["iterations"]:
+                # What all methods share shortens a run, and lengthens none
+                level = {key: value for key, value in level.items() if key != "iterations"}
+            yield from _exceptions(file, path, level, place, ipc)
 
 
 def _exceptions(
@@ -250,8 +262,7 @@ def _refuse_unpublished(method: str, dataset: str, ipc: int, overrides: dict[str
     The rows of a preset's `ipc:` and `datasets:` are what paper and code give. Beside them, a key that the rows set
     has no value of theirs, and none else in the presets counts but a plainer level's.
     """
-    beside, place = METHODS.registration(method).presets, canonical(dataset)
-    rows = preset(beside) if beside else {}
+    rows, place = _beside(method), canonical(dataset)
     given = {key for key, value in overrides.items() if value is not None}
     for _, _, level in layers(method, dataset, ipc, "paper"):
         given |= level.keys()
@@ -266,8 +277,7 @@ def _refuse_unpublished(method: str, dataset: str, ipc: int, overrides: dict[str
 
 def borrowed(method: str, dataset: str, ipc: int) -> bool:
     """Whether the paper profile has another row's or method's settings here, since no source gives its own."""
-    beside = METHODS.registration(method).presets
-    rows = (preset(beside) if beside else {}).get("borrowed", {}).get(method, {})
+    rows = _beside(method).get("borrowed", {}).get(method, {})
     ipcs = rows.get(canonical(dataset), ())
     return ipcs == "all" or ipc in ipcs
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy
@@ -35,20 +37,21 @@ def check_method(name: str, *, steps: int = 3, **settings: Any) -> None:
 
     It is run on a part of the embedded digits, by its smoke preset, a network of width 8 and `settings` (keys of its
     Config): the same seed gives the same bits, another seed others; a stop after any step and a resume end in the same
-    bytes; labels stand class by class; no global random state is read or written; images that are not finite are
-    refused; float64 data give float64 images; and the state of one device is taken on another, where there are two.
+    bytes; labels stand class by class, soft ones by their sum over a class's images; no global random state is read or
+    written; images that are not finite are refused, before anything changes; float64 data give float64 images; and the state of one device is taken on another, where there are two.
     Takes a few seconds.
     """
     with tempfile.TemporaryDirectory() as scratch, environment(DDLIB_EXPERTS=scratch):
         spec = resolve(name, "digits", IPC, "smoke", **{"backbone": "convnet:width=8"} | settings)
         steps = min(steps, spec.config.iterations)
         data = load("digits", device="cpu").subset(60)
-        for asset in METHODS[name].needs(spec.config):
+        for asset in contract.needs(name, spec.config):
             asset.make(data, spec.run.backbone, progress=False)
 
         def make(seed: int = 0, data: Dataset = data) -> Method:
-            method = METHODS[name](spec.config, data, IPC, spec.run.backbone, seed)
-            return contract.started(name, method, data, IPC)
+            cls = METHODS[name]
+            start = partial(cls, spec.config, data, IPC, spec.run.backbone, seed)
+            return contract.started(name, start, data, IPC)
 
         whole = _labels_and_seeds(name, make, steps)
         _resume(name, make, steps, whole)
@@ -81,19 +84,13 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def _labels_and_seeds(name: str, make: Callable[..., Method], steps: int) -> dict[str, Tensor]:
     """The state after all steps of seed 0."""
     method = make()
-    classes = torch.arange(len(method.labels) // IPC).repeat_interleave(IPC)
+    count = len(method.labels) // IPC
     for _ in range(steps):
         contract.numbers(name, method.step())
-    result = contract.result(name, method)
-    labels = result.labels
-    if labels.ndim == 1 and not torch.equal(labels.cpu(), classes):
+    result = contract.result(name, method, count, IPC)
+    if not torch.equal(_classes(result.labels).cpu(), torch.arange(count)):
         _fail(
             name, "has labels that do not stand class by class: image k belongs to class k // IPC"
-        )
-    if len(labels) != len(classes) or len(result.images) != len(classes):
-        _fail(
-            name,
-            f"hands over {len(result.images)} images and {len(labels)} labels, not {len(classes)}",
         )
     contract.summary(name, method)
     state = _copy(method.state_dict())
@@ -104,6 +101,14 @@ def _labels_and_seeds(name: str, make: Callable[..., Method], steps: int) -> dic
     if torch.equal(result.images, _after(make(seed=1), steps).result().images):
         _fail(name, "has the same images under another seed")
     return state
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """The class of each IPC labels in turn, by their sum where they are soft; -1 where hard ones differ."""
+    of_class = labels.unflatten(0, (-1, IPC))
+    if labels.ndim > 1:
+        return of_class.sum(1).argmax(1)
+    return torch.where((of_class == of_class[:, :1]).all(1), of_class[:, 0], -1)
 
 
 def _resume(name: str, make: Callable[..., Method], steps: int, whole: dict[str, Tensor]) -> None:
@@ -132,20 +137,35 @@ def _global_state(
 
 def _not_finite(name: str, make: Callable[..., Method]) -> None:
     """Images that are NaN: an error before anything changes, or a report that the engine refuses."""
+    good = _copy(_after(make(), 1).state_dict())
+    floats = [key for key, value in good.items() if value.is_floating_point()]
     method = make()
-    bad = {
-        key: torch.full_like(value, torch.nan) if value.is_floating_point() else value
-        for key, value in _copy(_after(method, 1).state_dict()).items()
-    }
+    method.load_state_dict(
+        _copy(good) | {key: torch.full_like(good[key], torch.nan) for key in floats}
+    )
+    with suppress(DDError):
+        report = contract.numbers(name, method.step())
+        if all(map(numpy.isfinite, report.values())) and method.images.isfinite().all():
+            _fail(name, "goes on silently from images that are not finite")
+    for key in floats:  # in one at a time, and half of it, so that a change of all else is seen
+        _refusal(name, make(), good | {key: _half_nan(good[key])})
+
+
+def _half_nan(value: Tensor) -> Tensor:
+    """A copy with the first half of the numbers NaN, the one that there is included."""
+    flat = value.flatten().clone()
+    flat[: (len(flat) + 1) // 2] = torch.nan
+    return flat.view_as(value)
+
+
+def _refusal(name: str, method: Method, bad: dict[str, Tensor]) -> None:
+    """Where the next step from the state `bad` is refused, it is refused before anything has changed."""
     method.load_state_dict(_copy(bad))
     try:
-        report = contract.numbers(name, method.step())
+        method.step()
     except DDError:
         if not _same(bad, method.state_dict()):
-            _fail(name, "changes its state before it refuses images that are not finite")
-        return
-    if all(map(numpy.isfinite, report.values())) and method.images.isfinite().all():
-        _fail(name, "goes on silently from images that are not finite")
+            _fail(name, "changes its state before it refuses what is not finite")
 
 
 def _float64(name: str, make: Callable[..., Method], data: Dataset, steps: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import Spec
 from ..core import DDError, shown
 from ..files import load_tensors, save_tensors
-from . import heap
+from . import contract, heap
 from .meter import PeakMemory, commit
 
 SAVE_SECONDS = 300  # a checkpoint at least so often
@@ -150,7 +150,8 @@ class Progress:
         self._count()
         self.saved, self.saved_at = self.step, self.counted
         self.peak = max(self.peak, self.meter.read())
-        tensors = {f"method.{k}": v for k, v in self.method.state_dict().items()}
+        state = contract.state(self.spec.method, self.method)
+        tensors = {f"method.{k}": v for k, v in state.items()}
         tensors |= {f"snapshot.{k}": v for k, v in self.snapshots.items()}
         kept = {key: getattr(self, key) for key in self.KEPT}
         save_tensors(self.path, tensors, {"name": self.spec.name, "data": self.data} | kept)

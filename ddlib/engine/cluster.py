@@ -32,7 +32,7 @@ from ..core import DDError, Interrupted, choose, pick_device, whole
 from ..data.cache import cache_folder
 from ..experts import experts_folder
 from ..files import Busy, environment, load_tensors, lock, read_json, write_atomically
-from ..methods import METHODS
+from . import contract
 from .checkpoint import threads_of
 from .cost import shared_key
 from .meter import commit
@@ -186,7 +186,7 @@ def _checkpoint(order: Order, results: Path) -> dict[str, bytes]:
 def _experts(order: Order) -> Outcome:
     spec, made = order.spec, []
     data = dataset_of(spec, pick_device(order.device))
-    for asset in METHODS[spec.method].needs(spec.config):
+    for asset in contract.needs(spec.method, spec.config):
         compiled = spec.run.compile
         made += asset.make(
             data, spec.run.backbone, compile=compiled, progress=False, only=order.expert
@@ -314,7 +314,7 @@ def _ask(
 ) -> None:
     """Ask for a row, and before it for its experts: kept ones are sent, each other one is a task."""
     spec, saved = row.spec, row.checkpoint
-    assets = METHODS[spec.method].needs(spec.config)
+    assets = contract.needs(spec.method, spec.config)
     key = shared_key(spec) if assets else None
     if assets and key not in experts:
         data = dataset_of(spec, "cpu")  # its checksum names the folder

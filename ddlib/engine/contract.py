@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -13,26 +13,93 @@ from torch import Tensor
 
 from ..core import DDError
 from ..data.dataset import Dataset
-from ..methods.base import Method, Result
+from ..methods import METHODS
+from ..methods.base import Asset, ImageMethod, Method, Result
 
 
 class StepError(DDError):
     """A step failed on the way: what it has changed is not to be kept."""
 
 
-def started(name: str, method: Method, data: Dataset, ipc: int) -> Method:
-    """`method`, once it is seen to hold images [classes x IPC, C, H, W] and their labels."""
+REMEDY = "mend it and give the same command again"
+TO_PASS = (DDError, torch.OutOfMemoryError, torch.AcceleratorError)  # the engine says more of these
+
+
+def _called(name: str, part: str, call: Callable[[], Any]) -> Any:
+    """What `call` returns; whatever it raises, but for `TO_PASS`, is one sentence, and the cause of ours."""
+    try:
+        return call()
+    except TO_PASS:
+        raise
+    except Exception as error:
+        raise DDError(f"{_failure(name, part, error)}: {REMEDY}") from error
+
+
+def _failure(name: str, part: str, error: Exception) -> str:
+    what = f"{type(error).__name__}: {error}, {_line(error)}"
+    return f"{part} of the method {name!r} fails ({what})"
+
+
+def needs(name: str, config: Any) -> Sequence[Asset]:
+    """What the method `name` needs made before it starts."""
+    found = _called(name, "needs()", lambda: METHODS[name].needs(config))
+    remedy = "let it return a list of assets with `make` (ddlib.methods.base.Asset), () for none"
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise DDError(f"needs() of the method {name!r} returns {_shape(found)}: {remedy}")
+    for asset in found:
+        if not callable(getattr(asset, "make", None)):
+            raise DDError(f"needs() of the method {name!r} returns {_shape(asset)} in it: {remedy}")
+    return found
+
+
+def started(name: str, make: Callable[[], Method], data: Dataset, ipc: int) -> Method:
+    """The method that `make` gives, once it is seen to have a loss, images [classes x IPC, C, H, W], labels and a state."""
+    method = _called(name, "__init__", make)
+    if _lacks_loss(type(method)):
+        raise DDError(f"the method {name!r} has no loss: write `loss(synthetic, classes)`")
     for member in ("images", "labels"):
         try:
             value = getattr(method, member)
         except AttributeError as error:
             raise DDError(f"the method {name!r} lacks self.{member}: set it in __init__") from error
-        if not isinstance(value, Tensor) or len(value) != data.num_classes * ipc:
-            raise DDError(
-                f"the method {name!r} starts with {_shape(value)} as its {member}: there must be "
-                f"{data.num_classes} classes x {ipc} of them, class by class"
-            )
+        _check_count(
+            f"the method {name!r} starts with", member, value, classes=data.num_classes, ipc=ipc
+        )
+    state(name, method)  # what else would fail at the first checkpoint
     return method
+
+
+def _lacks_loss(cls: type) -> bool:
+    """Whether an `ImageMethod` has nothing of its own for the images to be moved by."""
+    parts = ("loss", "gradient", "step")
+    return issubclass(cls, ImageMethod) and all(
+        getattr(cls, part) is getattr(ImageMethod, part) for part in parts
+    )
+
+
+def _check_count(what: str, part: str, value: object, *, classes: int, ipc: int) -> None:
+    if isinstance(value, Tensor) and value.shape[:1] == (classes * ipc,):
+        return
+    raise DDError(
+        f"{what} {_shape(value)} as its {part}: there must be {classes} classes x {ipc} of them, "
+        "class by class"
+    )
+
+
+def state(name: str, method: Method) -> Mapping[str, Tensor]:
+    """What the method gives for a checkpoint."""
+    found = _called(name, "state_dict()", method.state_dict)
+    if not isinstance(found, Mapping):
+        raise DDError(
+            f"state_dict() of the method {name!r} returns {_shape(found)}: let it return tensors by name"
+        )
+    for key, value in found.items():
+        if not isinstance(value, Tensor):
+            raise DDError(
+                f"state_dict() of the method {name!r} holds {_shape(value)} as {key!r}: put it in as a "
+                "tensor, e.g. torch.tensor(self.steps)"
+            )
+    return found
 
 
 def step(name: str, method: Method) -> Mapping[str, Any]:
@@ -42,13 +109,10 @@ def step(name: str, method: Method) -> Mapping[str, Any]:
     """
     try:
         return method.step()
-    except (DDError, torch.OutOfMemoryError, torch.AcceleratorError):
+    except TO_PASS:
         raise
     except Exception as error:
-        raise StepError(
-            f"the step of the method {name!r} fails ({type(error).__name__}: {error}, {_line(error)}): "
-            "mend it and give the same command again"
-        ) from error
+        raise StepError(f"{_failure(name, 'the step', error)}: {REMEDY}") from error
 
 
 def _line(error: Exception) -> str:
@@ -78,28 +142,25 @@ def numbers(name: str, report: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def result(name: str, method: Method) -> Result:
-    """What the method hands over for evaluation."""
-    found = method.result()
-    if isinstance(found, Result):
-        return found
-    raise DDError(
-        f"result() of the method {name!r} returns {_shape(found)}: let it return a "
-        "ddlib.methods.base.Result"
-    )
+def result(name: str, method: Method, classes: int, ipc: int) -> Result:
+    """What the method hands over for evaluation: a `Result` of classes x IPC images and labels."""
+    found = _called(name, "result()", method.result)
+    what = f"result() of the method {name!r} returns"
+    if not isinstance(found, Result):
+        raise DDError(f"{what} {_shape(found)}: let it return a ddlib.methods.base.Result")
+    for member in ("images", "labels"):
+        _check_count(what, member, getattr(found, member), classes=classes, ipc=ipc)
+    return found
 
 
 def summary(name: str, method: Method) -> dict[str, Any]:
     """The method's own part of the record."""
-    remedy = "mend it and give the same command again, which goes on from the checkpoint"
     try:
         found = dict(method.summary())
         json.dumps(found)
-    except DDError:
-        raise
     except Exception as error:
         raise DDError(
-            f"summary() of the method {name!r} fails ({type(error).__name__}: {error}): {remedy}"
+            f"{_failure(name, 'summary()', error)}: {REMEDY}, which goes on from the checkpoint"
         ) from error
     return found
 

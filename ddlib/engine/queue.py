@@ -31,7 +31,7 @@ import yaml
 from ..config import Spec, resolve
 from ..core import DDError, choose, path_of
 from ..files import Busy, is_there, lock, results_folder
-from ..methods import METHODS
+from . import contract
 from .cost import DEVICES, UNKNOWN, Cost, predict, shared_key
 from .record import checkpoint_path, record_path
 
@@ -198,7 +198,7 @@ def _run(row: Row, end: float, device: str, results: str | Path | None) -> int |
     """The exit status of one run, after that of the experts that it needs; None where the time ended it."""
     spec = row.spec
     commands = [spec.command("run") + f" --seed {spec.seed}"]
-    if METHODS[spec.method].needs(spec.config):
+    if contract.needs(spec.method, spec.config):
         commands.insert(0, spec.command("experts"))
     for command in commands:
         code = _process([*shlex.split(command)[1:], "--device", device], end, results)

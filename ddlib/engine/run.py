@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,11 +310,12 @@ def _halved(state: Progress, data: Dataset) -> dict[str, int]:
 
 def _method(spec: Spec, data: Dataset, smaller: dict[str, int]) -> Any:
     config = replace(spec.config, **smaller)
+    cls = METHODS[spec.method]
+    make = partial(cls, config, data, spec.ipc, spec.run.backbone, spec.seed)
     try:
-        method = METHODS[spec.method](config, data, spec.ipc, spec.run.backbone, spec.seed)
+        return contract.started(spec.method, make, data, spec.ipc)
     except ExpertsError as error:
         raise DDError(f"{error}: {spec.command('experts')}") from None
-    return contract.started(spec.method, method, data, spec.ipc)
 
 
 def _distil(states: dict[Job, Progress], data: Dataset, progress: bool, every: int | None) -> None:
@@ -376,23 +378,34 @@ def prepare(
 ) -> list[Path]:
     """Train the expert trajectories that `run` with the same arguments needs, unless they are there; their files."""
     spec = resolve(method, dataset, ipc, profile, **overrides)
-    if not METHODS[method].needs(spec.config):
-        raise DDError(f"{method} needs no experts; methods that do: mtt, tesla, ftd, datm")
+    if not contract.needs(method, spec.config):
+        raise DDError(f"{method} needs no experts; methods that do: {', '.join(_with_needs())}")
     device = pick_device(device)
     with threads_of(profile), _room(device):
         return _teach(spec, dataset_of(spec, device), progress)
 
 
+def _with_needs() -> list[str]:
+    """The methods that need something made first; one of a broken package is left out."""
+    names = []
+    for name in METHODS:
+        with suppress(DDError):
+            if contract.needs(name, METHODS[name].Config()):
+                names.append(name)
+    return names
+
+
 def _teach(spec: Spec, data: Dataset, progress: bool) -> list[Path]:
     paths = []
-    for asset in METHODS[spec.method].needs(spec.config):
+    for asset in contract.needs(spec.method, spec.config):
         paths += asset.make(data, spec.run.backbone, compile=spec.run.compile, progress=progress)
     return paths
 
 
 def _synthetic(state: Progress, data: Dataset, snapshots: bool = False) -> Synthetic:
     extra = {"snapshots": state.snapshots} if snapshots else {}
-    run, result = state.spec.run, contract.result(state.spec.method, state.method)
+    spec, run = state.spec, state.spec.run
+    result = contract.result(spec.method, state.method, data.num_classes, spec.ipc)
     changes = dict(result.recipe)
     if run.eval_lr:  # a step size that was asked for stands before a learned one
         changes.pop("lr", None)
@@ -400,10 +413,10 @@ def _synthetic(state: Progress, data: Dataset, snapshots: bool = False) -> Synth
         data,
         result.images,
         result.labels,
-        state.spec.recipe.tuned(changes),
+        spec.recipe.tuned(changes),
         run.eval_backbone or run.backbone,
         factor=result.factor,
-        spec=asdict(state.spec),
+        spec=asdict(spec),
         **extra,
     )
 

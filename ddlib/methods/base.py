@@ -206,7 +206,7 @@ class ImageMethod(BaseMethod):
 
     def loss(self, synthetic: Tensor, classes: slice) -> Tensor:
         """The loss of a chunk: images [c * IPC, C, H, W] of the classes `classes`, summed over these classes."""
-        raise DDError(f"{type(self).__name__} has no loss: write `loss(synthetic, classes)`")
+        raise NotImplementedError("write `loss(synthetic, classes)`")
 
     # What serves it
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ BUILT_IN = {
     "trajectory": ("mtt", "tesla", "ftd", "datm"),
     "frepo": ("frepo",),
 }
+NAME = re.compile(r"[A-Za-z0-9_]+")  # a part of the names of files and commands
 MEMBERS = ("Config", "version", "step", "state_dict", "load_state_dict", "result", "summary")
 ROOM = __name__.rpartition(".")[0]  # ddlib.methods
 
@@ -41,11 +43,8 @@ class Registration:
     presets: Path | None = None  # the YAML beside the class, where there is one
     protocol: str = ""  # of its evaluation, where no preset names one; "" is the common preset's
     colour: str = ""  # in plots; "" is the next one of a cycle
-    # Address of its documentation; "" is docs/methods/NAME.md of ddlib, if that exists
-    page: str = ""
     # Settings that are the method's own, and the values they may have (`BaseMethod.only`)
     only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
-    published: Path | None = None  # a CSV beside the class, as ddlib/report/published.csv
 
 
 def register(
@@ -59,8 +58,8 @@ def register(
     """A decorator that offers a class as the method `name`; see `Registration` for the rest, all of it optional.
 
     `presets` is the name of a file beside the class's module; without one, NAME.yaml is read if it is there, and the
-    defaults of the Config are the method's settings if not. Raises `DDError` for a name that is taken, and for a class
-    that lacks a part of the contract (`ddlib.methods.base.Method`).
+    defaults of the Config are the method's settings if not. Raises `DDError` for a name that is taken or that no file can
+    have, and for a class that lacks a part of the contract (`ddlib.methods.base.Method`).
     """
 
     def decorate(cls: type) -> type:
@@ -101,6 +100,8 @@ def _file(folder: Path | None, name: str, method: str, *, required: bool) -> Pat
 def _check(name: str, cls: type) -> None:
     """Raise `DDError` where `cls` is no method; its instances are checked when one is made."""
     what = f"the method {name!r} ({cls.__module__}.{cls.__qualname__})"
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise DDError(f"{what} has a name that files cannot have: take letters, digits and _ alone")
     missing = [member for member in (*MEMBERS, "needs") if getattr(cls, member, None) is None]
     if missing:
         raise DDError(

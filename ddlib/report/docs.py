@@ -143,23 +143,31 @@ def _counted(networks: int, seeds: int) -> str:
 
 
 def _attained(method: str, results: str | Path | None) -> str:
-    """Accuracy, number of networks, seconds and hardware of a method's run nearest to the paper, in one line."""
+    """Accuracy, number of networks, seconds and hardware of a method's run nearest to the paper, in one line.
+
+    Where no figure is printed beside any run, the nearest of all, and the line says so.
+    """
     kept = _runs(results)
     if not kept:
         return "nothing yet beside a printed figure."
     rows = tables.made(tables.judge(_beside_random(pd.concat(kept.values()), [method])))
-    rows = rows[(rows.method == method) & rows.figure.notna()]
+    rows = rows[rows.method == method]
     if rows.empty:
         return "nothing yet beside a printed figure."
+    beside = rows[rows.figure.notna()]
+    rows = rows if beside.empty else beside
     nearest = min(rows.index, key=lambda k: tables.nearness(rows.differs[k], rows.loc[k]))
     row = rows.loc[nearest]
     score = tables.with_spread(row.accuracy, row.pooled, row.networks)
-    hardware = re.sub(r"\b1 threads$", "1 thread", row.device)
+    hardware = re.sub(r"\b1 threads\b", "1 thread", row.device)
     hardware = re.sub(r"\(R\)| Processor", "", hardware)
-    return (
-        f"{score} % on {short(row.dataset)} at IPC {row.ipc} (profile `{row.profile}`, n={row.networks}; "
-        f"{row.distill + row.evaluate:.0f} s, {hardware})."
+    where = (
+        f"on {short(row.dataset)} at IPC {row.ipc} (profile `{row.profile}`, n={row.networks}; "
+        f"{row.distill + row.evaluate:.0f} s, {hardware})"
     )
+    if beside.empty:
+        return f"{score} % {where}, in {row.iterations} iterations; no printed figure."
+    return f"{score} % {where}."
 
 
 def _results(_: list[str], results: str | Path | None) -> str:

@@ -34,9 +34,9 @@ import torch
 from ..config import dataset_of, resolve
 from ..core import DDError, generator, pick_device
 from ..distilled import Synthetic
+from ..engine import contract
 from ..engine.record import Run, record_path, resolve_record
 from ..engine.run import run as distil
-from ..methods import METHODS
 from ..nets.build import build
 from ..train.evaluate import evaluate
 from ..train.loop import accuracy, train_on
@@ -141,7 +141,7 @@ def storage(syn: Synthetic) -> dict[str, int]:
 
 def cost(run: Run) -> dict[str, float]:
     """Seconds of distillation, of all the experts that the run drew from, and of both; NaN where nobody measured."""
-    needed = METHODS[run.record["method"]].needs(resolve_record(run.record).config)
+    needed = contract.needs(run.record["method"], resolve_record(run.record).config)
     experts = run.record["extra"].get("expert seconds", math.nan) if needed else 0.0
     distillation = run.record["seconds"]["distill"]
     return {"distillation": distillation, "experts": experts, "total": distillation + experts}

@@ -78,21 +78,17 @@ class IDM(ImageMethod):
         self.w, rows = self.draw_augmentation(), self.real_rows()
         with torch.no_grad():
             # 1/B sum_i psi(A(x_i^c; w_c))
-            self.real = torch.cat(
-                [
-                    self.seen(self.data.batch("train", rows[c]), c)[0].mean(1)
-                    for c in self.chunks(self.batch)
-                ]
-            )
+            chunks = self.chunks(self.batch)
+            means = [self.seen(self.data.batch("train", rows[c]), c)[0].mean(1) for c in chunks]
+            self.real = torch.cat(means)
 
     def seen(self, images: torch.Tensor, classes: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Augmented images [c, k, C, H, W] and their features [c, k, d]: (features, logits [c, k, C])."""
         each = images.shape[1]
         x = augment(images.flatten(0, 1), self.w.select(classes).repeat(each))
         features = self.psi.features(x)
-        return features.unflatten(0, (-1, each)), self.psi.classifier(features).unflatten(
-            0, (-1, each)
-        )
+        logits = self.psi.classifier(features)
+        return features.unflatten(0, (-1, each)), logits.unflatten(0, (-1, each))
 
     def loss(self, synthetic: torch.Tensor, classes: slice) -> torch.Tensor:
         tiles = decode(synthetic, self.factor).unflatten(0, (self.factor**2, -1, self.ipc))

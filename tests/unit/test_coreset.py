@@ -129,9 +129,10 @@ def test_random_is_class_major_distinct_and_seeded(data):
     [("herding", herding), ("kcenter", kcenter), ("kmeans", lambda x, n: kmeans(x, n, 5))],
 )
 def test_coreset_applies_the_rule_to_each_class(data, kind, rule, monkeypatch):
-    chosen = Coreset(CoresetConfig(kind), data, 4, "convnet", 5)
-    chosen.extractor = Extractor(None, None, {"epochs": 0})
+    trained = Extractor(None, None, {"epochs": 0})
+    monkeypatch.setattr("ddlib.methods.coreset.extractor", lambda *_: trained)
     monkeypatch.setattr("ddlib.methods.coreset.embed", lambda net, data: flat(data))
+    chosen = Coreset(CoresetConfig(kind), data, 4, "convnet", 5)
     labels, wanted = data.labels["train"], []
     for c in range(3):
         rows = (labels == c).nonzero()[:, 0]

@@ -173,6 +173,12 @@ def test_images_that_were_never_distilled_are_no_set_of_the_method(tmp_path):
     assert "attains nothing yet" in docs.fill("    `idc` attains x", tmp_path)
 
 
+def test_a_docstring_says_that_no_figure_is_printed_beside_a_run(tmp_path):
+    record(tmp_path, "idc", dataset="digits", profile="small", iterations=8, scores=(51.0, 52.0))
+    line = docs.fill("    `idc` attains x", tmp_path)
+    assert "attains 51.5 ± 0.5 % on" in line and "in 8 iterations; no printed figure" in line
+
+
 def test_random_images_beside_a_run_are_of_its_own_profile(tmp_path):
     for profile, score in (("paper", 17.0), ("small", 19.0)):
         record(tmp_path, "random", "folder:cifar10", profile=profile, scores=(score, score))
