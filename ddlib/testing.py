@@ -38,8 +38,8 @@ def check_method(name: str, *, steps: int = 3, **settings: Any) -> None:
     It is run on a part of the embedded digits, by its smoke preset, a network of width 8 and `settings` (keys of its
     Config): the same seed gives the same bits, another seed others; a stop after any step and a resume end in the same
     bytes; labels stand class by class, soft ones by their sum over a class's images; no global random state is read or
-    written; images that are not finite are refused, before anything changes; float64 data give float64 images; and the state of one device is taken on another, where there are two.
-    Takes a few seconds.
+    written; images that are not finite are refused, before anything changes; float64 data give float64 images; and the
+    state of one device is taken on another, where there are two. Takes a few seconds.
     """
     with tempfile.TemporaryDirectory() as scratch, environment(DDLIB_EXPERTS=scratch):
         spec = resolve(name, "digits", IPC, "smoke", **{"backbone": "convnet:width=8"} | settings)

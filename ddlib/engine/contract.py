@@ -53,7 +53,7 @@ def needs(name: str, config: Any) -> Sequence[Asset]:
 
 
 def started(name: str, make: Callable[[], Method], data: Dataset, ipc: int) -> Method:
-    """The method that `make` gives, once it is seen to have a loss, images [classes x IPC, C, H, W], labels and a state."""
+    """The method that `make` gives, once it is seen to have a loss, images [classes x IPC, ...], labels and a state."""
     method = _called(name, "__init__", make)
     if _lacks_loss(type(method)):
         raise DDError(f"the method {name!r} has no loss: write `loss(synthetic, classes)`")

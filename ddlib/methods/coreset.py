@@ -226,7 +226,8 @@ class Coreset(BaseMethod):
     `index` int64 [C * ipc] are the chosen training images, class by class; `extractor` is None for `random`. `seed`
     enters through the draw (random), the extractor, the k-means restarts and the order of ties (forgetting).
 
-    `random` attains 67.0 ± 5.6 % on MNIST at IPC 1 (profile `paper`, n=175; 276 s, AMD EPYC, 1 thread, Intel Xeon, 1 thread).
+    `random` attains 67.0 ± 5.6 % on MNIST at IPC 1 (profile `paper`, n=175; 276 s, AMD EPYC, 1 thread, Intel Xeon, 1
+    thread).
     `herding` attains 19.7 ± 0.3 % on CIFAR-10 (JPEG) at IPC 1 (profile `paper`, n=5; 63 s, AMD EPYC, 1 thread).
     `kcenter` attains 19.7 ± 0.3 % on CIFAR-10 (JPEG) at IPC 1 (profile `paper`, n=5; 172 s, AMD EPYC, 1 thread).
     `kmeans` attains nothing yet beside a printed figure.

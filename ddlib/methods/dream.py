@@ -46,7 +46,8 @@ class DREAM(IDC):
 class DREAMPlus(DREAM):
     """DREAM on warmed-up networks, with the class means of the features matched beside the gradients.
 
-    `dream_plus` attains 53.8 ± 0.1 % on CIFAR-10 (JPEG) at IPC 10 (profile `small`, n=3; 3084 s, AMD EPYC, 1 thread), in 8 iterations; no printed figure.
+    `dream_plus` attains 53.8 ± 0.1 % on CIFAR-10 (JPEG) at IPC 10 (profile `small`, n=3; 3084 s, AMD EPYC, 1 thread),
+    in 8 iterations; no printed figure.
     """
 
     arguments: ClassVar[dict[str, Any]] = DREAM.arguments | {

@@ -58,8 +58,8 @@ def register(
     """A decorator that offers a class as the method `name`; see `Registration` for the rest, all of it optional.
 
     `presets` is the name of a file beside the class's module; without one, NAME.yaml is read if it is there, and the
-    defaults of the Config are the method's settings if not. Raises `DDError` for a name that is taken or that no file can
-    have, and for a class that lacks a part of the contract (`ddlib.methods.base.Method`).
+    defaults of the Config are the method's settings if not. Raises `DDError` for a name that is taken or that no file
+    can have, and for a class that lacks a part of the contract (`ddlib.methods.base.Method`).
     """
 
     def decorate(cls: type) -> type:

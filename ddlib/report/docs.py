@@ -11,6 +11,7 @@ reached.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,8 @@ BLOCK = re.compile(
     r"(<!-- (headline|results|whole|claims|records):begin([\w ]*)\(.*?\) -->\n).*?(<!-- \2:end -->)",
     re.DOTALL,
 )
-ATTAINS = re.compile(r"^( +`(\w+)` attains ).*$", re.MULTILINE)
+ATTAINS = re.compile(r"^( +)`(\w+)` attains .*?\.$", re.MULTILINE | re.DOTALL)
+PROSE = 120  # columns of a docstring
 
 
 def fill(text: str, results: str | Path | None = None) -> str:
@@ -39,8 +41,11 @@ def fill(text: str, results: str | Path | None = None) -> str:
     def renewed(block: re.Match) -> str:
         return block[1] + KINDS[block[2]](block[3].split(), results) + "\n" + block[4]
 
-    text = BLOCK.sub(renewed, text)
-    return ATTAINS.sub(lambda line: line[1] + _attained(line[2], results), text)
+    def attained(line: re.Match) -> str:
+        sentence = f"`{line[2]}` attains {_attained(line[2], results)}"
+        return textwrap.fill(sentence, PROSE, initial_indent=line[1], subsequent_indent=line[1])
+
+    return ATTAINS.sub(attained, BLOCK.sub(renewed, text))
 
 
 def pages() -> list[Path]:
