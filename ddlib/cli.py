@@ -195,6 +195,7 @@ def _card(args: argparse.Namespace) -> None:
     """
     from pathlib import Path
 
+    from .core import DDError
     from .files import write_atomically
     from .report.card import card, of_set, picture
 
@@ -203,6 +204,8 @@ def _card(args: argparse.Namespace) -> None:
         print(card(of), end="")
         return
     out, drawn = Path(args.out), picture(of)
+    if not out.name:
+        raise DDError(f"--out must name a file, not {str(out)!r}")
     beside = out.with_suffix(".png")
     if drawn:
         print(f"wrote {write_atomically(beside, lambda path: path.write_bytes(drawn))}")

@@ -134,7 +134,7 @@ def numbers(text: object, kind: type = int, least: float | None = None) -> list:
         found = [kind(part) for part in parts]
         if least is None or all(number >= least for number in found):
             return found
-    what = f"{'whole ' * (kind is int)}numbers{'' if least is None else f' of at least {least}'}"
+    what = f"{'whole ' * (kind is int)}numbers{'' if least is None else f' of at least {shown(least)}'}"
     raise DDError(f"{shown(text)} is no list of {what}; write them with commas, as in '1,10'")
 
 

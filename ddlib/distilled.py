@@ -65,7 +65,7 @@ def check_factor(factor: int, shape: tuple[int, int, int]) -> int:
     most = min(shape[1:]) // 2
     if not 1 <= factor <= most:
         raise DDError(
-            f"factor {factor} does not fit images of {shape[1]}x{shape[2]} px; allowed: 1 to {most}"
+            f"factor {shown(factor)} does not fit images of {shape[1]}x{shape[2]} px; allowed: 1 to {most}"
         )
     return factor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -226,7 +227,9 @@ def side_file(path: Path) -> dict[str, Any]:
 
     A row is a score of `Run.transfer`, or the lines of a confusion matrix; another is a `DDError`.
     """
-    rows = read_json(path, "side file", _CURE) if path.exists() else {}
+    rows = (
+        read_json(path, "side file", _CURE) if os.path.exists(path) else {}
+    )  # False for a name that is too long
     with _sense(f"the side file {path} holds something else than rows"):
         for key, row in rows.items():
             if path.name.endswith(".transfer.json"):

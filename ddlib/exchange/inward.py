@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..config import load_as, resolve_anyway
-from ..core import DDError, choose, instance, path_of, plain, whole
+from ..core import DDError, choose, instance, path_of, plain, shown, whole
 from ..data.dataset import STATISTICS, Dataset, canonical
 from ..distilled import Synthetic, check_factor, recipe_from
 from ..files import is_there
@@ -76,6 +76,7 @@ def import_set(
     """
     path = _file(path_of("the path of a published set", path))
     instance("dataset", dataset, str, Dataset)
+    instance("method", method, str, None)
     instance("lr", plain(lr), int, float, None)
     experiment = instance("experiment", plain(experiment), int)
     factor = None if factor is None else whole("factor", factor, 1)
@@ -184,7 +185,7 @@ def _condensation(path: Path, experiments: object, which: int) -> Found:
         raise DDError(f"'data' of {path} must be a list of [images, labels]")
     if not -len(experiments) <= which < len(experiments):
         raise DDError(
-            f"{path} holds {len(experiments)} experiments; experiment {which} is none of them"
+            f"{path} holds {len(experiments)} experiments; experiment {shown(which)} is none of them"
         )
     pair = _pair(path, experiments[which])
     named = re.match(r"res_(DC|DSA|DM)_", path.name)

@@ -432,7 +432,7 @@ class TESLA(MTT):
     tesla), and on ImageNet-1K labels that a teacher assigns (`labels`: assigned), the expert at the segment's end.
 
     Its sums moved by rounding in commit 24b0c67, with the version as it was: ten steps of the case `tesla ten steps` of
-    tests/contract/test_bits.py gave images that differ by at most 4.5e-6, where the largest value is 13.5.
+    tests/contract/test_bits.py gave images that differ by less than a millionth of the largest value.
 
     `tesla` attains 27.2 ± 1.3 % on CIFAR-10 (JPEG) at IPC 1 (profile `small`, n=9; 737 s, Intel Xeon, 1 thread).
     """

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from ..config import PROFILES
-from ..core import DDError, choose, generator, instance, whole
+from ..core import DDError, choose, generator, instance, shown, whole
 from ..data.dataset import Dataset, canonical
 from ..distilled import Synthetic
 from ..engine.record import Run
@@ -179,7 +179,9 @@ def short(dataset: str) -> str:
     Any other folder loses the path before its name: "folder:/home/me/pets" -> "folder:pets".
     """
     if not isinstance(dataset, str):
-        raise DDError(f"a dataset is named by a word such as digits or cifar10, not {dataset!r}")
+        raise DDError(
+            f"a dataset is named by a word such as digits or cifar10, not {shown(dataset)}"
+        )
     known = canonical(dataset)
     if not dataset.startswith("folder:"):
         return TITLES.get(known, known)

@@ -690,7 +690,7 @@ def test_names():
         load("cifar11")
     with pytest.raises(DDError, match="unknown zca kind 'pca'"):
         load("digits", zca="pca")
-    with pytest.raises(DDError, match="positive number"):
+    with pytest.raises(DDError, match="resolution must be an integer of at least 1"):
         load("digits", resolution=0)
     assert set(data.SUBSETS) < set(data.NAMES) and all(
         len(set(ids)) == 10 for ids in data.SUBSETS.values()

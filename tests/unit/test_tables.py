@@ -170,12 +170,12 @@ def test_images_that_were_never_distilled_are_no_set_of_the_method(tmp_path):
     assert set(claims.judge(own, tmp_path).kind) == {"not attempted"}
     curve = claims.judge(all_claims[all_claims.method == "idc"], tmp_path)
     assert [*curve[curve.kind != "not attempted"].variant] == ["iteration=0"]
-    assert "attains nothing yet" in docs.fill("    `idc` attains x", tmp_path)
+    assert "attains nothing yet" in docs.fill("    `idc` attains x.", tmp_path)
 
 
 def test_a_docstring_says_that_no_figure_is_printed_beside_a_run(tmp_path):
     record(tmp_path, "idc", dataset="digits", profile="small", iterations=8, scores=(51.0, 52.0))
-    line = docs.fill("    `idc` attains x", tmp_path)
+    line = " ".join(docs.fill("    `idc` attains x.", tmp_path).split())
     assert "attains 51.5 ± 0.5 % on" in line and "in 8 iterations; no printed figure" in line
 
 
