@@ -1,6 +1,6 @@
 """Two Ray workers on this machine, one thread each, beside the queue alone: `python -m benchmarks.cluster`.
 
-Eight runs of DM on the digits, about a minute each, and eight experts of MTT, by `ddlib queue` one after the other and
+Four runs of DM on the digits, about a minute each, and eight experts of MTT, by `ddlib queue` one after the other and
 on the cluster. `times faster` counts from the first task to the last record; `with start` also what Ray takes to start
 and end. `overhead` is what a run costs more than half its time alone: the workers' two cores share a cache and a clock.
 """
@@ -30,12 +30,12 @@ WORKERS = 2
 def jobs(scale: float) -> dict[str, list[Spec]]:
     """What is timed; `scale` shortens it."""
     few = {"networks": 1, "eval_epochs": 1, "evaluations": 1, "snapshots": 0}
-    steps = max(1, round(5000 * scale))
-    runs = [resolve("dm", "digits", 1, "smoke", seed, iterations=steps, **few) for seed in range(8)]
+    steps = max(1, round(3000 * scale))
+    runs = [resolve("dm", "digits", 1, "smoke", seed, iterations=steps, **few) for seed in range(4)]
     experts = {"experts": 8, "expert_total": 8, "expert_epochs": max(2, round(60 * scale))}
     experts |= {"max_start": 1, "iterations": 1, "syn_steps": 1}
     return {
-        "eight runs": runs,
+        "four runs": runs,
         "eight experts": [resolve("mtt", "digits", 1, "smoke", **experts, **few)],
     }
 
