@@ -32,7 +32,7 @@ def jobs(scale: float) -> dict[str, list[Spec]]:
     few = {"networks": 1, "eval_epochs": 1, "evaluations": 1, "snapshots": 0}
     steps = max(1, round(3000 * scale))
     runs = [resolve("dm", "digits", 1, "smoke", seed, iterations=steps, **few) for seed in range(4)]
-    experts = {"experts": 8, "expert_total": 8, "expert_epochs": max(2, round(60 * scale))}
+    experts = {"experts": 8, "expert_total": max(1, round(60 * scale)), "expert_epochs": 1}
     experts |= {"max_start": 1, "iterations": 1, "syn_steps": 1}
     return {
         "four runs": runs,
