@@ -1,13 +1,15 @@
 """One outer step of trajectory matching by each engine: time and the memory of its graphs, `make bench`.
 
 `unroll` is what MTT's released code does; `tesla` leaves out the Hessian products, so it is what the exact adjoint is
-held against. `kept` holds the graphs of all steps, as `unroll` does. The setting is CIFAR-10 at IPC 1 with N = 20
-steps, then N = 50, then IPC 10 with N = 10; images and weights are random, which changes no work. The engines take
+held against. `kept` holds the graphs of all steps, as `unroll` does, `1 GiB` those of as many as fit into it. The
+setting is CIFAR-10 at IPC 1 with N = 20 steps, then N = 50, then IPC 10 with N = 10, where the engines of `OTHERS_TRY`
+are timed alone; images and weights are random, which changes no work. The engines take
 turns, so that a busy machine slows all of them alike, and a ratio is the median over the turns.
 """
 
 from __future__ import annotations
 
+from math import inf
 from statistics import median
 
 import torch
@@ -23,16 +25,26 @@ from ddlib.nets.build import build
 
 SETTING = (20, 1)  # steps N and IPC
 OTHERS = ((50, 1), (10, 10))
-# name: (engine, whether compiled, whether the graphs of all steps wait in memory)
+REPEATS = 3
+GIB = 2**30
+# name: (engine, whether compiled, bytes of graphs that may wait in memory)
 ENGINES = {
-    "tesla": ("tesla", False, False),
-    "adjoint": ("adjoint", False, False),
-    "adjoint, kept": ("adjoint", False, True),
-    "adjoint, compiled": ("adjoint", True, False),
-    "adjoint, compiled, kept": ("adjoint", True, True),
-    "unroll": ("unroll", False, False),
-    "checkpoint": ("checkpoint", False, False),
+    "tesla": ("tesla", False, 0),
+    "adjoint": ("adjoint", False, 0),
+    "adjoint, kept": ("adjoint", False, inf),
+    "adjoint, compiled": ("adjoint", True, 0),
+    "adjoint, compiled, 1 GiB": ("adjoint", True, GIB),
+    "adjoint, compiled, kept": ("adjoint", True, inf),
+    "unroll": ("unroll", False, 0),
+    "checkpoint": ("checkpoint", False, 0),
 }
+OTHERS_TRY = (
+    "tesla",
+    "adjoint, compiled",
+    "adjoint, compiled, 1 GiB",
+    "adjoint, compiled, kept",
+    "unroll",
+)
 
 
 def problem(steps: int, ipc: int, device: torch.device, backbone: str = "convnet") -> tuple:
@@ -57,16 +69,18 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
     """A row for each engine: median seconds, that over tesla's and unroll's, graph and stored vectors in MiB."""
     arguments = problem(steps, ipc, device)
     inner = CompiledStep(arguments[0], F.cross_entropy)
+    with SavedTensors() as one:
+        match(*arguments, "adjoint")
 
     def run(name: str) -> Match:
-        engine, compiled, kept = ENGINES[name]
-        return match(
-            *arguments, engine, keep=steps if kept else 1, inner=inner if compiled else None
-        )
+        engine, compiled, room = ENGINES[name]
+        keep = int(max(1, min(steps, room / one.peak)))
+        return match(*arguments, engine, keep=keep, inner=inner if compiled else None)
 
-    times: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    engines = ENGINES if (steps, ipc) == SETTING else OTHERS_TRY
+    times: dict[str, list[float]] = {engine: [] for engine in engines}
     for turn in range(repeats + 1):
-        for engine in ENGINES:
+        for engine in engines:
             taken = seconds(
                 lambda engine=engine: run(engine),
                 repeats=1,
@@ -80,7 +94,7 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
 
     where = "" if (steps, ipc) == SETTING else f" at N = {steps}, IPC {ipc}"
     rows = []
-    for engine in ENGINES:
+    for engine in engines:
         with SavedTensors() as saved:
             run(engine)
         stored = 4 * arguments[0].size * stored_weights(ENGINES[engine][0], steps)
@@ -103,10 +117,10 @@ def outer_step(steps: int, ipc: int, device: torch.device, repeats: int) -> list
 
 def main(device: torch.device) -> list[dict]:
     """Print the rows, those of a setting as soon as they are measured, and return them."""
-    print(f"trajectory matching on {machine(device)}, medians of 21 or 7 repeats that take turns")
+    print(f"trajectory matching on {machine(device)}, medians of {REPEATS} repeats that take turns")
     rows = []
-    for (steps, ipc), repeats in ((SETTING, 21), *((other, 7) for other in OTHERS)):
-        found = outer_step(steps, ipc, device, repeats)
+    for steps, ipc in (SETTING, *OTHERS):
+        found = outer_step(steps, ipc, device, REPEATS)
         for row in found:
             show(row)
         rows += found

@@ -166,7 +166,7 @@ def test_the_speed_figures_are_those_of_the_bench_rows():
     whole = outer["outer step, unroll"]["graph MiB"]
     assert f"{held} against {whole:.0f} MiB" in re.sub(" +", " ", speed)
     found = [row for what, row in outer.items() if "compiled" in what]
-    assert len(found) == 6
+    assert len(found) == 9
     for row in found:
         assert f"| {row['over tesla']:.2f} / {row['over unroll']:.2f} |" in speed, row["what"]
 
