@@ -166,9 +166,36 @@ def test_the_speed_figures_are_those_of_the_bench_rows():
     whole = outer["outer step, unroll"]["graph MiB"]
     assert f"{held} against {whole:.0f} MiB" in re.sub(" +", " ", speed)
     found = [row for what, row in outer.items() if "compiled" in what]
-    assert len(found) == 9
+    assert len(found) == 6
     for row in found:
         assert f"| {row['over tesla']:.2f} / {row['over unroll']:.2f} |" in speed, row["what"]
+
+
+def test_the_figures_of_lock_step_of_the_newer_adjoint_and_of_ray_are_those_of_the_records():
+    bench = ROOT / "results" / "bench"
+    dm, outer, ray = (
+        json.loads((bench / f"{part}_cpu.json").read_text())
+        for part in ("dm", "trajectory_known", "cluster")
+    )
+    speed = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+    (row,) = (row for row in dm if "lock step" in row["what"])
+    alone = [row[f"seconds, IPC {ipc} alone"] for ipc in (1, 10, 50)]
+    assert f"{row['seconds']:.1f} s for one iteration of all three" in speed
+    assert "they take {:.1f}, {:.1f} and {:.1f} s alone".format(*alone) in speed
+    assert f"{row['seconds'] / alone[-1]:.2f} times the largest" in speed
+    for steps, ipc in ((50, 1), (10, 10)):
+        place = f"outer step at N = {steps}, IPC {ipc}, adjoint, compiled"
+        for what in (place, f"{place}, kept"):
+            (row,) = (row for row in outer[1:] if row["what"] == what)
+            assert f"{row['over tesla']:.2f} / {row['over unroll']:.2f}" in speed, what
+    page = " ".join((ROOT / "docs" / "guides" / "many_machines.md").read_text().split())
+    runs, experts = ray[1:]
+    assert (
+        f"took {runs['seconds on Ray']:.0f} s where `ddlib queue` took {runs['seconds']:.0f} s"
+        in page
+    )
+    assert f"{runs['times faster']:.2f} times faster, {100 * runs['overhead']:.0f} % more" in page
+    assert f"took {experts['seconds on Ray']:.0f} s against {experts['seconds']:.0f} s" in page
 
 
 def test_the_figures_of_a_large_set_are_those_of_its_record():
