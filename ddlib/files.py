@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from .core import DDError, checksum, instance, shown
 
 SOURCE = Path(__file__).resolve().parents[1]  # the checkout, when ddlib is installed from one
-_LARGEST = 2**26  # bytes of a JSON file, which is a record or a table of figures
+_LARGEST = 2**26  # characters of a JSON file, which is a record or a table of figures
 _STALE = 3600  # seconds after which a temporary file is nobody's any more
 
 
@@ -242,13 +242,17 @@ def read_rows(path: Path, kind: str, cure: str) -> list[dict[str, Any]]:
 def _read(path: Path, kind: str, cure: str, form: type) -> Any:
     if not is_there(path):
         raise DDError(f"no {kind} at {path}; {cure}")
-    if path.stat().st_size > _LARGEST:
-        raise DDError(f"the {kind} {path} is larger than {_LARGEST >> 20} MiB; {cure}")
     try:
-        value = json.loads(path.read_text())
+        with path.open() as file:
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise DDError(f"the {kind} {path} is larger than {_LARGEST >> 20} MiB; {cure}")
+        value = json.loads(text)
         if not isinstance(value, form):
             raise TypeError
         return value
+    except DDError:
+        raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DDError(
             f"the {kind} {path} cannot be read ({type(error).__name__}); {cure}"

@@ -225,10 +225,25 @@ class Progress:
         return "nothing is kept"
 
 
+_KINDS = {
+    "step": int,
+    "history": list,
+    "evaluations": list,
+    "seconds": dict,
+    "threads": list,
+    "scores": list,
+    "smaller": dict,
+    "together": list,
+}
+
+
 def check_header(header: dict[str, Any], total: int) -> None:
     """Raise KeyError, TypeError or ValueError unless a checkpoint's header is that of a run of `total` steps."""
+    for key, kind in _KINDS.items():
+        if not isinstance(header[key], kind):
+            raise TypeError(f"{key} is {shown(header[key])}")
     step = header["step"]
-    if type(step) is not int or not 0 <= step <= total:
+    if isinstance(step, bool) or not 0 <= step <= total:
         raise ValueError(f"step {shown(step)} of {total}")
     for row in header["history"]:
         row["step"] + 0

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -111,35 +112,23 @@ def run(
     return job.done
 
 
-def run_together(
-    method: str,
-    dataset: str,
-    *,
-    ipcs: Iterable[int],
-    profile: str = "smoke",
-    seed: int = 0,
-    device: str = "auto",
-    results: str | Path | None = None,
-    data: Dataset | None = None,
-    fresh: bool = False,
-    progress: bool = True,
-    checkpoint_every: int | None = None,
-    teach: bool = False,
-    wait: bool = True,
-    any_threads: bool = False,
-    **overrides: Any,
-) -> list[Run]:
-    """`run` for each of `ipcs`, with the same arguments and to the same bytes of every set.
+def run_together(method: str, dataset: str, *, ipcs: Iterable[int], **same: Any) -> list[Run]:
+    """`run` for each of `ipcs`, with the same further arguments and to the same bytes of every set.
 
     Where a method `shares` what its images do not enter (DM: the mean features of the real ones), the runs go in lock
     step and compute it once a step. The seconds and the peak memory of each are then those of all that went together,
     and its record names their IPCs (`together`).
     """
-    ipcs = listed("ipcs", ipcs)
-    specs = [resolve(method, dataset, ipc, profile, seed, **overrides) for ipc in ipcs]
-    jobs = {spec.ipc: Job.of(spec, results) for spec in specs}
-    options = Options(device, checkpoint_every, fresh, progress, teach, wait, any_threads)
-    instance("data", data, Dataset, None)
+    given = signature(run).bind(method, dataset, ipc=None, **same)
+    given.apply_defaults()
+    known = given.arguments
+    options = Options(**{field.name: known[field.name] for field in fields(Options)})
+    data = instance("data", known["data"], Dataset, None)
+    specs = [
+        resolve(method, dataset, ipc, known["profile"], known["seed"], **known["overrides"])
+        for ipc in listed("ipcs", ipcs)
+    ]
+    jobs = {spec.ipc: Job.of(spec, known["results"]) for spec in specs}
     # Presets may ask for other images or another network at another IPC
     alike = all(job.spec.run == specs[0].run for job in jobs.values())
     if specs and alike and getattr(METHODS[method], "shares", False):

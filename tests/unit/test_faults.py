@@ -1034,9 +1034,9 @@ def stopped(tmp_path_factory) -> Path:
     ("tensors", "header"),
     [
         ({}, {"step": 99}), ({}, {"step": -1}), ({}, {"step": "x"}), ({}, {"step": True}), ({}, {"history": 5}),
-        ({}, {"seconds": []}), ({}, {"threads": []}), ({}, {"evaluations": [{}]}), ({}, {"scores": [5]}),
-        ({}, {"smaller": {"x": 1}}), ({}, {"smaller": 5}), ({}, {"peak": "x"}), ({}, {"together": 1}),
-        ({"snapshot.x": torch.zeros(1)}, {}), ({"snapshot.1": torch.zeros(1)}, {}),
+        ({}, {"history": {}}), ({}, {"seconds": []}), ({}, {"threads": []}), ({}, {"evaluations": [{}]}),
+        ({}, {"scores": [5]}), ({}, {"smaller": {"x": 1}}), ({}, {"smaller": 5}), ({}, {"peak": "x"}),
+        ({}, {"together": 1}), ({"snapshot.x": torch.zeros(1)}, {}), ({"snapshot.1": torch.zeros(1)}, {}),
         ({"method.steps": torch.zeros(2, dtype=int)}, {}), ({"method.raw": torch.zeros(3)}, {}),
         ({"method.average": torch.full((10, 1, 8, 8), math.nan)}, {}), ({"more": torch.zeros(1)}, {}),
     ],
