@@ -156,6 +156,8 @@ def test_the_speed_figures_are_those_of_the_bench_rows():
     assert f"{compiled['times faster']:.2f} times faster (median over turns)" in speed
     assert f"channels_last, {before['times faster']:.2f} times" in speed
     assert compiled["same images"] == 1
+    *_, epyc = json.loads((bench / "dream_epyc_cpu.json").read_text())
+    assert f"gains less, {epyc['times faster']:.2f} times" in speed
     (score,) = (row for row in rows if row["what"].startswith("evaluation"))
     assert f"{score['times faster, heap kept']:.2f} times a DataLoader loop" in speed
     assert f"({score['times faster']:.2f} as the C" in speed
