@@ -227,9 +227,8 @@ def side_file(path: Path) -> dict[str, Any]:
 
     A row is a score of `Run.transfer`, or the lines of a confusion matrix; another is a `DDError`.
     """
-    rows = (
-        read_json(path, "side file", _CURE) if os.path.exists(path) else {}
-    )  # False for a name that is too long
+    # No such file, too, where the name is longer than a file's can be
+    rows = read_json(path, "side file", _CURE) if os.path.exists(path) else {}
     with _sense(f"the side file {path} holds something else than rows"):
         for key, row in rows.items():
             if path.name.endswith(".transfer.json"):

@@ -55,8 +55,8 @@ class Options:
     any_threads: bool
 
     def __post_init__(self) -> None:
-        for field in fields(self)[2:]:
-            instance(field.name, plain(getattr(self, field.name)), bool)
+        for flag in ("fresh", "progress", "teach", "wait", "any_threads"):
+            instance(flag, plain(getattr(self, flag)), bool)
         if self.checkpoint_every is not None:
             whole("checkpoint_every", self.checkpoint_every, 1)
 

@@ -988,38 +988,34 @@ def test_real_images_are_shared_only_between_equal_settings(tmp_path, real_halve
     assert real_halves == sorted([*range(6), *range(6)])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_every_run_that_goes_together(tmp_path, monkeypatch, number):
+def power_cut(method) -> None:
+    raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize(
+    ("event", "steps"),
+    [
+        (lambda method: os.kill(os.getpid(), signal.SIGINT), [4, 4]),
+        (lambda method: os.kill(os.getpid(), signal.SIGTERM), [4, 4]),
+        # IPC 1 was written before its evaluation at half the steps; it is behind and catches up first
+        (power_cut, [3, 4]),
+    ],
+)
+def test_what_ends_one_of_the_runs_together_saves_them_all(tmp_path, monkeypatch, event, steps):
     real = DM.step
 
     def step(method):
         if (method.steps, method.ipc) == (3, 1):
-            os.kill(os.getpid(), number)
+            event(method)
         return real(method)
 
     monkeypatch.setattr(DM, "step", step)
-    with pytest.raises(core.Interrupted):
+    with pytest.raises(
+        DDError, match="stopped at step 4" if event is not power_cut else "power cut"
+    ):
         together(tmp_path)
     kept = files(tmp_path, "checkpoints/*.safetensors")
-    assert [load_tensors(path, "checkpoint", "")[1]["step"] for path in kept] == [4, 4]
-    monkeypatch.undo()
-    assert as_alone(together(tmp_path), tmp_path / "alone")
-
-
-def test_the_others_keep_their_steps_where_one_fails(tmp_path, monkeypatch):
-    real = DM.step
-
-    def step(method):
-        if (method.steps, method.ipc) == (3, 1):
-            raise RuntimeError("power cut")
-        return real(method)
-
-    monkeypatch.setattr(DM, "step", step)
-    with pytest.raises(DDError, match="power cut"):
-        together(tmp_path)
-    # That of IPC 1 was written before its evaluation at half the steps; it is behind and catches up first
-    kept = files(tmp_path, "checkpoints/*.safetensors")
-    assert [load_tensors(path, "checkpoint", "")[1]["step"] for path in kept] == [3, 4]
+    assert [load_tensors(path, "checkpoint", "")[1]["step"] for path in kept] == steps
     monkeypatch.undo()
     assert as_alone(together(tmp_path), tmp_path / "alone")
 
