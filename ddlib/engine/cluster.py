@@ -251,12 +251,16 @@ def work_through(
     end = time.time() + 60 * (math.inf if minutes is None else minutes)
     with connected(address) as ray, ExitStack() as locks:
         device = _device_of(ray, device, threads)
-        task = ray.remote(
-            max_calls=1,  # a process for each, so that memory is measured and freed
-            max_retries=RETRIES,
-            num_cpus=threads,
-            num_gpus=1 if device == "cuda" else 0,
-        )(perform)
+        options = {
+            "max_retries": RETRIES,
+            "num_cpus": threads,
+            "num_gpus": 1 if device == "cuda" else 0,
+        }
+        # A process for each run, so that its memory is measured and freed. Experts share theirs, which takes seconds to
+        # start: Ray puts no run on a process of another environment.
+        own = {"env_vars": {"DDLIB_WORKER": "experts"}}
+        run_task = ray.remote(max_calls=1, **options)(perform)
+        expert_task = ray.remote(runtime_env=own, **options)(perform)
         waiting: dict[Any, Row | Expert] = {}
         experts: dict[Any, list] = {}
         locks.callback(lambda: [ray.cancel(ref) for ref in waiting])
@@ -265,7 +269,7 @@ def work_through(
             order = Order(row.spec, device, threads, Code.here(), end)
             try:
                 if _is_to_do(row, locks):
-                    _ask(ray, task, row, order, waiting, experts)
+                    _ask(ray, run_task, expert_task, row, order, waiting, experts)
             except DDError as error:
                 well = _receive(row, Outcome("failed", str(error)))
         for asked, outcome in _outcomes(ray, waiting, end):
@@ -306,7 +310,8 @@ def _is_to_do(row: Row, locks: ExitStack) -> bool:
 
 def _ask(
     ray: ModuleType,
-    task: Any,
+    run_task: Any,
+    expert_task: Any,
     row: Row,
     order: Order,
     waiting: dict[Any, Row | Expert],
@@ -324,10 +329,10 @@ def _ask(
             if path.is_file():
                 experts[key].append(ray.put(Outcome("done", files=_expert_files([path]))))
             else:
-                experts[key].append(task.remote(replace(order, expert=number)))
+                experts[key].append(expert_task.remote(replace(order, expert=number)))
                 waiting[experts[key][-1]] = Expert(row, number)
     order = replace(order, checkpoint=saved.read_bytes() if saved.is_file() else None)
-    waiting[task.remote(order, *(experts[key] if assets else []))] = row
+    waiting[run_task.remote(order, *(experts[key] if assets else []))] = row
     print(f"asked    {row}", flush=True)
 
 

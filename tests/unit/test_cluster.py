@@ -90,7 +90,7 @@ def test_a_cluster_makes_the_same_records_though_a_worker_is_lost(tmp_path, room
 
     def noted(order: Order, *experts: Outcome) -> Outcome:
         with begun.open("a") as file:
-            file.write(f"{order.spec.name} {order.expert}\n")
+            file.write(f"{order.spec.name} {order.expert} by {os.getpid()}\n")
         return perform(order, *experts)
 
     monkeypatch.setattr(cluster, "perform", noted)
@@ -115,10 +115,12 @@ def test_a_cluster_makes_the_same_records_though_a_worker_is_lost(tmp_path, room
             table = dd.sweep("mtt", "digits", ipcs=[1], **small, **rows["mtt"], **options)
         assert table.name.tolist() == [specs[1].name]
         assert begun.read_text() == before  # all kept: nothing is computed twice
-        counts = [begun.read_text().splitlines().count(f"{spec.name} None") for spec in specs]
+        counts = [begun.read_text().count(f"{spec.name} None") for spec in specs]
         assert not killer.is_alive() and counts == [2, 1]
         assert kept(folder) == kept(tmp_path / "local")
         assert begun.read_text().count(specs[1].name) == 1 + 1  # the run and its expert
+        processes = [line.split()[-1] for line in begun.read_text().splitlines()]
+        assert len(set(processes)) == len(processes)  # no run is put where another or an expert was
         assert len(list((tmp_path / "others").glob("*/expert-*.safetensors"))) == 1
     finally:
         nodes.shutdown()
@@ -160,20 +162,23 @@ class Ray:
     def __init__(self, *nodes: dict[str, float], stuck: bool = False):
         self.resources, self.stuck = nodes or ({"CPU": 2.0},), stuck
         self.orders: list[Order] = []
+        self.options: list[dict] = []  # of each order
         self.tasks, self.cancelled = [], []
 
     def nodes(self) -> list[dict]:
         return [{"Alive": True, "Resources": node} for node in self.resources]
 
     def remote(self, **options):
-        self.options = options
-        return lambda function: SimpleNamespace(remote=lambda *args: self._task(function, args))
+        return lambda function: SimpleNamespace(
+            remote=lambda *args: self._task(function, args, options)
+        )
 
-    def _task(self, function, args) -> int:
+    def _task(self, function, args, options) -> int:
         def outcome() -> Outcome:
             return function(args[0], *map(self.get, args[1:]))
 
         self.orders.append(args[0])
+        self.options.append(options)
         return self.put(outcome)
 
     def put(self, value) -> int:
@@ -250,6 +255,16 @@ def test_a_row_whose_images_are_not_here_fails_alone(work_through, monkeypatch, 
     assert "failed   mtt mnist" in said and "done     dm digits" in said
 
 
+def test_experts_share_processes_that_no_run_is_put_on(work_through, monkeypatch):
+    monkeypatch.setattr(cluster, "perform", lambda order, *experts: Outcome("later"))
+    ray = Ray()
+    assert work_through(ray, dd.resolve("mtt", "digits", 1, "smoke", **EXPERTS))
+    for order, options in zip(ray.orders, ray.options, strict=True):
+        of_run = order.expert is None
+        assert ("max_calls" in options, "runtime_env" in options) == (of_run, not of_run)
+    assert [order.expert for order in ray.orders] == [0, 1, None]
+
+
 def test_a_done_run_without_its_files_has_failed(work_through, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "perform", lambda order: Outcome("done"))
     assert not work_through(Ray(), short()) and "did not come back" in capsys.readouterr().out
@@ -311,7 +326,7 @@ def test_what_no_node_has_is_refused(device, threads, nodes, means, monkeypatch,
     if means in cluster.PLACES:
         assert cluster.work_through(rows, **options)
         assert ray.orders[0].device == means
-        assert ray.options["num_gpus"] == (1 if means == "cuda" else 0)
+        assert ray.options[-1]["num_gpus"] == (1 if means == "cuda" else 0)
     else:
         with pytest.raises(DDError, match=means):
             cluster.work_through(rows, **options)
