@@ -1,9 +1,10 @@
-"""DREAM's choice of the real batch, K images of a class of 5,000 by a ConvNet's features: plain and compiled.
+"""DREAM's choice of the real batch, K images of a class of 5,000 by a ConvNet's features: plain, compiled, in bf16.
 
 `plain` is `ddlib.match.sampler.representatives` as an uncompiled run has it, the tests' oracle; `compiled` as one with
-`compile`. `channels last` is what compiled runs did before, plain features of weights that lie as the compiled steps
-want them. All three take turns, on pictures of CIFAR-10's shape (`benchmarks.kmeans`); a figure is the median over the
-turns, in seconds of the wall on a GPU, of the processor on a CPU. `same images`: the share of K that plain chooses too.
+`compile`, `compiled, bf16` with `sampling_precision` besides. `channels last` is what compiled runs did before, plain
+features of weights that lie as the compiled steps want them. All take turns, on pictures of CIFAR-10's shape
+(`benchmarks.kmeans`); a figure is the median over the turns, in seconds of the wall on a GPU, of the processor on a
+CPU. `same images`: the share of K that plain chooses too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ddlib.data.dataset import from_arrays
 from ddlib.engine.meter import machine
 from ddlib.match.sampler import representatives
 from ddlib.nets.build import build
-from ddlib.train.loop import compiled
+from ddlib.train.loop import compiled, lowered
 
 
 def choice(
@@ -39,6 +40,7 @@ def choice(
         "plain": (plain, None),
         "channels last": (last, None),
         "compiled": (last, compiled(last.features)),
+        "compiled, bf16": (last, compiled(lowered(last.features, device, "bf16"))),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     chosen = {}

@@ -228,13 +228,14 @@ def predict(spec: Spec, device: str = "cpu", prepared: bool = False) -> Cost:
     place = (run.backbone, sizes.shape, sizes.classes, device)
     own = network(*place, "float32", "none")
     distil = distillation(spec.config, own, sizes, spec.ipc)
+    moved = network(*place, getattr(spec.config, "precision", "float32"), "none")
     epochs, _ = (0, None) if prepared else preparation(spec.config)
     prepare = 3 * own.forward * epochs * sizes.train
     low = getattr(spec.config, "extractor_precision", "float32")
     taught = network(*place, low, "none") if epochs else own
     tested = run.networks * (run.evaluations if spec.config.iterations else 1)
     scored, scored_seconds = _evaluation(spec, sizes, device)
-    seconds = (distil * own.each + prepare * taught.each) / (3 * own.forward)
+    seconds = (distil * moved.each + prepare * taught.each) / (3 * own.forward)
     seconds += tested * scored_seconds
     if run.compile:
         seconds = COMPILING + COMPILED * seconds

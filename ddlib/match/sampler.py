@@ -45,8 +45,8 @@ class Sampler:
     repeat their rows in between. dream: the `subsample` images nearest to each of each / subsample K-means centres;
     central, boundary: the images nearest to the mean feature of the class, or farthest from it (ablations of the DREAM
     paper's figure). pixels: features of pixels in [0, 1], as the released code has, though the network is trained on
-    normalised ones. pool: images of a class to choose from, drawn anew; 0 is all. features: those of `net` compiled, if
-    there are such (`embed_rows`). `rows` is what a resumed run needs.
+    normalised ones. pool: images of a class to choose from, drawn anew; 0 is all. features: those of `net` compiled, or
+    in bf16, if there are such (`embed_rows`). `rows` is what a resumed run needs.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ def embed_rows(
     """Features float32 [n, d] of un-augmented training images, the network in eval mode meanwhile.
 
     `train.loop.embed` gives those of a whole split, in pieces of another size, so with other last bits.
-    `features` is the network's compiled `features`, if there is one: the same to rounding, in less time.
+    `features` are the network's own, compiled or in bf16, if there are such: the same to that rounding, in less time.
     """
     training, images, count = net.training, data.images["train"], len(rows)
     net.eval()

@@ -23,7 +23,8 @@ from ..core import DDError, check_only, generator, option
 from ..data.dataset import Dataset
 from ..match.sampler import SAMPLINGS, Sampler, initial_rows
 from ..nets.build import Backbone, build, initialise
-from ..train.loop import compiled
+from ..recipe import PRECISIONS
+from ..train.loop import compiled, lowered
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,18 @@ class ImageConfig:
     interval: int = option(10, least=1)  # image steps between two choices of them
     subsample: int = option(1, least=1)  # images per cluster
     pool: int = option(0, least=0)  # images of a class to choose from, drawn anew; 0 is all
+    # Of the features that they are chosen by; no paper has bf16, so such a run is a changed method
+    sampling_precision: str = option("float32", allowed=PRECISIONS)
+
+
+def features_of(
+    config: Any, net: Backbone, device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """The features of `net` that real images are chosen by, compiled or in bf16; None where the plain ones will do."""
+    if config.sampling_precision == "float32" and not config.compile:
+        return None
+    features = lowered(net.features, device, config.sampling_precision)
+    return compiled(features) if config.compile else features
 
 
 def sampler_of(
@@ -183,7 +196,7 @@ class ImageMethod(BaseMethod):
         super().__init__(config, data, ipc, seed)
         self.net = self.network(backbone)
         self.batch = min(config.batch_real, int(data.class_sizes().min()))
-        self.features = compiled(self.net.features) if config.compile else None
+        self.features = features_of(config, self.net, data.device)
         self.sampler = sampler_of(config, data, self.batch, self.features)
         self.trained = self.first_images()
         self.average, self.velocity = self.trained, torch.zeros_like(self.trained)

@@ -43,8 +43,9 @@ from ..distilled import check_factor, decode, encode
 from ..match.gradients import DISTANCES, ENGINES, LAYERS, MATCHES, Matching, Traced
 from ..match.sampler import SAMPLINGS, initial_rows
 from ..nets.build import initialise
+from ..recipe import PRECISIONS
 from ..train.loop import compiled
-from .base import BaseMethod, Result, sampler_of
+from .base import BaseMethod, Result, features_of, sampler_of
 from .registry import register
 
 
@@ -88,6 +89,8 @@ class Config:
     subsample: int = option(1, least=1)  # images per cluster
     # Images of a class to choose from, drawn anew each time; 0 is all
     pool: int = option(0, least=0)
+    # Of the features that they are chosen by; no paper has bf16, so such a run is a changed method
+    sampling_precision: str = option("float32", allowed=PRECISIONS)
     engine: str = option("auto", allowed=ENGINES)
     # Images in one pass, whole classes; 0: of 32 px, 256 on a CPU, 2,048 on a GPU
     chunk: int = option(0, least=0)
@@ -111,10 +114,9 @@ class Gradient(BaseMethod):
         self.matching = Matching(
             self.net, config.distance, config.layers, config.match, config.engine
         )
-        self.forward, self.features = self.net.forward, None
+        self.forward, self.features = self.net.forward, features_of(config, self.net, data.device)
         if config.compile:
             self.forward, self.matching = compiled(self.forward), Traced(self.matching)
-            self.features = compiled(self.net.features)
             if data.device.type == "cpu":
                 # A tenth faster, compiled; no matter otherwise.
                 self.net.to(memory_format=torch.channels_last)

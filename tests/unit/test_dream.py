@@ -179,18 +179,32 @@ def test_compiled_features_see_one_shape_and_give_the_plain_ones():
     assert torch.equal(plain, ours)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_compiled_run_chooses_by_compiled_features(compile, monkeypatch):
-    seen = []
+def test_a_run_chooses_by_compiled_features_or_in_bf16(compile, precision, monkeypatch):
+    seen, dtypes = [], set()
     wrap = lambda function: lambda x: seen.append(len(x)) or function(x)
     for module in ("base", "dm", "gradient"):
         monkeypatch.setattr(f"ddlib.methods.{module}.compiled", wrap)
     options = {"batch_real": 6, "init": "kmeans", "sampling": "dream", "compile": compile}
+    options["sampling_precision"] = precision
     for method, config in ((DM, Config(**options)), (IDC, GradientConfig(factor=1, **options))):
         made = method(config, arrays(), 2, NET, 0)
-        made.sampler(made.net, 0, generator(0, "s"))
+        conv = next(part for part in made.net.modules() if isinstance(part, torch.nn.Conv2d))
+        conv.register_forward_hook(lambda part, given, found: dtypes.add(found.dtype))
+        rows = made.sampler(made.net, 0, generator(0, "s"))
         assert len(seen) == (4 if compile else 0)  # pieces for first images, first batch
+        assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
+        made.steps = 1
+        dtypes.clear()
+        made.begin() if method is DM else made.gradient(0, 1)  # what is matched stays float32
+        assert dtypes == {torch.float32} and made.sampler.rows is rows
         seen.clear()
+        dtypes.clear()
+    with pytest.raises(
+        DDError, match="unknown .*sampling_precision 'half'; allowed: float32, bf16"
+    ):
+        dd.resolve("dream", "digits", 1, "smoke", sampling_precision="half")
 
 
 @pytest.mark.slow

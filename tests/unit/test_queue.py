@@ -114,7 +114,7 @@ def test_coresets_are_scored_under_the_columns_own_epochs():
     assert asked.run.eval_epochs == 7 and asked.run.eval_augment == "dc:crop_scale_rotate"
 
 
-def test_an_evaluation_is_timed_in_its_precision_with_its_augmentation(monkeypatch):
+def test_work_is_timed_in_its_precision_with_its_augmentation(monkeypatch):
     def step(net, shape, classes, batch, device, precision, strategy):
         return (
             batch / 1e3 * (1 if precision == "float32" else 0.5) * (1 if strategy == "none" else 3)
@@ -127,8 +127,15 @@ def test_an_evaluation_is_timed_in_its_precision_with_its_augmentation(monkeypat
         cost.predict(dd.resolve("random", "cifar10", 1, "paper", compile=False, **way)).seconds
         for way in ways
     )
+
+    def updates(count: int, **precision: str) -> float:
+        spec = dd.resolve("dm", "cifar10", 1, "paper", compile=False, iterations=count, **precision)
+        return cost.predict(spec).seconds
+
+    dm, low_dm = (updates(2, **way) - updates(1, **way) for way in ({}, {"precision": "bf16"}))
     cost.network.cache_clear()
     assert augmented == pytest.approx(3 * plain) and low == pytest.approx(augmented / 2)
+    assert low_dm == pytest.approx(dm / 2)
 
 
 def test_costs_follow_the_work(monkeypatch):
