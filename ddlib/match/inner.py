@@ -21,7 +21,8 @@ from ..train.loop import compiled
 
 
 class CompiledStep:
-    """The step of `net(theta, x)` on `criterion(logits, y)`; a graph for each set of shapes, made when first asked for.
+    """The step of `net(theta, x, layout)` on `criterion(logits, y)`; a graph for each set of shapes, made when first
+    asked for.
 
     theta [P], x [n, C, H, W], y int64 [n] or float [n, classes], a direction [P]. `hessian` asks for H a too.
     """
@@ -29,6 +30,11 @@ class CompiledStep:
     def __init__(self, net: Callable, criterion: Callable):
         self.net, self.criterion = net, criterion
         self._graphs: dict[tuple, Any] = {}
+
+    def _loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        # On a CPU the convolutions would else copy images into this order and back
+        layout = torch.channels_last if x.device.type == "cpu" else None
+        return self.criterion(self.net(theta, x, layout), y)
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """g [P]."""
@@ -38,7 +44,7 @@ class CompiledStep:
             theta, x, y = primals
             with torch.enable_grad():
                 theta = theta.detach().requires_grad_()
-                return grad(self.criterion(self.net(theta, x), y), theta)[0]
+                return grad(self._loss(theta, x, y), theta)[0]
 
         return self._graph("gradient", primals, lambda: self._trace(first, primals))(primals)
 
@@ -103,7 +109,7 @@ class CompiledStep:
             with torch.enable_grad():
                 theta, x = (value.detach().requires_grad_() for value in (theta, x))
                 y = y.detach().requires_grad_(y.is_floating_point())
-                (g,) = grad(self.criterion(self.net(theta, x), y), theta, create_graph=True)
+                (g,) = grad(self._loss(theta, x, y), theta, create_graph=True)
                 wanted = [x, *([y] if y.requires_grad else []), *([theta] if hessian else [])]
                 return [g.detach(), *grad(g @ tangents[0], wanted)]
 

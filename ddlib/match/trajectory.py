@@ -40,7 +40,10 @@ ENGINES = ("adjoint", "tesla", "tesla_repo", "unroll", "checkpoint", "window=K")
 
 
 class FlatNet:
-    """A network as a function of one flat parameter vector theta [P]: `net(theta, x)` gives logits."""
+    """A network as a function of one flat parameter vector theta [P]: `net(theta, x)` gives logits.
+
+    `layout` is the memory format of images and kernels; None leaves them as they are.
+    """
 
     def __init__(self, net: Backbone):
         if net.couples_samples:
@@ -54,12 +57,17 @@ class FlatNet:
         self.sizes = [tensor.numel() for tensor in tensors]
         self.size = sum(self.sizes)
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+    def __call__(
+        self, theta: Tensor, x: Tensor, layout: torch.memory_format | None = None
+    ) -> Tensor:
+        def laid(value: Tensor) -> Tensor:
+            return value.contiguous(memory_format=layout) if layout and value.dim() == 4 else value
+
         pieces = (
-            piece.view(shape)
+            laid(piece.view(shape))
             for piece, shape in zip(theta.split(self.sizes), self.shapes, strict=True)
         )
-        return functional_call(self.net, dict(zip(self.names, pieces, strict=True)), (x,))
+        return functional_call(self.net, dict(zip(self.names, pieces, strict=True)), (laid(x),))
 
     def vector(self) -> Tensor:
         """A copy of the network's present parameters as one vector: never a view, which would change with them."""
