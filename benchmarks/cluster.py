@@ -1,8 +1,9 @@
 """Two Ray workers on this machine, one thread each, beside the queue alone: `python -m benchmarks.cluster`.
 
-Four runs of DM on the digits and eight experts of MTT, each some 25 s or more, by `ddlib queue` one after the other and
-on the cluster. `times faster` counts from the first task to the last record; `with start` also what Ray takes to start
-and end. `overhead` is what a run costs more than half its time alone: the workers' two cores share a cache and a clock.
+Four runs of DM on the digits, some 50 s each, and eight experts of MTT, some 17 s each, by `ddlib queue` one after the
+other and on the cluster. `times faster` counts from the first task to the last record; `with start` also what Ray takes
+to start and end. `overhead` is what a run costs more than half its time alone: the workers' two cores share a cache and
+a clock.
 """
 
 from __future__ import annotations

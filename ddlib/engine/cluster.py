@@ -42,6 +42,7 @@ from .run import run
 
 RETRIES = 3  # times that a run goes on elsewhere when its worker is lost
 PLACES = ("auto", "cpu", "cuda")  # devices that runs on a cluster are asked for
+EXPERTS = 16  # made by one process; torch compiles no more than 64 networks in its life
 PATIENCE = 5  # seconds in which an address must answer
 SUFFIXES = (".json", ".safetensors")  # of a finished run
 # Seconds that a node keeps what it has given back: the caller's disk may have been full.
@@ -256,11 +257,13 @@ def work_through(
             "num_cpus": threads,
             "num_gpus": 1 if device == "cuda" else 0,
         }
-        # A process for each run, so that its memory is measured and freed. Experts share theirs, which takes seconds to
-        # start: Ray puts no run on a process of another environment.
-        own = {"env_vars": {"DDLIB_WORKER": "experts"}}
+        # A process for each run, so that its memory is measured and freed
         run_task = ray.remote(max_calls=1, **options)(perform)
-        expert_task = ray.remote(runtime_env=own, **options)(perform)
+        # It takes seconds to start, so that experts share one, but on a GPU, whose memory it would hold. Ray puts no
+        # run on a process of another environment; nothing reads the variable.
+        calls = 1 if device == "cuda" else EXPERTS
+        own = {"env_vars": {"DDLIB_WORKER": "experts"}}
+        expert_task = ray.remote(max_calls=calls, runtime_env=own, **options)(perform)
         waiting: dict[Any, Row | Expert] = {}
         experts: dict[Any, list] = {}
         locks.callback(lambda: [ray.cancel(ref) for ref in waiting])
@@ -352,6 +355,8 @@ def _outcomes(
         except ray.exceptions.RayTaskError as error:
             # No DDError: a fault of ddlib or of its install.
             outcome = Outcome("failed", str(error.cause))
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            outcome = Outcome("failed", f"no process could be started for it: {error}")
         except ray.exceptions.RayError as error:
             what = str(error).splitlines()[0]
             outcome = Outcome("failed", f"its worker was lost {RETRIES + 1} times: {what}")

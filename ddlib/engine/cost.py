@@ -2,8 +2,8 @@
 
 Work is counted in forward passes F of one image through the run's network: 3 F for a gradient, 7 F for the
 second-order gradient of a synthetic image, 10 F for a step of the adjoint. The rate is measured on training steps of
-that network here and now, with an evaluation's augmentation and precision where it is one's, so seconds hold for this
-machine, this number of threads and its present load.
+that network here and now, each in its precision (DM's networks, the extractor, the evaluation) and an evaluation's with
+its augmentation, so seconds hold for this machine, this number of threads and its present load.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class CompiledStep:
         self._graphs: dict[tuple, Any] = {}
 
     def _loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        # On a CPU the convolutions would else copy images into this order and back
+        # On a CPU the convolutions would otherwise copy images into this order and back
         layout = torch.channels_last if x.device.type == "cpu" else None
         return self.criterion(self.net(theta, x, layout), y)
 

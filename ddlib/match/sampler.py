@@ -171,7 +171,7 @@ def embed_rows(
     """Features float32 [n, d] of un-augmented training images, the network in eval mode meanwhile.
 
     `train.loop.embed` gives those of a whole split, in pieces of another size, so with other last bits.
-    `features` are the network's own, compiled or in bf16, if there are such: the same to that rounding, in less time.
+    `features` are the network's own, compiled or in bf16, if there are such: the same to that rounding.
     """
     training, images, count = net.training, data.images["train"], len(rows)
     net.eval()

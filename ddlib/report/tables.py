@@ -139,7 +139,11 @@ def runs(found: Iterable[Run]) -> pd.DataFrame:
 
 
 def _precisions(values: dict[str, Any]) -> list[str]:
-    parts = {"distilled": values.get("precision"), "evaluated": values["eval_precision"]}
+    parts = {
+        "distilled": values.get("precision"),
+        "real images chosen": values.get("sampling_precision"),
+        "evaluated": values["eval_precision"],
+    }
     return [f"{part} in {name}" for part, name in parts.items() if name not in (None, "float32")]
 
 

@@ -157,7 +157,9 @@ def test_a_stopped_order_goes_on_elsewhere_and_ends_in_the_same_bytes(tmp_path, 
 class Ray:
     """Ray in this process: a task is carried out when its outcome is asked for; `stuck` tasks find no place."""
 
-    exceptions = SimpleNamespace(RayTaskError=KeyError, RayError=KeyError)
+    exceptions = SimpleNamespace(
+        RayTaskError=KeyError, RayError=KeyError, RuntimeEnvSetupError=KeyError
+    )
 
     def __init__(self, *nodes: dict[str, float], stuck: bool = False):
         self.resources, self.stuck = nodes or ({"CPU": 2.0},), stuck
@@ -255,14 +257,17 @@ def test_a_row_whose_images_are_not_here_fails_alone(work_through, monkeypatch, 
     assert "failed   mtt mnist" in said and "done     dm digits" in said
 
 
-def test_experts_share_processes_that_no_run_is_put_on(work_through, monkeypatch):
+@pytest.mark.parametrize("device, calls", [("cpu", [16, 16, 1]), ("cuda", [1, 1, 1])])
+def test_experts_share_processes_that_no_run_is_put_on(device, calls, monkeypatch, tmp_path):
+    monkeypatch.setenv("DDLIB_EXPERTS", str(tmp_path))
     monkeypatch.setattr(cluster, "perform", lambda order, *experts: Outcome("later"))
-    ray = Ray()
-    assert work_through(ray, dd.resolve("mtt", "digits", 1, "smoke", **EXPERTS))
-    for order, options in zip(ray.orders, ray.options, strict=True):
-        of_run = order.expert is None
-        assert ("max_calls" in options, "runtime_env" in options) == (of_run, not of_run)
+    ray = Ray({"CPU": 2, "GPU": 1})
+    monkeypatch.setattr(cluster, "connected", lambda address: nullcontext(ray))
+    spec = dd.resolve("mtt", "digits", 1, "smoke", **EXPERTS)
+    assert cluster.work_through(queue.unpriced([spec], tmp_path), device=device)
     assert [order.expert for order in ray.orders] == [0, 1, None]
+    assert [options["max_calls"] for options in ray.options] == calls
+    assert ["runtime_env" in options for options in ray.options] == [True, True, False]
 
 
 def test_a_done_run_without_its_files_has_failed(work_through, monkeypatch, capsys):

@@ -186,6 +186,7 @@ def test_a_run_chooses_by_compiled_features_or_in_bf16(compile, precision, monke
     wrap = lambda function: lambda x: seen.append(len(x)) or function(x)
     for module in ("base", "dm", "gradient"):
         monkeypatch.setattr(f"ddlib.methods.{module}.compiled", wrap)
+    monkeypatch.setattr("ddlib.match.gradients.compiled", lambda function: function)
     options = {"batch_real": 6, "init": "kmeans", "sampling": "dream", "compile": compile}
     options["sampling_precision"] = precision
     for method, config in ((DM, Config(**options)), (IDC, GradientConfig(factor=1, **options))):
@@ -397,6 +398,7 @@ def test_the_benchmarks_rows():
 def test_the_rows_of_the_choice(monkeypatch):
     monkeypatch.setattr(bench_dream, "compiled", lambda function: function)
     rows = bench_dream.choice(60, 8, torch.device("cpu"), 1, "convnet:width=8")
-    assert [row["what"].split(": ")[1] for row in rows] == ["plain", "channels last", "compiled"]
+    ways = ["plain", "channels last", "compiled", "compiled, bf16"]
+    assert [row["what"].split(": ")[1] for row in rows] == ways
     assert all(row["seconds"] > 0 and row["times faster"] > 0 for row in rows)
     assert rows[0]["same images"] == 1 and all(row["same images"] > 0.5 for row in rows)
