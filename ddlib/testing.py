@@ -46,7 +46,7 @@ def check_method(name: str, *, steps: int = 3, **settings: Any) -> None:
         steps = min(steps, spec.config.iterations)
         data = load("digits", device="cpu").subset(60)
         for asset in contract.needs(name, spec.config):
-            asset.make(data, spec.run.backbone, progress=False)
+            contract.made(name, asset, data, spec.run.backbone, progress=False)
 
         def make(seed: int = 0, data: Dataset = data) -> Method:
             cls = METHODS[name]

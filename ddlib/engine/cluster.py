@@ -73,7 +73,8 @@ class Code:
 class Order:
     """What a worker is asked for: a run, or expert number `expert` of those that the run needs.
 
-    code: the caller's ddlib. end: the time (`time.time`) at which to stop. checkpoint: bytes.
+    code: the caller's ddlib. end: the time (`time.time`) at which to stop. checkpoint: bytes. teach: the run is to make
+    what it needs by itself.
     """
 
     spec: Spec
@@ -83,6 +84,7 @@ class Order:
     end: float = math.inf
     expert: int | None = None
     checkpoint: bytes | None = None
+    teach: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _run(order: Order, results: Path) -> Outcome:
     if order.checkpoint:
         _take_further(checkpoint_path(order.spec, results), order.checkpoint)
     words = order.spec.case | order.spec.overrides
-    kept = run(**words, device=order.device, results=results, progress=False)
+    kept = run(**words, device=order.device, results=results, progress=False, teach=order.teach)
     return Outcome("done", files=_read([kept.path.with_suffix(s) for s in SUFFIXES], results))
 
 
@@ -187,11 +189,9 @@ def _checkpoint(order: Order, results: Path) -> dict[str, bytes]:
 def _experts(order: Order) -> Outcome:
     spec, made = order.spec, []
     data = dataset_of(spec, pick_device(order.device))
+    options = {"compile": spec.run.compile, "progress": False, "only": order.expert}
     for asset in contract.needs(spec.method, spec.config):
-        compiled = spec.run.compile
-        made += asset.make(
-            data, spec.run.backbone, compile=compiled, progress=False, only=order.expert
-        )
+        made += contract.made(spec.method, asset, data, spec.run.backbone, **options)
     return Outcome("done", files=_expert_files(made))
 
 
@@ -320,11 +320,13 @@ def _ask(
     waiting: dict[Any, Row | Expert],
     experts: dict[Any, list],
 ) -> None:
-    """Ask for a row, and before it for its experts: kept ones are sent, each other one is a task."""
+    """Ask for a row, and before it for its experts, where its assets say their files: kept ones are sent, each other
+    one is a task."""
     spec, saved = row.spec, row.checkpoint
     assets = contract.needs(spec.method, spec.config)
-    key = shared_key(spec) if assets else None
-    if assets and key not in experts:
+    parted = bool(assets) and all(callable(getattr(asset, "paths", None)) for asset in assets)
+    key = shared_key(spec) or spec.name
+    if parted and key not in experts:
         data = dataset_of(spec, "cpu")  # its checksum names the folder
         paths = [path for asset in assets for path in asset.paths(data, spec.run.backbone)]
         experts[key] = []
@@ -334,8 +336,9 @@ def _ask(
             else:
                 experts[key].append(expert_task.remote(replace(order, expert=number)))
                 waiting[experts[key][-1]] = Expert(row, number)
-    order = replace(order, checkpoint=saved.read_bytes() if saved.is_file() else None)
-    waiting[run_task.remote(order, *(experts[key] if assets else []))] = row
+    sent = saved.read_bytes() if saved.is_file() else None
+    order = replace(order, checkpoint=sent, teach=not parted)
+    waiting[run_task.remote(order, *(experts[key] if parted else []))] = row
     print(f"asked    {row}", flush=True)
 
 

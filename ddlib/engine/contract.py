@@ -52,6 +52,11 @@ def needs(name: str, config: Any) -> Sequence[Asset]:
     return found
 
 
+def made(name: str, asset: Asset, data: Dataset, backbone: str, **options: Any) -> list[Path]:
+    """The files of an asset that the method `name` needs, which are made where they are not there yet."""
+    return _called(name, "make() of an asset", lambda: [*asset.make(data, backbone, **options)])
+
+
 def started(name: str, make: Callable[[], Method], data: Dataset, ipc: int) -> Method:
     """The method that `make` gives, once it is seen to have a loss, images [classes x IPC, ...], labels and a state."""
     method = _called(name, "__init__", make)

@@ -385,9 +385,9 @@ def _with_needs() -> list[str]:
 
 
 def _teach(spec: Spec, data: Dataset, progress: bool) -> list[Path]:
-    paths = []
+    paths, options = [], {"compile": spec.run.compile, "progress": progress}
     for asset in contract.needs(spec.method, spec.config):
-        paths += asset.make(data, spec.run.backbone, compile=spec.run.compile, progress=progress)
+        paths += contract.made(spec.method, asset, data, spec.run.backbone, **options)
     return paths
 
 

@@ -42,7 +42,11 @@ class Result:
 
 
 class Asset(Protocol):
-    """What a method needs made before it can start: expert trajectories, a teacher, a pool of trained networks."""
+    """What a method needs made before it can start: expert trajectories, a teacher, a pool of trained networks.
+
+    One that also says `paths(data, backbone)`, a list, and whose `make` takes `only=i` for the file i alone is made
+    file by file on a cluster; any other by the task of the run itself.
+    """
 
     def make(
         self, data: Dataset, backbone: str, *, compile: bool = False, progress: bool = True

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from traceback import FrameSummary
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,14 @@ def test_a_class_that_is_no_method(registry, cls, message):
         (
             broken(needs=classmethod(lambda cls, config: ["a teacher"])),
             r"needs\(\) of the method 'broken' returns a str in it: let it return .* with `make`",
+        ),
+        (
+            broken(
+                needs=classmethod(
+                    lambda cls, config: [SimpleNamespace(make=lambda *_, **__: 1 / 0)]
+                )
+            ),
+            r"make\(\) of an asset of the method 'broken' fails \(ZeroDivisionError.*: mend it",
         ),
         (
             broken(summary=refuse),

@@ -270,6 +270,16 @@ def test_experts_share_processes_that_no_run_is_put_on(device, calls, monkeypatc
     assert ["runtime_env" in options for options in ray.options] == [True, True, False]
 
 
+def test_an_asset_that_says_no_files_is_made_by_its_run(work_through, monkeypatch, tmp_path):
+    made = []
+    asset = SimpleNamespace(make=lambda data, backbone, **options: made.append(options) or [])
+    monkeypatch.setattr(dd.METHODS["dm"], "needs", classmethod(lambda cls, config: [asset]))
+    ray = Ray()
+    assert work_through(ray, short()) and len(ray.orders) == 1
+    assert made == [{"compile": False, "progress": False}]
+    assert list(tmp_path.glob("smoke/dm/*.json"))
+
+
 def test_a_done_run_without_its_files_has_failed(work_through, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "perform", lambda order: Outcome("done"))
     assert not work_through(Ray(), short()) and "did not come back" in capsys.readouterr().out
