@@ -183,10 +183,10 @@ def test_the_speed_figures_are_those_of_the_bench_rows():
     for row in found:
         assert f"| {row['over tesla']:.2f} / {row['over unroll']:.2f} |" in speed, row["what"]
     with_gib = [row for row in found if "1 GiB" in row["what"]]
-    least = min(1 / row["over tesla"] for row in with_gib)
-    assert f"faster than TESLA's, by {least:.2f} times or more with 1 GiB" in speed
+    most = max(row["over tesla"] for row in with_gib)
+    assert f"with 1 GiB takes {most:.2f} of its time or less" in speed
     (long,) = (row for row in with_gib if row["steps"] == 50)
-    assert f"{1 / long['over unroll']:.2f} times as fast" in speed
+    assert f"50 steps and 1 GiB it takes {long['over unroll']:.2f} of its time" in speed
 
 
 def test_the_figures_of_lock_step_and_of_ray_are_those_of_the_records():
@@ -197,7 +197,7 @@ def test_the_figures_of_lock_step_and_of_ray_are_those_of_the_records():
     alone = [row[f"seconds, IPC {ipc} alone"] for ipc in (1, 10, 50)]
     assert f"{row['seconds']:.1f} s for one iteration of all three" in speed
     assert "they take {:.1f}, {:.1f} and {:.1f} s alone".format(*alone) in speed
-    assert f"{row['seconds'] / alone[-1]:.2f} times the largest" in speed
+    assert row["seconds"] < 1.3 * alone[-1]
     page = " ".join((ROOT / "docs" / "guides" / "many_machines.md").read_text().split())
     runs, experts = ray[1:]
     assert (
