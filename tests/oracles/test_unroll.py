@@ -178,6 +178,19 @@ def test_compiled_steps_give_the_same_numbers(labels, momentum, monkeypatch):
             assert value is None or not mine.requires_grad
 
 
+def test_a_compiled_step_lays_images_and_kernels_channels_last_on_a_cpu():
+    p, seen = problem("convnet:width=4,depth=2"), []
+
+    def look(conv, given, found):
+        tensors = (given[0], conv.weight)
+        seen.append([t.is_contiguous(memory_format=torch.channels_last) for t in tensors])
+
+    for conv in (part for part in p.net.net.modules() if isinstance(part, torch.nn.Conv2d)):
+        conv.register_forward_hook(look)
+    CompiledStep(p.net, p.criterion)._loss(p.segment.start, p.images, p.labels)
+    assert seen == [[True, True]] * 2
+
+
 @pytest.mark.parametrize("engine", ["adjoint", "tesla", "window=2"])
 def test_kept_graphs_give_the_same_numbers(engine):
     """To rounding: a gradient that can be differentiated again takes other kernels."""
