@@ -42,7 +42,7 @@ from .run import run
 
 RETRIES = 3  # times that a run goes on elsewhere when its worker is lost
 PLACES = ("auto", "cpu", "cuda")  # devices that runs on a cluster are asked for
-EXPERTS = 16  # made by one process; torch compiles no more than 64 networks in its life
+EXPERTS = 16  # that one process makes; `train.loop` compiles no more than 64 networks in its life
 PATIENCE = 5  # seconds in which an address must answer
 SUFFIXES = (".json", ".safetensors")  # of a finished run
 # Seconds that a node keeps what it has given back: the caller's disk may have been full.

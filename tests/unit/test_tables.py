@@ -81,6 +81,23 @@ def test_runs_with_other_settings_are_not_seeds_of_one(tmp_path):
     assert list(tables.compare(table).method) == ["dm", "dm, lr_img=5.0"]
 
 
+def test_a_precision_below_float32_is_marked_and_a_choice_in_it_changes_the_method(tmp_path):
+    low = {"eval_precision": "bf16", "sampling_precision": "bf16"}
+    found = [
+        record(tmp_path, "dm", precision="bf16"),
+        record(tmp_path, "dream", "folder:cifar10", 10, "paper", **low),
+        record(tmp_path, "dm", seed=1),
+    ]
+    table = tables.runs(found)
+    assert table.marks.tolist() == [
+        ("distilled in bf16",),
+        ("on the JPEG copy", "real images chosen in bf16", "evaluated in bf16"),
+        (),
+    ]
+    (said,) = tables.details(table[1:2]).verdict
+    assert said.startswith("changed method") and "sampling_precision bf16 for float32" in said
+
+
 def test_compare_puts_the_published_figure_beside_ours(tmp_path):
     place = {"dataset": "folder:cifar10", "ipc": 10}
     found = [
